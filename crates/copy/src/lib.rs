@@ -1,0 +1,2 @@
+//! The block-copy engine of Dolmen.
+#![forbid(unsafe_code)]

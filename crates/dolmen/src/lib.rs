@@ -1,0 +1,2 @@
+//! Dolmen: a block layer, storage daemon, image tool and library.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! The `dolmen` multi-call binary.
+fn main() {}

@@ -1,0 +1,2 @@
+//! Exports of Dolmen: the NBD server.
+

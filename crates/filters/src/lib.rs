@@ -1,0 +1,2 @@
+//! Filter drivers of Dolmen: copy-on-read, blkdebug.
+#![forbid(unsafe_code)]

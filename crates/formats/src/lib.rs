@@ -1,0 +1,2 @@
+//! Image formats of Dolmen: raw and qcow2.
+#![forbid(unsafe_code)]

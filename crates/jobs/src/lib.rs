@@ -1,0 +1,2 @@
+//! Block jobs of Dolmen.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! QMP wire types and the schema table of Dolmen.
+#![forbid(unsafe_code)]
