@@ -1,0 +1,7 @@
+//! Files and sockets of one core.
+
+/// Files and sockets of one core.
+#[derive(Debug)]
+pub struct CoreIo {
+    _private: (),
+}
