@@ -1,2 +1,1 @@
 //! Exports of Dolmen: the NBD server.
-

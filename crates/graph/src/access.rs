@@ -1,0 +1,101 @@
+//! Edge rules: what a driver needs of its children, and allows others there, given what
+//! its own parents need and allow (access-control, section 3).
+
+use dolmen_types::{Actions, ChildRole, Claim};
+
+/// What the rules may depend on besides the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeFacts {
+    /// The node was opened for writing.
+    pub writable: bool,
+    /// Somebody is attached above.
+    pub has_parents: bool,
+    /// The node takes part (an inactive node has handed its image to another process).
+    pub active: bool,
+}
+
+/// The edge rule of a driver. Data, not code: the solver is pure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessRule {
+    /// No children.
+    Leaf,
+    /// Passes on what its parents need and allow.
+    Filter,
+    /// `raw` with an offset or a size: the child must not change its size.
+    Slice,
+    /// Copy-on-read.
+    CopyOnRead,
+    /// An image format: metadata and data children, and a backing child.
+    Format,
+    /// Quorum; `rewrite` when it rewrites corrupted copies.
+    Quorum {
+        /// Whether it rewrites corrupted copies.
+        rewrite: bool,
+    },
+    /// Copy-before-write, put there by a user.
+    CopyBeforeWrite,
+    /// Read-only view of a copy-before-write filter's point in time.
+    SnapshotAccess,
+    /// Filter of a mirror job.
+    Mirror,
+    /// Filter of a backup job.
+    Backup,
+    /// Filter of an active commit.
+    CommitActive,
+    /// Filter of an intermediate commit, above its top node.
+    CommitMid,
+}
+
+impl AccessRule {
+    /// What the node needs and allows on a child in this role, when its parents
+    /// together need `parents.needs` and allow `parents.allows`.
+    ///
+    /// Edges speak of D, V, M and S only.
+    pub fn child_claim(self, role: ChildRole, parents: Claim, facts: NodeFacts) -> Claim {
+        use Actions as A;
+        let Claim { needs, allows } = parents;
+        let allows = allows & A::DATA;
+        let through = Claim { needs, allows };
+        match (self, role) {
+            (_, ChildRole::Target) => Claim { needs: A::V, allows: A::DATA - A::S },
+            (AccessRule::Leaf | AccessRule::Filter, _) => through,
+            (AccessRule::Slice, _) => Claim { needs, allows: allows - A::S },
+            (AccessRule::CopyOnRead, _) => {
+                Claim { needs: if facts.active { needs | A::M } else { needs - A::M }, allows: allows | A::M }
+            }
+            (AccessRule::Format, ChildRole::Backing) => Claim {
+                needs: needs & A::D,
+                allows: if !facts.active || allows.contains(A::V) { A::DATA } else { A::D | A::M },
+            },
+            (AccessRule::Format, ChildRole::Data) => {
+                let mut n = needs - A::M;
+                if needs.intersects(A::V | A::M) {
+                    n |= A::V | A::S;
+                }
+                Claim { needs: n, allows: allows - A::S }
+            }
+            (AccessRule::Format, ChildRole::Metadata | ChildRole::Filtered) => {
+                let mut n = (needs | A::D) - A::M;
+                if facts.writable || needs.intersects(A::V | A::M) {
+                    n |= A::V | A::S;
+                }
+                Claim { needs: n, allows: allows - A::V - A::S }
+            }
+            (AccessRule::Quorum { rewrite }, _) => {
+                Claim { needs: if rewrite { needs | A::V } else { needs }, allows: A::D | A::M }
+            }
+            (AccessRule::CopyBeforeWrite, _) => Claim {
+                needs: if needs.contains(A::V) { needs | A::D } else { needs },
+                allows: if facts.has_parents { allows - A::V } else { allows },
+            },
+            (AccessRule::SnapshotAccess, _) => Claim { needs: A::NONE, allows: A::DATA },
+            (AccessRule::Mirror, _) => Claim { needs, allows: allows - A::V },
+            (AccessRule::Backup, _) => Claim {
+                needs: if needs.contains(A::V) { needs | A::D } else { needs },
+                allows: allows - A::V,
+            },
+            (AccessRule::CommitActive, _) => Claim { needs: needs - A::D, allows: allows | A::V },
+            (AccessRule::CommitMid, _) => Claim { needs: needs & A::D, allows: A::DATA },
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! What a driver is to the graph, and the words they speak.
+
+use std::fmt;
+
+use dolmen_rt::{IoVec, LocalFuture};
+use dolmen_types::{Actions, BlkEvent, OpKind, ReadFlags, Result, Span, Value, WriteFlags};
+
+use crate::{AccessRule, Cx, DriverKind, Node};
+
+/// A request without its data: what [`Driver::plan`] has to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// See [`OpKind::Read`].
+    Read(ReadFlags),
+    /// See [`OpKind::Write`].
+    Write(WriteFlags),
+    /// See [`OpKind::WriteZeroes`].
+    WriteZeroes(WriteFlags),
+    /// See [`OpKind::Discard`].
+    Discard(WriteFlags),
+    /// See [`OpKind::Flush`].
+    Flush,
+    /// See [`OpKind::Resize`].
+    Resize,
+}
+
+impl Request {
+    /// The kind.
+    pub const fn kind(self) -> OpKind {
+        match self {
+            Request::Read(_) => OpKind::Read,
+            Request::Write(_) => OpKind::Write,
+            Request::WriteZeroes(_) => OpKind::WriteZeroes,
+            Request::Discard(_) => OpKind::Discard,
+            Request::Flush => OpKind::Flush,
+            Request::Resize => OpKind::Resize,
+        }
+    }
+}
+
+/// How much of a new area is given space when a node grows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Prealloc {
+    /// None.
+    #[default]
+    Off,
+    /// The format's mapping only.
+    Metadata,
+    /// Reserved by the file system, not written.
+    Falloc,
+    /// Written with zeroes.
+    Full,
+}
+
+/// A request with its data. Spans are in bytes of the node that gets it, and within its
+/// size except where a driver says otherwise.
+#[derive(Clone, Copy, Debug)]
+pub enum Op<'a> {
+    /// Fill `to` with the data of `span`.
+    Read {
+        /// Where.
+        span: Span,
+        /// As long as the span.
+        to: &'a IoVec,
+        /// Flags.
+        flags: ReadFlags,
+    },
+    /// Store `from` at `span`.
+    Write {
+        /// Where.
+        span: Span,
+        /// As long as the span.
+        from: &'a IoVec,
+        /// Flags.
+        flags: WriteFlags,
+    },
+    /// Make `span` read as zeroes.
+    WriteZeroes {
+        /// Where.
+        span: Span,
+        /// Flags.
+        flags: WriteFlags,
+    },
+    /// Give `span`'s space back. Drivers may skip parts they can't discard.
+    Discard {
+        /// Where.
+        span: Span,
+        /// Flags.
+        flags: WriteFlags,
+    },
+    /// Make everything acknowledged so far durable.
+    Flush,
+    /// Change the size to `size` bytes. New bytes read as zeroes.
+    Resize {
+        /// The new size in bytes.
+        size: u64,
+        /// Space for the new area.
+        prealloc: Prealloc,
+    },
+}
+
+impl Op<'_> {
+    /// The kind.
+    pub const fn kind(&self) -> OpKind {
+        self.request().kind()
+    }
+
+    /// The request without its data.
+    pub const fn request(&self) -> Request {
+        match self {
+            Op::Read { flags, .. } => Request::Read(*flags),
+            Op::Write { flags, .. } => Request::Write(*flags),
+            Op::WriteZeroes { flags, .. } => Request::WriteZeroes(*flags),
+            Op::Discard { flags, .. } => Request::Discard(*flags),
+            Op::Flush => Request::Flush,
+            Op::Resize { .. } => Request::Resize,
+        }
+    }
+}
+
+/// A driver's answer from memory to "what becomes of this range?".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plan {
+    /// The first `len` bytes are the business of a child, as `request`, at its offset
+    /// `at`. For [`Request::Flush`] and [`Request::Resize`], `at` and `len` are ignored.
+    Forward {
+        /// Index of the child.
+        child: u8,
+        /// Offset in the child, in bytes.
+        at: u64,
+        /// How many bytes from the start of the span; at least 1 unless the span is empty.
+        len: u64,
+        /// The request as the child gets it; flags may be added, the kind stays.
+        request: Request,
+    },
+    /// The first `len` bytes read as zeroes (only for reads).
+    Zeroes {
+        /// How many bytes from the start of the span.
+        len: u64,
+    },
+    /// The first `len` bytes are done: nothing has to be moved.
+    Done {
+        /// How many bytes from the start of the span.
+        len: u64,
+    },
+    /// [`Driver::run`] has to do it. Always a right answer; must be given whenever the
+    /// driver would have to wait, allocate space, or is inside a conflicting request.
+    Slow,
+}
+
+impl Plan {
+    /// Everything goes to the only child unchanged: the plan of a plain filter.
+    pub const fn pass(request: Request, span: Span) -> Plan {
+        Plan::Forward { child: 0, at: span.offset(), len: span.len(), request }
+    }
+}
+
+/// The limits of a node, in bytes. Zero means "no limit" for maxima.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Offsets and lengths of requests should be multiples of this; unaligned ones work
+    /// but are slower. A power of two.
+    pub request_alignment: u32,
+    /// Largest read or write.
+    pub max_transfer: u32,
+    /// Preferred multiple for zero writes and discards; 0 if there is none.
+    pub opt_discard: u32,
+    /// Granularity in which the node allocates (cluster, or subcluster); 0 if it has none.
+    pub cluster_size: u32,
+    /// Zero writes can be done without writing buffers of zeroes.
+    pub fast_zeroes: bool,
+    /// Discards give space back.
+    pub discards: bool,
+}
+
+impl Limits {
+    /// Byte-granular, no maxima.
+    pub const BYTES: Limits = Limits {
+        request_alignment: 1,
+        max_transfer: 0,
+        opt_discard: 0,
+        cluster_size: 0,
+        fast_zeroes: false,
+        discards: false,
+    };
+}
+
+/// [`Where::Data`]'s child index for "in this node itself" (leaf drivers).
+pub const SELF: u8 = u8::MAX;
+
+/// Where a range lives, from the view of one node only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// How many bytes from the start of the asked span the answer holds for; at least 1.
+    pub len: u64,
+    /// Where they live.
+    pub place: Where,
+}
+
+/// See [`Extent`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Where {
+    /// The child's answer counts as the node's own (filters, `raw`).
+    Through {
+        /// Index of the child.
+        child: u8,
+        /// Offset in the child.
+        at: u64,
+    },
+    /// Allocated by this node.
+    Data {
+        /// Child that holds the bytes, or [`SELF`].
+        child: u8,
+        /// Where in that child, if it can be said (not for compressed data).
+        at: Option<u64>,
+        /// Stored compressed.
+        compressed: bool,
+    },
+    /// This node says that the range reads as zeroes.
+    Zero {
+        /// Space that is kept for it, if any: child (or [`SELF`]) and offset.
+        at: Option<(u8, u64)>,
+    },
+    /// Not in this node: it reads from the backing child, or as zeroes without one.
+    Unallocated,
+}
+
+/// What a driver tells about itself for `info` and query commands. All from memory.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Description {
+    /// File name or URL of a leaf; of a format, nothing.
+    pub filename: Option<String>,
+    /// Bytes of disk space used, where known.
+    pub actual_size: Option<u64>,
+    /// Cluster size of a format.
+    pub cluster_size: Option<u64>,
+    /// The image is encrypted.
+    pub encrypted: bool,
+    /// The image may hold compressed data.
+    pub compressed: bool,
+    /// The image was not closed cleanly.
+    pub dirty: bool,
+    /// The image is marked corrupt.
+    pub corrupt: bool,
+    /// Backing file as named in the image: name, format.
+    pub backing: Option<(String, Option<String>)>,
+    /// The `format-specific` object (with its `type` and `data`).
+    pub format_specific: Option<Value>,
+    /// Internal snapshots.
+    pub snapshots: Vec<SnapshotInfo>,
+}
+
+/// An internal snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotInfo {
+    /// Id, unique in the image.
+    pub id: String,
+    /// Name.
+    pub name: String,
+    /// Size of the saved VM state in bytes.
+    pub vm_state_size: u64,
+    /// Creation date, seconds since 1970.
+    pub date_sec: u32,
+    /// Nanoseconds part.
+    pub date_nsec: u32,
+    /// Guest clock in nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Instruction count, if recorded.
+    pub icount: Option<u64>,
+}
+
+/// A change that a driver has to prepare for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeChange {
+    /// What all parents together need of this node, and allow others to do, becomes
+    /// this. Leaf drivers take locks: tighten now, loosen in [`Prepared::commit`].
+    Access {
+        /// D, V, M, S.
+        needs: Actions,
+        /// D, V, M, S.
+        allows: Actions,
+    },
+}
+
+/// Something prepared. Dropping it undoes it.
+#[must_use = "dropping a preparation aborts it"]
+pub trait Prepared {
+    /// Makes it effective. Cannot fail.
+    fn commit(self: Box<Self>);
+}
+
+/// A preparation that has nothing to do.
+impl Prepared for () {
+    fn commit(self: Box<Self>) {}
+}
+
+/// Class of a driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// A leaf: talks to something outside the graph.
+    Protocol,
+    /// An image format.
+    Format,
+    /// Passes its child's data on.
+    Filter,
+}
+
+/// A node's driver. Shared by all cores; each of its futures stays on one core.
+///
+/// There are no default methods: whoever adds a method has to think about every driver.
+/// Metadata locks inside a driver are never held across an await.
+pub trait Driver: fmt::Debug + Send + Sync + 'static {
+    /// Its registry row.
+    fn kind(&self) -> &'static DriverKind;
+    /// Size in bytes. Filters ask their child (through `node`).
+    fn size(&self, node: &Node) -> u64;
+    /// Limits of the node.
+    fn limits(&self, node: &Node) -> Limits;
+    /// The edge rule as it is now.
+    fn access_rule(&self) -> AccessRule;
+    /// What becomes of `span`: from memory only, never waits, allocates nothing.
+    ///
+    /// A `Forward` answer is a lease: see [`Epochs`](crate::Epochs). The caller has
+    /// taken it before the call if the kind says `maps`.
+    fn plan(&self, node: &Node, request: Request, span: Span) -> Plan;
+    /// Does a request that `plan` called slow. Dropping the future cancels: what was
+    /// submitted may still happen, nothing else of the node is harmed.
+    fn run<'a>(&'a self, cx: Cx<'a>, op: Op<'a>) -> LocalFuture<'a, Result<()>>;
+    /// Where the start of `span` lives.
+    fn status<'a>(&'a self, cx: Cx<'a>, span: Span) -> LocalFuture<'a, Result<Extent>>;
+    /// A parent has come to `event`. Filters pass it to their child, `blkdebug` acts
+    /// on it, others do nothing.
+    fn event(&self, node: &Node, event: BlkEvent) -> Result<()>;
+    /// Prepares for a change, without anything that would need undoing by hand.
+    fn prepare<'a>(
+        &'a self,
+        cx: Cx<'a>,
+        change: &'a NodeChange,
+    ) -> LocalFuture<'a, Result<Box<dyn Prepared>>>;
+    /// Writes out what is in memory, on a clean end. Called once, with no request in
+    /// flight; the node is gone afterwards even if it fails.
+    fn close<'a>(&'a self, cx: Cx<'a>) -> LocalFuture<'a, Result<()>>;
+    /// What it can tell about itself.
+    fn describe(&self, node: &Node) -> Description;
+}

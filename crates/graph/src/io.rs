@@ -1,0 +1,490 @@
+//! The request path: typed access to a node, and the walk down the chain.
+//!
+//! A request is planned from node to node synchronously, from memory; the only await is
+//! at the node that has to do real work. The cost of a pass-through layer is one virtual
+//! call.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use dolmen_rt::{IoVec, Rt};
+use dolmen_types::{
+    Actions, BlkEvent, ChildRole, Claim, Error, ErrorKind, ReadFlags, Result, Span, WriteFlags,
+};
+use smallvec::SmallVec;
+
+use crate::{ChildEdge, Driver, Extent, Lease, Node, Op, Plan, Prealloc, Request};
+
+/// What a driver gets to work with: its node in the request's snapshot, and the runtime.
+#[derive(Clone, Copy, Debug)]
+pub struct Cx<'a> {
+    /// The driver's own node.
+    pub node: &'a Node,
+    /// The runtime of this core.
+    pub rt: &'a Rt,
+}
+
+impl<'a> Cx<'a> {
+    /// Read access to a child.
+    ///
+    /// # Errors
+    /// `PermissionDenied` when the edge was not granted it.
+    pub fn read(&self, child: usize) -> Result<Io<'a, Read>> {
+        Io::on_edge(self.edge(child)?, self.rt)
+    }
+
+    /// Write access to a child.
+    ///
+    /// # Errors
+    /// As [`Cx::read`].
+    pub fn write(&self, child: usize) -> Result<Io<'a, Write>> {
+        Io::on_edge(self.edge(child)?, self.rt)
+    }
+
+    /// Read access to a backing child, for copy on write. An overlay may always read what
+    /// it lies over: a user that only writes (the target of a copy) needs no consistent
+    /// data from below, but the part of a cluster that it does not write still has to
+    /// come from there.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the child is not a backing child.
+    pub fn read_backing(&self, child: usize) -> Result<Io<'a, Read>> {
+        let edge = self.edge(child)?;
+        if edge.role != ChildRole::Backing {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("child '{}' of node '{}' is not its backing child", edge.name, self.node.name),
+            ));
+        }
+        Ok(Io { node: &edge.node, rt: self.rt, access: PhantomData })
+    }
+
+    /// Access for writes that readers can't see.
+    ///
+    /// # Errors
+    /// As [`Cx::read`].
+    pub fn write_unchanged(&self, child: usize) -> Result<Io<'a, WriteUnchanged>> {
+        Io::on_edge(self.edge(child)?, self.rt)
+    }
+
+    /// Access for changing a child's size (and writing it).
+    ///
+    /// # Errors
+    /// As [`Cx::read`].
+    pub fn resize(&self, child: usize) -> Result<Io<'a, Resize>> {
+        Io::on_edge(self.edge(child)?, self.rt)
+    }
+
+    /// Passes an operation on to a child as it is; the edge must be granted what it needs.
+    ///
+    /// # Errors
+    /// `PermissionDenied`, or what the child says.
+    pub async fn forward(&self, child: usize, op: Op<'a>) -> Result<()> {
+        let edge = self.edge(child)?;
+        let needs = op_needs(op.request());
+        if !edge.claim.needs.contains(needs) {
+            return Err(not_granted(&edge.node, needs));
+        }
+        submit(&edge.node, self.rt, op).await
+    }
+
+    fn edge(&self, child: usize) -> Result<&'a ChildEdge> {
+        self.node.children.get(child).ok_or_else(|| {
+            Error::new(ErrorKind::InvalidInput, format!("node '{}' has no child {child}", self.node.name))
+        })
+    }
+}
+
+/// What an operation needs of the node it is sent to. A flush needs nothing: it changes
+/// nothing and reads nothing.
+fn op_needs(request: Request) -> Actions {
+    match request {
+        Request::Read(f) if f.has(ReadFlags::POPULATE) => Actions::D | Actions::M,
+        Request::Read(_) => Actions::D,
+        Request::Write(f) | Request::WriteZeroes(f) | Request::Discard(f) => {
+            if f.has(WriteFlags::UNCHANGED) {
+                Actions::M
+            } else {
+                Actions::V
+            }
+        }
+        Request::Flush => Actions::NONE,
+        Request::Resize => Actions::S,
+    }
+}
+
+fn not_granted(node: &Node, needs: Actions) -> Error {
+    Error::new(
+        ErrorKind::PermissionDenied,
+        format!("this user of node '{}' was not granted to {}", node.name, describe(needs)),
+    )
+}
+
+fn describe(needs: Actions) -> String {
+    needs.iter().map(|a| a.phrase()).collect::<Vec<_>>().join(" and ")
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A kind of access, carried in the type of [`Io`].
+pub trait Access: sealed::Sealed {
+    /// Any one of these sets of actions is enough to get it.
+    const ANY_OF: &'static [Actions];
+}
+
+macro_rules! access {
+    ($($(#[$doc:meta])* $name:ident: $any:expr;)*) => { $(
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub enum $name {}
+        impl sealed::Sealed for $name {}
+        impl Access for $name { const ANY_OF: &'static [Actions] = $any; }
+    )* };
+}
+
+access! {
+    /// Reading (D).
+    Read: &[Actions::D];
+    /// Writing (V).
+    Write: &[Actions::V];
+    /// Writing without changing what readers see (M, or V which includes it).
+    WriteUnchanged: &[Actions::M, Actions::V];
+    /// Resizing (S).
+    Resize: &[Actions::S];
+}
+
+/// Access to a node, proven by a granted edge. There is no other way to issue a request.
+pub struct Io<'g, A> {
+    node: &'g Node,
+    rt: &'g Rt,
+    access: PhantomData<fn() -> A>,
+}
+
+impl<A> Clone for Io<'_, A> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<A> Copy for Io<'_, A> {}
+
+impl<A> fmt::Debug for Io<'_, A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Io({})", self.node.name)
+    }
+}
+
+impl<'g, A: Access> Io<'g, A> {
+    pub(crate) fn on_edge(edge: &'g ChildEdge, rt: &'g Rt) -> Result<Self> {
+        Io::granted(&edge.node, edge.claim, rt)
+    }
+
+    pub(crate) fn granted(node: &'g Node, claim: Claim, rt: &'g Rt) -> Result<Self> {
+        if A::ANY_OF.iter().any(|a| claim.needs.contains(*a)) {
+            Ok(Io { node, rt, access: PhantomData })
+        } else {
+            Err(not_granted(node, A::ANY_OF[0]))
+        }
+    }
+}
+
+impl<'g, A> Io<'g, A> {
+    /// The node.
+    pub fn node(&self) -> &'g Node {
+        self.node
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.node.size()
+    }
+
+    /// The runtime.
+    pub fn rt(&self) -> &'g Rt {
+        self.rt
+    }
+
+    /// Makes everything acknowledged so far durable.
+    ///
+    /// # Errors
+    /// What the storage says. After an error, earlier writes may or may not be durable.
+    pub async fn flush(&self) -> Result<()> {
+        submit(self.node, self.rt, Op::Flush).await
+    }
+
+    /// Where the start of `span` lives, from the view of the node alone.
+    ///
+    /// # Errors
+    /// What reading the node's metadata says.
+    pub async fn status(&self, span: Span) -> Result<Extent> {
+        self.node.driver.status(Cx { node: self.node, rt: self.rt }, span).await
+    }
+
+    /// Tells the node (a `blkdebug` below, if there is one) that its parent has come
+    /// to `event`.
+    ///
+    /// # Errors
+    /// An injected error.
+    pub fn event(&self, event: BlkEvent) -> Result<()> {
+        self.node.driver.event(self.node, event)
+    }
+}
+
+impl Io<'_, Read> {
+    /// Fills `to` with the data of `span`.
+    ///
+    /// # Errors
+    /// What the storage says; the content of `to` is then unspecified.
+    ///
+    /// # Panics
+    /// When `to` is not as long as the span.
+    pub async fn read(&self, span: Span, to: &IoVec, flags: ReadFlags) -> Result<()> {
+        assert_eq!(span.len(), to.len() as u64, "buffer and span differ");
+        submit(self.node, self.rt, Op::Read { span, to, flags }).await
+    }
+
+    /// Reads into a slice, for metadata.
+    ///
+    /// # Errors
+    /// As [`Io::read`].
+    pub async fn read_bytes(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        let memory = dolmen_rt::Memory::zeroed(out.len());
+        let to = memory.iovec();
+        self.read(Span::new(offset, out.len() as u64), &to, ReadFlags::NONE).await?;
+        to.copy_to_slice(0, out);
+        Ok(())
+    }
+}
+
+macro_rules! writes {
+    ($access:ty, $flag:expr) => {
+        impl Io<'_, $access> {
+            /// Stores `from` at `span`.
+            ///
+            /// # Errors
+            /// What the storage says; each sector then holds the old or the new data.
+            ///
+            /// # Panics
+            /// When `from` is not as long as the span.
+            pub async fn write(&self, span: Span, from: &IoVec, flags: WriteFlags) -> Result<()> {
+                assert_eq!(span.len(), from.len() as u64, "buffer and span differ");
+                submit(self.node, self.rt, Op::Write { span, from, flags: flags | $flag }).await
+            }
+
+            /// Stores bytes, for metadata.
+            ///
+            /// # Errors
+            /// As [`Io::write`].
+            pub async fn write_bytes(&self, offset: u64, bytes: &[u8], flags: WriteFlags) -> Result<()> {
+                let memory = dolmen_rt::Memory::from_slice(bytes);
+                self.write(Span::new(offset, bytes.len() as u64), &memory.iovec(), flags).await
+            }
+
+            /// Makes `span` read as zeroes.
+            ///
+            /// # Errors
+            /// What the storage says; `Unsupported` with `NO_FALLBACK` when zeroes would
+            /// have to be written as data.
+            pub async fn write_zeroes(&self, span: Span, flags: WriteFlags) -> Result<()> {
+                submit(self.node, self.rt, Op::WriteZeroes { span, flags: flags | $flag }).await
+            }
+
+            /// Gives the space of `span` back, as far as that is possible.
+            ///
+            /// # Errors
+            /// What the storage says.
+            pub async fn discard(&self, span: Span, flags: WriteFlags) -> Result<()> {
+                submit(self.node, self.rt, Op::Discard { span, flags: flags | $flag }).await
+            }
+        }
+    };
+}
+writes!(Write, WriteFlags::NONE);
+writes!(WriteUnchanged, WriteFlags::UNCHANGED);
+
+impl Io<'_, Resize> {
+    /// Changes the size to `size` bytes; new bytes read as zeroes.
+    ///
+    /// # Errors
+    /// What the storage says; the old size then still holds.
+    pub async fn resize(&self, size: u64, prealloc: Prealloc) -> Result<()> {
+        submit(self.node, self.rt, Op::Resize { size, prealloc }).await
+    }
+}
+
+/// Leases of the mapping nodes on the path of one piece of a request. Few chains map
+/// more than four times before they reach a leaf.
+type Leases<'g> = SmallVec<[Lease<'g>; 4]>;
+
+/// What the walk came to for the first `len` bytes of the span it was given.
+enum Step<'g> {
+    Zeroes { len: u64 },
+    Done { len: u64 },
+    Run { node: &'g Node, at: u64, len: u64, request: Request },
+}
+
+/// Walks down from `node` as long as drivers answer from memory.
+fn walk<'g>(mut node: &'g Node, mut request: Request, mut span: Span, leases: &mut Leases<'g>) -> Step<'g> {
+    loop {
+        // The lease must be taken before the plan is made.
+        let lease = node.maps.then(|| node.state.epochs.enter());
+        match node.driver.plan(node, request, span) {
+            Plan::Forward { child, at, len, request: next } => {
+                debug_assert!(len > 0 || span.is_empty(), "a plan makes progress");
+                debug_assert_eq!(next.kind(), request.kind(), "a plan keeps the kind");
+                if let Some(l) = lease {
+                    leases.push(l);
+                }
+                span = Span::new(at, len.min(span.len()));
+                request = next;
+                node = &node.children[child as usize].node;
+            }
+            Plan::Zeroes { len } => return Step::Zeroes { len: len.min(span.len()) },
+            Plan::Done { len } => return Step::Done { len: len.min(span.len()) },
+            // The node that does the work itself holds no lease of its own, or it would
+            // wait for itself when it has to reuse space.
+            Plan::Slow => return Step::Run { node, at: span.offset(), len: span.len(), request },
+        }
+    }
+}
+
+/// How a request would go, without doing it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Peek {
+    Ready { len: u64 },
+    Slow,
+}
+
+impl Node {
+    /// How many bytes from the start of `span` the node can answer for from memory,
+    /// down to a leaf; 0 if it would have to work first. For filters whose plan depends
+    /// on their child's.
+    pub fn ready(&self, request: Request, span: Span) -> u64 {
+        match self.peek(request, span) {
+            Peek::Ready { len } => len,
+            Peek::Slow => 0,
+        }
+    }
+
+    fn peek(&self, mut request: Request, mut span: Span) -> Peek {
+        let mut node = self;
+        loop {
+            match node.driver.plan(node, request, span) {
+                Plan::Forward { child, at, len, request: next } => {
+                    span = Span::new(at, len.min(span.len()));
+                    request = next;
+                    node = &node.children[child as usize].node;
+                }
+                Plan::Zeroes { len } | Plan::Done { len } => return Peek::Ready { len: len.min(span.len()) },
+                Plan::Slow if node.children.is_empty() => return Peek::Ready { len: span.len() },
+                Plan::Slow => return Peek::Slow,
+            }
+        }
+    }
+}
+
+/// Sends an operation to a node. Spans longer than one plan covers are done piece by
+/// piece; pieces are a property of the mapping, so a request that maps to one place
+/// waits exactly once.
+pub(crate) async fn submit(node: &Node, rt: &Rt, op: Op<'_>) -> Result<()> {
+    match op {
+        Op::Read { span, to, flags } => {
+            pieces(node, rt, Request::Read(flags), span, |piece, done, request| match request {
+                Request::Read(flags) => Piece::Read { piece, at: done, whole: to, flags },
+                _ => unreachable!("the walk keeps the kind"),
+            })
+            .await
+        }
+        Op::Write { span, from, flags } => {
+            pieces(node, rt, Request::Write(flags), span, |piece, done, request| match request {
+                Request::Write(flags) => Piece::Write { piece, at: done, whole: from, flags },
+                _ => unreachable!("the walk keeps the kind"),
+            })
+            .await
+        }
+        Op::WriteZeroes { span, .. } | Op::Discard { span, .. } => {
+            pieces(node, rt, op.request(), span, |piece, _, request| Piece::NoData { piece, request }).await
+        }
+        Op::Flush | Op::Resize { .. } => {
+            let mut leases = Leases::new();
+            match walk(node, op.request(), Span::new(0, 0), &mut leases) {
+                Step::Zeroes { .. } | Step::Done { .. } => Ok(()),
+                Step::Run { node, .. } => node.driver.run(Cx { node, rt }, op).await,
+            }
+        }
+    }
+}
+
+/// One piece of a request at the node that does the work.
+enum Piece<'a> {
+    Read { piece: Span, at: usize, whole: &'a IoVec, flags: ReadFlags },
+    Write { piece: Span, at: usize, whole: &'a IoVec, flags: WriteFlags },
+    NoData { piece: Span, request: Request },
+}
+
+async fn pieces<'a>(
+    node: &Node,
+    rt: &Rt,
+    request: Request,
+    span: Span,
+    make: impl Fn(Span, usize, Request) -> Piece<'a>,
+) -> Result<()> {
+    let mut rest = span;
+    while !rest.is_empty() {
+        let mut leases = Leases::new();
+        let done = (span.len() - rest.len()) as usize;
+        let len = match walk(node, request, rest, &mut leases) {
+            Step::Done { len } => len,
+            Step::Zeroes { len } => {
+                if let Piece::Read { whole, .. } = make(rest.prefix(len), done, request) {
+                    if len == whole.len() as u64 {
+                        whole.fill(0);
+                    } else {
+                        whole.slice(done, len as usize).fill(0);
+                    }
+                }
+                len
+            }
+            Step::Run { node, at, len, request } => {
+                run_piece(&*node.driver, Cx { node, rt }, make(Span::new(at, len), done, request)).await?;
+                len
+            }
+        };
+        debug_assert!(len > 0, "a plan makes progress");
+        rest = rest.skip(len);
+    }
+    Ok(())
+}
+
+async fn run_piece(driver: &dyn Driver, cx: Cx<'_>, piece: Piece<'_>) -> Result<()> {
+    let part;
+    let op = match piece {
+        Piece::Read { piece, at, whole, flags } => {
+            let to = if piece.len() == whole.len() as u64 {
+                whole
+            } else {
+                part = whole.slice(at, piece.len() as usize);
+                &part
+            };
+            Op::Read { span: piece, to, flags }
+        }
+        Piece::Write { piece, at, whole, flags } => {
+            let from = if piece.len() == whole.len() as u64 {
+                whole
+            } else {
+                part = whole.slice(at, piece.len() as usize);
+                &part
+            };
+            Op::Write { span: piece, from, flags }
+        }
+        Piece::NoData { piece, request } => match request {
+            Request::WriteZeroes(flags) => Op::WriteZeroes { span: piece, flags },
+            Request::Discard(flags) => Op::Discard { span: piece, flags },
+            Request::Read(_) | Request::Write(_) | Request::Flush | Request::Resize => {
+                unreachable!("requests with data or without a span come another way")
+            }
+        },
+    };
+    driver.run(cx, op).await
+}

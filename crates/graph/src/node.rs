@@ -1,0 +1,139 @@
+//! The snapshot: nodes and the edges between them, immutable.
+
+use std::fmt;
+use std::sync::Arc;
+
+use dolmen_types::{ChildRole, Claim, NodeName, OpId, Value};
+
+use crate::{Driver, Epochs, UserEdge};
+
+/// Common properties of a node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NodeFlags {
+    /// Opened without the right to write.
+    pub read_only: bool,
+    /// `cache.direct`: bypasses the host page cache.
+    pub direct: bool,
+    /// `cache.no-flush`: flushes are ignored.
+    pub no_flush: bool,
+    /// Opened although others hold locks.
+    pub force_share: bool,
+    /// `discard=unmap`: discards are passed on.
+    pub unmap: bool,
+}
+
+/// What a node keeps while snapshots come and go.
+#[derive(Debug, Default)]
+pub struct NodeState {
+    /// Leases of plans handed out by the node's driver.
+    pub epochs: Epochs,
+}
+
+/// An edge to a child, as granted by the solver.
+#[derive(Clone)]
+pub struct ChildEdge {
+    /// The option's name: `file`, `backing`, ...
+    pub name: &'static str,
+    /// What the child is to the parent.
+    pub role: ChildRole,
+    /// The child.
+    pub node: Arc<Node>,
+    /// What the solver granted on this edge.
+    pub claim: Claim,
+}
+
+/// A node in one snapshot. When a child link or a grant changes, the node and all nodes
+/// above it are made anew; driver and state stay the same.
+pub struct Node {
+    /// Its name.
+    pub name: NodeName,
+    /// The name was made up by the program.
+    pub anonymous: bool,
+    /// The driver.
+    pub driver: Arc<dyn Driver>,
+    /// Children, in the driver's order.
+    pub children: Box<[ChildEdge]>,
+    /// Common properties.
+    pub flags: NodeFlags,
+    /// What stays over snapshots.
+    pub state: Arc<NodeState>,
+    /// The operation that interposed the node, if one did.
+    pub owner: Option<OpId>,
+    /// The options it was opened with, for `json:` names and saving.
+    pub options: Value,
+    /// Whether [`Driver::plan`] answers are leases (cached from the registry row).
+    pub(crate) maps: bool,
+}
+
+impl Node {
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.driver.size(self)
+    }
+
+    /// A child by the option's name.
+    pub fn child(&self, name: &str) -> Option<&ChildEdge> {
+        self.children.iter().find(|c| c.name == name)
+    }
+
+    /// The index of a child by the option's name.
+    pub fn child_index(&self, name: &str) -> Option<usize> {
+        self.children.iter().position(|c| c.name == name)
+    }
+
+    /// The backing node, if there is one.
+    pub fn backing(&self) -> Option<&Arc<Node>> {
+        self.children.iter().find(|c| c.role == ChildRole::Backing).map(|c| &c.node)
+    }
+
+    /// The next node that shows the same data (through a filter).
+    pub fn filtered(&self) -> Option<&Arc<Node>> {
+        self.children.iter().find(|c| c.role == ChildRole::Filtered).map(|c| &c.node)
+    }
+
+    /// The nodes below and including this one, each once, parents before children.
+    pub fn subtree(self: &Arc<Node>) -> Vec<Arc<Node>> {
+        let mut out: Vec<Arc<Node>> = Vec::new();
+        let mut todo = vec![self.clone()];
+        while let Some(n) = todo.pop() {
+            if !out.iter().any(|o| Arc::ptr_eq(o, &n)) {
+                todo.extend(n.children.iter().rev().map(|c| c.node.clone()));
+                out.push(n);
+            }
+        }
+        out
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Node({} {}", self.name, self.driver.kind().name)?;
+        for c in &self.children {
+            write!(f, " {}={}", c.name, c.node.name)?;
+        }
+        write!(f, ")")
+    }
+}
+
+/// An immutable snapshot of all nodes and users.
+#[derive(Debug)]
+pub struct Graph {
+    /// Counts the published snapshots.
+    pub generation: u64,
+    /// All nodes, children before parents.
+    pub nodes: Box<[Arc<Node>]>,
+    /// The users' edges.
+    pub users: Box<[Arc<UserEdge>]>,
+}
+
+impl Graph {
+    /// The graph with nothing in it.
+    pub fn empty() -> Graph {
+        Graph { generation: 0, nodes: Box::new([]), users: Box::new([]) }
+    }
+
+    /// A node by name.
+    pub fn node(&self, name: &str) -> Option<&Arc<Node>> {
+        self.nodes.iter().find(|n| n.name.as_str() == name)
+    }
+}

@@ -1,0 +1,326 @@
+//! The driver registry: one row per driver, and how a node is opened.
+//!
+//! Opening is in two steps. [`DriverKind::parse`] turns options into the children that
+//! the node wants, its edge rule and an [`Opener`]: pure, so that the solver can look at
+//! the candidate before anything is touched. Then the children are opened and granted,
+//! and the opener may read them. Names found *inside* an image are only reported
+//! ([`Opened::implicit`]); whether they are opened is the caller's policy.
+
+use dolmen_rt::{LocalFuture, Rt};
+use dolmen_types::{ChildRole, Error, ErrorKind, NodeName, OptionSpec, OptionType, Options, Result, Value};
+
+use crate::{AccessRule, ChildEdge, Class, Driver, Io, NodeFlags, Read, Resize, Write};
+
+/// A driver's registry row.
+pub struct DriverKind {
+    /// Its name in options.
+    pub name: &'static str,
+    /// Its class.
+    pub class: Class,
+    /// One line for help.
+    pub help: &'static str,
+    /// The options it has besides the common ones.
+    pub options: &'static [OptionSpec],
+    /// The options for making a new image; empty if it can't.
+    pub create_options: &'static [OptionSpec],
+    /// Its `Forward` plans name places that can be freed and reused (formats): they are
+    /// leases.
+    pub maps: bool,
+    /// Takes the driver's own options out and says what it wants. Pure.
+    pub parse: fn(&mut Options, &Common) -> Result<Parsed>,
+    /// How sure it is that these are the first bytes of an image of its format: 0 not at
+    /// all, 100 certain. `None` for drivers that are never probed.
+    pub probe: Option<fn(header: &[u8], filename: &str) -> u8>,
+    /// Makes a new image.
+    pub create: Option<for<'a> fn(CreateCx<'a>, Options) -> LocalFuture<'a, Result<()>>>,
+}
+
+impl std::fmt::Debug for DriverKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DriverKind({})", self.name)
+    }
+}
+
+/// What [`DriverKind::parse`] found.
+pub struct Parsed {
+    /// The children, in the order that the driver's indices mean.
+    pub children: Vec<ChildSpec>,
+    /// The edge rule.
+    pub rule: AccessRule,
+    /// Opens the driver once the children are there.
+    pub open: Box<dyn Opener>,
+}
+
+/// A child that a node wants.
+#[derive(Debug)]
+pub struct ChildSpec {
+    /// The option's name: `file`, `backing`, ...
+    pub name: &'static str,
+    /// What it is to the parent.
+    pub role: ChildRole,
+    /// Which node.
+    pub def: ChildDef,
+}
+
+/// Which node a child is.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ChildDef {
+    /// An existing node.
+    Reference(NodeName),
+    /// A new node with these options (with `driver`).
+    Inline(Options),
+    /// None: given as `null`.
+    None,
+    /// As the image says, if the policy allows it; reported in [`Opened::implicit`].
+    FromImage,
+}
+
+impl ChildDef {
+    /// Reads a child option: a node name, an object, or (with `nullable`) `null` or the
+    /// empty string.
+    pub fn from_value(option: &str, value: Value, nullable: bool) -> Result<ChildDef> {
+        match value {
+            Value::Str(s) if s.is_empty() && nullable => Ok(ChildDef::None),
+            Value::Null if nullable => Ok(ChildDef::None),
+            Value::Str(s) => Ok(ChildDef::Reference(NodeName::internal(s))),
+            Value::Map(m) => Ok(ChildDef::Inline(Options::from_value(Value::Map(m))?)),
+            other => Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "Invalid parameter type for '{option}', expected: node name or object, got: {}",
+                    other.kind()
+                ),
+            )),
+        }
+    }
+
+    /// Takes a required child option out.
+    pub fn take(options: &mut Options, name: &'static str) -> Result<ChildDef> {
+        match options.take(name) {
+            Some(v) => ChildDef::from_value(name, v, false),
+            None => Err(Error::new(ErrorKind::InvalidInput, format!("Parameter '{name}' is missing"))),
+        }
+    }
+}
+
+/// Opens a driver; see [`Parsed::open`].
+pub trait Opener {
+    /// Opens it. Reads what it needs through `cx`; writes nothing that would need undoing.
+    /// Dropping the driver closes it again.
+    fn open<'a>(self: Box<Self>, cx: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>>;
+}
+
+/// A driver that has been opened.
+#[derive(Debug)]
+pub struct Opened {
+    /// The driver.
+    pub driver: std::sync::Arc<dyn Driver>,
+    /// What the image names for the children that were left to it
+    /// ([`ChildDef::FromImage`]).
+    pub implicit: Vec<ImplicitChild>,
+}
+
+/// A reference to another file inside an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImplicitChild {
+    /// The child option: `backing`, `data-file`.
+    pub child: &'static str,
+    /// What it is to the parent.
+    pub role: ChildRole,
+    /// The name in the image: a file name, or a `json:`/`proto:` pseudo name.
+    pub filename: String,
+    /// The format named in the image.
+    pub format: Option<String>,
+}
+
+/// What an opener gets.
+#[derive(Clone, Copy)]
+pub struct OpenCx<'a> {
+    /// The name of the node to be.
+    pub name: &'a NodeName,
+    /// The children that are there already, in the driver's order (those left to the
+    /// image and those that are `None` are missing).
+    pub children: &'a [ChildEdge],
+    /// Common options.
+    pub common: &'a Common,
+    /// The runtime.
+    pub rt: &'a Rt,
+}
+
+impl<'a> OpenCx<'a> {
+    /// A child by name.
+    pub fn child(&self, name: &str) -> Result<&'a ChildEdge> {
+        self.children.iter().find(|c| c.name == name).ok_or_else(|| {
+            Error::new(ErrorKind::InvalidInput, format!("node '{}' has no child '{name}'", self.name))
+        })
+    }
+
+    /// Read access to a child.
+    pub fn read(&self, name: &str) -> Result<Io<'a, Read>> {
+        Io::on_edge(self.child(name)?, self.rt)
+    }
+
+    /// Write access to a child, for repairs on opening.
+    pub fn write(&self, name: &str) -> Result<Io<'a, Write>> {
+        Io::on_edge(self.child(name)?, self.rt)
+    }
+}
+
+/// What a format's `create` gets: the file to be filled, which exists and is empty (or a
+/// device). Protocol drivers get no file: they make it.
+#[derive(Clone, Copy)]
+pub struct CreateCx<'a> {
+    /// The file, with every access; `None` for protocol drivers.
+    pub file: Option<&'a ChildEdge>,
+    /// The runtime.
+    pub rt: &'a Rt,
+}
+
+impl<'a> CreateCx<'a> {
+    fn file(&self) -> Result<&'a ChildEdge> {
+        self.file.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "a format is created in a file"))
+    }
+
+    /// Write access to the file.
+    pub fn write(&self) -> Result<Io<'a, Write>> {
+        Io::on_edge(self.file()?, self.rt)
+    }
+
+    /// Read access to the file.
+    pub fn read(&self) -> Result<Io<'a, Read>> {
+        Io::on_edge(self.file()?, self.rt)
+    }
+
+    /// Access for setting the file's size.
+    pub fn resize(&self) -> Result<Io<'a, Resize>> {
+        Io::on_edge(self.file()?, self.rt)
+    }
+}
+
+/// The options that every node has.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Common {
+    /// `node-name`.
+    pub node_name: Option<NodeName>,
+    /// `read-only`, `cache.direct`, `cache.no-flush`, `force-share`, `discard`.
+    pub flags: NodeFlags,
+    /// `auto-read-only`: open read-only when writing is not possible.
+    pub auto_read_only: bool,
+    /// `detect-zeroes`: `off`, `on` or `unmap`.
+    pub detect_zeroes: Option<&'static str>,
+}
+
+const CACHE: &[OptionSpec] = &[
+    OptionSpec::optional("direct", OptionType::Bool, "bypass the host page cache (default off)"),
+    OptionSpec::optional("no-flush", OptionType::Bool, "ignore flush requests (default off)"),
+];
+
+/// The rows of the common options.
+pub const fn common_options() -> &'static [OptionSpec] {
+    COMMON
+}
+
+const COMMON: &[OptionSpec] = &[
+    OptionSpec::optional("node-name", OptionType::Str, "name of the node (default: made up)"),
+    OptionSpec::optional(
+        "discard",
+        OptionType::Enum(&["ignore", "unmap"]),
+        "what becomes of discards (default ignore)",
+    ),
+    OptionSpec::optional("cache", OptionType::Object(CACHE), "cache mode"),
+    OptionSpec::optional("read-only", OptionType::Bool, "open without the right to write (default off)"),
+    OptionSpec::optional(
+        "auto-read-only",
+        OptionType::Bool,
+        "open read-only if writing is not possible (default off)",
+    ),
+    OptionSpec::optional(
+        "force-share",
+        OptionType::Bool,
+        "open although others hold locks; needs read-only (default off)",
+    ),
+    OptionSpec::optional(
+        "detect-zeroes",
+        OptionType::Enum(&["off", "on", "unmap"]),
+        "turn writes of zeroes into zero writes (default off)",
+    ),
+];
+
+impl Common {
+    /// Takes the common options out.
+    pub fn take(options: &mut Options) -> Result<Common> {
+        let node_name = options.take_str("node-name")?.map(|n| NodeName::parse(&n)).transpose()?;
+        let unmap =
+            matches!(options.take_enum("discard", &["ignore", "unmap", "off", "on"])?, Some("unmap" | "on"));
+        let mut cache = options.take_map("cache")?.unwrap_or_default();
+        // Command lines write `cache.direct=on`; both spellings arrive here.
+        let direct = cache.take_bool("direct")?.or(options.take_bool("cache.direct")?);
+        let no_flush = cache.take_bool("no-flush")?.or(options.take_bool("cache.no-flush")?);
+        cache.finish("cache")?;
+        let read_only = options.take_bool("read-only")?.unwrap_or(false);
+        let auto_read_only = options.take_bool("auto-read-only")?.unwrap_or(false);
+        let force_share = options.take_bool("force-share")?.unwrap_or(false);
+        if force_share && !read_only {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "force-share=on can only be used with read-only images",
+            )
+            .remedy("add read-only=on"));
+        }
+        let detect_zeroes = options.take_enum("detect-zeroes", &["off", "on", "unmap"])?;
+        if detect_zeroes == Some("unmap") && !unmap {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+            )
+            .remedy("add discard=unmap"));
+        }
+        Ok(Common {
+            node_name,
+            flags: NodeFlags {
+                read_only,
+                direct: direct.unwrap_or(false),
+                no_flush: no_flush.unwrap_or(false),
+                force_share,
+                unmap,
+            },
+            auto_read_only,
+            detect_zeroes,
+        })
+    }
+}
+
+/// The drivers that this program has.
+#[derive(Clone, Copy, Debug)]
+pub struct Registry(&'static [&'static DriverKind]);
+
+impl Registry {
+    /// These drivers.
+    pub const fn new(rows: &'static [&'static DriverKind]) -> Registry {
+        Registry(rows)
+    }
+
+    /// All rows.
+    pub fn rows(self) -> &'static [&'static DriverKind] {
+        self.0
+    }
+
+    /// The row of that name.
+    pub fn find(self, name: &str) -> Result<&'static DriverKind> {
+        self.0.iter().copied().find(|d| d.name == name).ok_or_else(|| {
+            let known: Vec<_> = self.0.iter().map(|d| d.name).collect();
+            Error::new(ErrorKind::InvalidInput, format!("Unknown driver '{name}'"))
+                .remedy(format!("this program has: {}", known.join(", ")))
+        })
+    }
+
+    /// The format that is surest of these first bytes of a file; `raw` when none is.
+    pub fn probe(self, header: &[u8], filename: &str) -> &'static str {
+        self.0
+            .iter()
+            .filter_map(|d| Some((d.probe?(header, filename), d.name)))
+            .filter(|(score, _)| *score > 0)
+            .max_by_key(|(score, _)| *score)
+            .map_or("raw", |(_, name)| name)
+    }
+}

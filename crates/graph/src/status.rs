@@ -1,0 +1,159 @@
+//! Block status across a chain: which layer holds a range, and what it reads as.
+
+use std::sync::Arc;
+
+use dolmen_rt::Rt;
+use dolmen_types::{Result, Span};
+
+use crate::{Cx, Extent, Node, SELF, Where};
+
+/// The state of the first `len` bytes of a span, seen from the top of a chain.
+#[derive(Clone, Debug)]
+pub struct ChainStatus {
+    /// How many bytes the answer holds for; at least 1 for a non-empty span.
+    pub len: u64,
+    /// Backing links walked from the top to the layer that holds the range; when nobody
+    /// holds it, the last layer looked at.
+    pub depth: u32,
+    /// Some layer (down to the last one looked at) holds the range.
+    pub present: bool,
+    /// Reads as zeroes.
+    pub zero: bool,
+    /// Holds data (may still be zeroes).
+    pub data: bool,
+    /// Stored compressed.
+    pub compressed: bool,
+    /// The leaf that holds the bytes, and where in it.
+    pub place: Option<(Arc<Node>, u64)>,
+}
+
+/// What one layer says about a span.
+enum Layer {
+    Held {
+        zero: bool,
+        data: bool,
+        compressed: bool,
+        place: Option<(Arc<Node>, u64)>,
+    },
+    /// The layer does not hold it: look at this offset of this backing node, if any.
+    Below(Option<Arc<Node>>, u64),
+}
+
+async fn ask(node: &Node, rt: &Rt, span: Span) -> Result<Extent> {
+    let mut e = node.driver.status(Cx { node, rt }, span).await?;
+    debug_assert!(e.len > 0 || span.is_empty(), "a status makes progress");
+    e.len = e.len.min(span.len());
+    Ok(e)
+}
+
+/// Goes through filters to the node that owns the allocation. Returns the length that the
+/// answer holds for.
+async fn layer(top: &Arc<Node>, rt: &Rt, mut span: Span) -> Result<(u64, Layer)> {
+    let mut node = top.clone();
+    // Set once a `raw` or format said where its data are: from then on only "is it
+    // zero?" is of interest.
+    loop {
+        let e = ask(&node, rt, span).await?;
+        span = span.prefix(e.len);
+        match e.place {
+            Where::Through { child, at } => {
+                span = Span::new(at, e.len);
+                let next = node.children[child as usize].node.clone();
+                node = next;
+            }
+            Where::Data { child: SELF, at, compressed } => {
+                let place = at.map(|at| (node.clone(), at));
+                return Ok((e.len, Layer::Held { zero: false, data: true, compressed, place }));
+            }
+            Where::Data { child, at, compressed } => {
+                let place = at.map(|at| leaf_of(&node.children[child as usize].node, at));
+                return Ok((e.len, Layer::Held { zero: false, data: true, compressed, place }));
+            }
+            Where::Zero { at } => {
+                let place = at.map(|(child, at)| {
+                    if child == SELF {
+                        (node.clone(), at)
+                    } else {
+                        leaf_of(&node.children[child as usize].node, at)
+                    }
+                });
+                return Ok((e.len, Layer::Held { zero: true, data: false, compressed: false, place }));
+            }
+            Where::Unallocated => {
+                return Ok((e.len, Layer::Below(node.backing().cloned(), span.offset())));
+            }
+        }
+    }
+}
+
+/// The node that a format's file offset is reported for: the format's file itself, or
+/// what lies below plain filters and `raw` at the same offset.
+fn leaf_of(node: &Arc<Node>, at: u64) -> (Arc<Node>, u64) {
+    let mut node = node.clone();
+    while let Some(next) = node.filtered() {
+        node = next.clone();
+    }
+    (node, at)
+}
+
+/// The state of the start of `span` along the chain below `top`, down to but without
+/// `base`.
+///
+/// # Errors
+/// What reading metadata says.
+pub async fn chain_status(top: &Arc<Node>, rt: &Rt, span: Span, base: Option<&Node>) -> Result<ChainStatus> {
+    let mut node = top.clone();
+    let mut at = span.offset();
+    let mut len = span.len();
+    let mut depth = 0;
+    loop {
+        let size = node.size();
+        if at >= size {
+            // Past the end of a shorter backing file: zeroes that this layer supplies.
+            return Ok(ChainStatus {
+                len,
+                depth,
+                present: depth > 0,
+                zero: true,
+                data: false,
+                compressed: false,
+                place: None,
+            });
+        }
+        let part = Span::new(at, len.min(size - at));
+        let (n, found) = layer(&node, rt, part).await?;
+        len = n;
+        match found {
+            Layer::Held { zero, data, compressed, place } => {
+                return Ok(ChainStatus { len, depth, present: true, zero, data, compressed, place });
+            }
+            Layer::Below(next, offset) => {
+                let next = next.filter(|n| base.is_none_or(|b| !std::ptr::eq(&**n, b)));
+                let Some(next) = next else {
+                    return Ok(ChainStatus {
+                        len,
+                        depth,
+                        present: false,
+                        zero: true,
+                        data: false,
+                        compressed: false,
+                        place: None,
+                    });
+                };
+                depth += 1;
+                at = offset;
+                node = next;
+            }
+        }
+    }
+}
+
+/// Whether the start of `span` is allocated in the layer of `node` itself (through the
+/// filters above it), and for how many bytes that holds.
+///
+/// # Errors
+/// What reading metadata says.
+pub async fn own_status(node: &Arc<Node>, rt: &Rt, span: Span) -> Result<(bool, u64)> {
+    let (len, found) = layer(node, rt, span).await?;
+    Ok((matches!(found, Layer::Held { .. }), len))
+}

@@ -1,0 +1,237 @@
+//! Users of the graph: an edge handle per export, job or tool, and a token per request.
+//!
+//! A request takes a [`Token`]: it proves the grant, counts the request in flight, pins
+//! the snapshot the grant was checked against, and goes back before the reply is sent.
+//! Quiescing closes the gate (new tokens wait) and waits until no token is out; a
+//! request never waits for the control task in any other way.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
+
+use arc_swap::ArcSwap;
+use dolmen_rt::Rt;
+use dolmen_types::{Claim, Error, ErrorKind, OpId, Result, Span};
+use event_listener::Event;
+
+use crate::{Io, Node, Read, Resize, Write, WriteUnchanged};
+
+/// What a user's edge leads to in one snapshot.
+pub(crate) struct Binding {
+    pub(crate) node: Arc<Node>,
+    pub(crate) claim: Claim,
+}
+
+/// A user's edge into the graph, shared by the owner of the graph and the user.
+pub struct UserEdge {
+    op: OpId,
+    binding: ArcSwap<Binding>,
+    in_flight: AtomicUsize,
+    closed: AtomicBool,
+    /// The edge is gone: tokens are refused.
+    detached: AtomicBool,
+    opened: Event,
+    drained: Event,
+    /// Requests issued so far, for counters.
+    requests: AtomicU64,
+}
+
+impl UserEdge {
+    pub(crate) fn new(op: OpId, node: Arc<Node>, claim: Claim) -> Arc<UserEdge> {
+        Arc::new(UserEdge {
+            op,
+            binding: ArcSwap::from_pointee(Binding { node, claim }),
+            in_flight: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+            detached: AtomicBool::new(false),
+            opened: Event::new(),
+            drained: Event::new(),
+            requests: AtomicU64::new(0),
+        })
+    }
+
+    /// The operation that the edge belongs to.
+    pub fn op(&self) -> &OpId {
+        &self.op
+    }
+
+    /// The node it leads to now.
+    pub fn node(&self) -> Arc<Node> {
+        self.binding.load().node.clone()
+    }
+
+    /// What was granted.
+    pub fn claim(&self) -> Claim {
+        self.binding.load().claim
+    }
+
+    /// Requests that hold a token now.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.load(SeqCst)
+    }
+
+    /// Requests issued so far.
+    pub fn requests(&self) -> u64 {
+        self.requests.load(Relaxed)
+    }
+
+    /// Takes a token for one request, without waiting if the edge is open.
+    ///
+    /// # Errors
+    /// `Disconnected` when the edge has been taken away.
+    pub async fn begin(self: &Arc<Self>) -> Result<Token> {
+        loop {
+            if let Some(token) = self.try_begin()? {
+                return Ok(token);
+            }
+            let listener = self.opened.listen();
+            if self.closed.load(SeqCst) && !self.detached.load(SeqCst) {
+                listener.await;
+            }
+        }
+    }
+
+    /// Takes a token, or `None` while the edge is quiesced.
+    ///
+    /// # Errors
+    /// As [`UserEdge::begin`].
+    pub fn try_begin(self: &Arc<Self>) -> Result<Option<Token>> {
+        // Count first, then look at the gate: `quiesce` closes the gate first, then
+        // looks at the count, so one of the two sees the other.
+        self.in_flight.fetch_add(1, SeqCst);
+        if self.closed.load(SeqCst) {
+            self.put_back();
+            if self.detached.load(SeqCst) {
+                return Err(Error::new(
+                    ErrorKind::Disconnected,
+                    format!("'{}' has been taken off its node", self.op),
+                ));
+            }
+            return Ok(None);
+        }
+        self.requests.fetch_add(1, Relaxed);
+        Ok(Some(Token { binding: self.binding.load_full(), edge: self.clone() }))
+    }
+
+    fn put_back(&self) {
+        if self.in_flight.fetch_sub(1, SeqCst) == 1 && self.closed.load(SeqCst) {
+            self.drained.notify(usize::MAX);
+        }
+    }
+
+    pub(crate) fn close_gate(&self) {
+        self.closed.store(true, SeqCst);
+    }
+
+    pub(crate) async fn drained(&self) {
+        while self.in_flight.load(SeqCst) != 0 {
+            let listener = self.drained.listen();
+            if self.in_flight.load(SeqCst) == 0 {
+                return;
+            }
+            listener.await;
+        }
+    }
+
+    pub(crate) fn rebind(&self, node: Arc<Node>, claim: Claim) {
+        self.binding.store(Arc::new(Binding { node, claim }));
+    }
+
+    pub(crate) fn open_gate(&self) {
+        self.closed.store(false, SeqCst);
+        self.opened.notify(usize::MAX);
+    }
+
+    pub(crate) fn detach(&self) {
+        self.detached.store(true, SeqCst);
+        self.closed.store(true, SeqCst);
+        self.opened.notify(usize::MAX);
+    }
+}
+
+impl fmt::Debug for UserEdge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "UserEdge({} -> {})", self.op, self.binding.load().node.name)
+    }
+}
+
+/// The right to one request, on the snapshot that it was granted on.
+#[must_use = "a token that is dropped at once counts a request that never was"]
+pub struct Token {
+    binding: Arc<Binding>,
+    edge: Arc<UserEdge>,
+}
+
+impl Token {
+    /// The node the request goes to.
+    pub fn node(&self) -> &Arc<Node> {
+        &self.binding.node
+    }
+
+    /// Size of the node in bytes.
+    pub fn size(&self) -> u64 {
+        self.binding.node.size()
+    }
+
+    /// Checks that a range lies within the node.
+    ///
+    /// # Errors
+    /// `OutOfBounds`.
+    pub fn check(&self, offset: u64, len: u64) -> Result<Span> {
+        match Span::checked(offset, len) {
+            Some(span) if span.end() <= self.size() => Ok(span),
+            _ => Err(Error::new(
+                ErrorKind::OutOfBounds,
+                format!(
+                    "offset {offset} with {len} bytes lies beyond the end of node '{}' ({} bytes)",
+                    self.binding.node.name,
+                    self.size()
+                ),
+            )),
+        }
+    }
+
+    /// Read access.
+    ///
+    /// # Errors
+    /// `PermissionDenied` when the edge was not granted it.
+    pub fn read<'a>(&'a self, rt: &'a Rt) -> Result<Io<'a, Read>> {
+        Io::granted(&self.binding.node, self.binding.claim, rt)
+    }
+
+    /// Write access.
+    ///
+    /// # Errors
+    /// As [`Token::read`].
+    pub fn write<'a>(&'a self, rt: &'a Rt) -> Result<Io<'a, Write>> {
+        Io::granted(&self.binding.node, self.binding.claim, rt)
+    }
+
+    /// Access for writes that readers can't see.
+    ///
+    /// # Errors
+    /// As [`Token::read`].
+    pub fn write_unchanged<'a>(&'a self, rt: &'a Rt) -> Result<Io<'a, WriteUnchanged>> {
+        Io::granted(&self.binding.node, self.binding.claim, rt)
+    }
+
+    /// Access for resizing.
+    ///
+    /// # Errors
+    /// As [`Token::read`].
+    pub fn resize<'a>(&'a self, rt: &'a Rt) -> Result<Io<'a, Resize>> {
+        Io::granted(&self.binding.node, self.binding.claim, rt)
+    }
+}
+
+impl Drop for Token {
+    fn drop(&mut self) {
+        self.edge.put_back();
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Token({} on {})", self.edge.op, self.binding.node.name)
+    }
+}
