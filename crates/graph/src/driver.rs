@@ -230,6 +230,8 @@ pub enum Where {
 pub struct Description {
     /// File name or URL of a leaf; of a format, nothing.
     pub filename: Option<String>,
+    /// A leaf that asked for `auto-read-only` could only be opened for reading.
+    pub read_only: bool,
     /// Bytes of disk space used, where known.
     pub actual_size: Option<u64>,
     /// Cluster size of a format.

@@ -189,6 +189,13 @@ impl<'g, A: Access> Io<'g, A> {
     }
 }
 
+impl<'g> Io<'g, Read> {
+    /// For finding out the format of a file that nobody is attached to yet.
+    pub(crate) fn for_probing(node: &'g Node, rt: &'g Rt) -> Self {
+        Io { node, rt, access: PhantomData }
+    }
+}
+
 impl<'g, A> Io<'g, A> {
     /// The node.
     pub fn node(&self) -> &'g Node {

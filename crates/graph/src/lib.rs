@@ -22,16 +22,22 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod draft;
 mod driver;
 mod epoch;
+mod explain;
 mod io;
 mod node;
+mod open;
+mod owner;
 mod range_lock;
 mod registry;
+mod solver;
 mod status;
 mod user;
 
 pub use access::{AccessRule, NodeFacts};
+pub use draft::{ClaimScope, Draft, NodeDef, OpClaim, OpInfo};
 pub use driver::{
     Class, Description, Driver, Extent, Limits, NodeChange, Op, Plan, Prealloc, Prepared, Request, SELF,
     SnapshotInfo, Where,
@@ -39,10 +45,15 @@ pub use driver::{
 pub use epoch::{Epochs, Lease, Stamp};
 pub use io::{Access, Cx, Io, Read, Resize, Write, WriteUnchanged};
 pub use node::{ChildEdge, Graph, Node, NodeFlags, NodeState};
+pub use open::{
+    Implicit, MAX_CHAIN, MAX_NODES, OpenPolicy, Opener as NodeOpener, PROBE_BYTES, has_protocol, join,
+};
+pub use owner::{GraphEvent, GraphOwner};
 pub use range_lock::{RangeGuard, RangeLock};
 pub use registry::{
-    ChildDef, ChildSpec, Common, CreateCx, DriverKind, ImplicitChild, OpenCx, Opened, Opener, Parsed,
-    Registry, common_options,
+    ChildDef, ChildSpec, Common, CreateCx, CreateFn, DriverKind, ImplicitChild, OpenCx, Opened, Opener,
+    Parsed, Registry, common_options,
 };
+pub use solver::{EdgeRef, Grants, Refusal, TopoClaim, TopoNode, TopoUser, Topology, solve};
 pub use status::{ChainStatus, chain_status, own_status};
 pub use user::{Token, UserEdge};

@@ -32,8 +32,11 @@ pub struct DriverKind {
     /// all, 100 certain. `None` for drivers that are never probed.
     pub probe: Option<fn(header: &[u8], filename: &str) -> u8>,
     /// Makes a new image.
-    pub create: Option<for<'a> fn(CreateCx<'a>, Options) -> LocalFuture<'a, Result<()>>>,
+    pub create: Option<CreateFn>,
 }
+
+/// Makes a new image; see [`DriverKind::create`].
+pub type CreateFn = for<'a> fn(CreateCx<'a>, Options) -> LocalFuture<'a, Result<()>>;
 
 impl std::fmt::Debug for DriverKind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -47,6 +50,10 @@ pub struct Parsed {
     pub children: Vec<ChildSpec>,
     /// The edge rule.
     pub rule: AccessRule,
+    /// The driver relies on the chain from its first child down to this node (copy-on-read
+    /// with `bottom`): while the node exists, nobody may relink the nodes above it, or
+    /// replace them.
+    pub relies_down_to: Option<NodeName>,
     /// Opens the driver once the children are there.
     pub open: Box<dyn Opener>,
 }

@@ -1,0 +1,677 @@
+//! A draft: a candidate for the next snapshot, and what has been prepared for it.
+//!
+//! A draft starts as a copy of what is published. Changes to it touch nothing outside;
+//! [`Draft::solve`] asks the solver; [`Draft::prepare`] lets leaf drivers take the locks
+//! that the candidate needs. Publishing is [`GraphOwner::commit`](crate::GraphOwner::commit).
+//! Dropping a draft undoes everything, in reverse order.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use dolmen_rt::{Instant, Rt};
+use dolmen_types::{ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Result, Value};
+
+use crate::{
+    AccessRule, ChildEdge, Cx, Driver, DriverKind, Grants, Node, NodeChange, NodeFlags, NodeState, Prepared,
+    TopoClaim, TopoNode, TopoUser, Topology, UserEdge, solve,
+};
+
+/// Who an operation is, for messages and queries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpInfo {
+    /// Unique among all operations.
+    pub id: OpId,
+    /// "export", "job", "command", "tool", "node" (a driver's own claims).
+    pub kind: String,
+    /// "nbd, writable", "mirror of 'top', ready", ...
+    pub detail: String,
+    /// When it started; `None` for a command that is just being tried.
+    pub since: Option<Instant>,
+    /// How a user ends it: "remove it (block-export-del 'exp0')".
+    pub ends_with: Option<String>,
+    /// What it could do instead of writing: "export 'base' read-only".
+    pub instead_of_writing: Option<String>,
+}
+
+/// What a claim is about.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ClaimScope {
+    /// The node itself.
+    Node,
+    /// One bitmap of the node.
+    Bitmap(String),
+    /// One internal snapshot.
+    Snapshot(String),
+    /// One key slot of an encrypted image.
+    KeySlot(u8),
+}
+
+/// A claim of an operation on a node. Does not propagate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpClaim {
+    /// The operation.
+    pub op: OpId,
+    /// The node.
+    pub node: NodeName,
+    /// What it needs and allows.
+    pub claim: Claim,
+    /// What it is about.
+    pub scope: ClaimScope,
+    /// Why it does not allow the rest: "reads it as part of its source".
+    pub why: String,
+    /// The node must not go away while the claim stands.
+    pub pins: bool,
+}
+
+/// A node to be added to a draft.
+#[derive(Clone, Debug)]
+pub struct NodeDef {
+    /// Its name.
+    pub name: NodeName,
+    /// The name was made up.
+    pub anonymous: bool,
+    /// Registry row.
+    pub kind: &'static DriverKind,
+    /// Edge rule.
+    pub rule: AccessRule,
+    /// Common properties.
+    pub flags: NodeFlags,
+    /// The operation that interposes it, if one does.
+    pub owner: Option<OpId>,
+    /// It stays until it is deleted by name; otherwise it goes with its last parent.
+    pub monitor: bool,
+    /// Options it was opened with.
+    pub options: Value,
+}
+
+#[derive(Clone)]
+pub(crate) struct DraftChild {
+    pub(crate) name: &'static str,
+    pub(crate) role: ChildRole,
+    pub(crate) node: NodeName,
+}
+
+#[derive(Clone)]
+pub(crate) struct DraftNode {
+    pub(crate) def: NodeDef,
+    /// `None` while the driver is being opened.
+    pub(crate) driver: Option<Arc<dyn Driver>>,
+    /// The leaf could only be opened for reading.
+    pub(crate) forced_read_only: bool,
+    pub(crate) children: Vec<DraftChild>,
+    pub(crate) state: Arc<NodeState>,
+}
+
+#[derive(Clone)]
+pub(crate) struct DraftUser {
+    pub(crate) op: OpId,
+    pub(crate) node: NodeName,
+    pub(crate) claim: Claim,
+    /// `None` until it has been published.
+    pub(crate) edge: Option<Arc<UserEdge>>,
+}
+
+/// What is published, in the form that drafts are copied from.
+#[derive(Clone, Default)]
+pub(crate) struct State {
+    pub(crate) nodes: Vec<DraftNode>,
+    pub(crate) users: Vec<DraftUser>,
+    pub(crate) ops: Vec<OpInfo>,
+    pub(crate) claims: Vec<OpClaim>,
+    /// Interposed filters by the node they stand on, innermost first.
+    pub(crate) over: BTreeMap<NodeName, Vec<NodeName>>,
+    /// What each leaf was last told that its parents need and allow.
+    pub(crate) told: BTreeMap<NodeName, Claim>,
+    pub(crate) next_name: u32,
+}
+
+impl State {
+    pub(crate) fn node(&self, name: &str) -> Option<&DraftNode> {
+        self.nodes.iter().find(|n| n.def.name.as_str() == name)
+    }
+
+    fn index(&self, name: &NodeName) -> usize {
+        self.nodes.iter().position(|n| n.def.name == *name).expect("links lead to nodes of the draft")
+    }
+
+    /// What the solver gets, and the scopes by number.
+    pub(crate) fn topology(&self) -> Topology {
+        let op =
+            |id: &OpId| self.ops.iter().position(|o| o.id == *id).expect("operations are registered") as u32;
+        let mut scopes: Vec<&ClaimScope> = Vec::new();
+        let claims = self
+            .claims
+            .iter()
+            .map(|c| TopoClaim {
+                op: op(&c.op),
+                node: self.index(&c.node),
+                claim: c.claim,
+                scope: (c.scope != ClaimScope::Node).then(|| {
+                    scopes.iter().position(|s| **s == c.scope).unwrap_or_else(|| {
+                        scopes.push(&c.scope);
+                        scopes.len() - 1
+                    }) as u32
+                }),
+            })
+            .collect();
+        Topology {
+            nodes: self
+                .nodes
+                .iter()
+                .map(|n| TopoNode {
+                    rule: n.driver.as_ref().map_or(n.def.rule, |d| d.access_rule()),
+                    writable: !n.def.flags.read_only && !n.forced_read_only,
+                    active: true,
+                    aligned: true,
+                    owner: n.def.owner.as_ref().map(op),
+                    children: n.children.iter().map(|c| (c.role, self.index(&c.node))).collect(),
+                })
+                .collect(),
+            users: self
+                .users
+                .iter()
+                .map(|u| TopoUser { op: op(&u.op), node: self.index(&u.node), claim: u.claim })
+                .collect(),
+            claims,
+        }
+    }
+
+    fn reaches(&self, from: &NodeName, to: &NodeName) -> bool {
+        from == to || self.node(from).is_some_and(|n| n.children.iter().any(|c| self.reaches(&c.node, to)))
+    }
+}
+
+/// A candidate for the next snapshot.
+pub struct Draft {
+    pub(crate) state: State,
+    /// The generation it was copied from: a draft of an older one can't be published.
+    pub(crate) generation: u64,
+    /// Published nodes, to be reused where nothing changed.
+    pub(crate) published: Vec<Arc<Node>>,
+    prepared: Vec<Box<dyn Prepared>>,
+    now: Instant,
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        // Later preparations may build on earlier ones.
+        while let Some(p) = self.prepared.pop() {
+            drop(p);
+        }
+    }
+}
+
+impl Draft {
+    pub(crate) fn new(state: State, generation: u64, published: Vec<Arc<Node>>, now: Instant) -> Draft {
+        Draft { state, generation, published, prepared: Vec::new(), now }
+    }
+
+    /// Makes up a name that users can't type.
+    pub fn fresh_name(&mut self) -> NodeName {
+        loop {
+            let name = format!("#block{:03}", self.state.next_name);
+            self.state.next_name += 1;
+            if self.state.node(&name).is_none() {
+                return NodeName::internal(name);
+            }
+        }
+    }
+
+    /// Whether a node of that name is in the candidate.
+    pub fn has_node(&self, name: &str) -> bool {
+        self.state.node(name).is_some()
+    }
+
+    /// The names of all nodes of the candidate.
+    pub fn node_names(&self) -> impl Iterator<Item = &NodeName> {
+        self.state.nodes.iter().map(|n| &n.def.name)
+    }
+
+    /// Driver of a node that has been opened.
+    pub fn driver(&self, name: &str) -> Option<&Arc<dyn Driver>> {
+        self.state.node(name)?.driver.as_ref()
+    }
+
+    /// Registry row of a node.
+    pub fn kind(&self, name: &str) -> Option<&'static DriverKind> {
+        self.state.node(name).map(|n| n.def.kind)
+    }
+
+    /// A child of a node by the option's name.
+    pub fn child(&self, name: &str, child: &str) -> Option<&NodeName> {
+        self.state.node(name)?.children.iter().find(|c| c.name == child).map(|c| &c.node)
+    }
+
+    /// Where something new that names `node` attaches: to the outermost filter that an
+    /// operation has interposed on it.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn resolve(&self, node: &str) -> Result<NodeName> {
+        let mut name = self.state.node(node).map(|n| n.def.name.clone()).ok_or_else(|| no_such_node(node))?;
+        while let Some(outer) = self.state.over.get(&name).and_then(|o| o.last()) {
+            name = outer.clone();
+        }
+        Ok(name)
+    }
+
+    /// Registers an operation.
+    ///
+    /// # Errors
+    /// `AlreadyExists` when the id is taken.
+    pub fn add_op(&mut self, op: OpInfo) -> Result<()> {
+        if self.state.ops.iter().any(|o| o.id == op.id) {
+            return Err(Error::new(ErrorKind::AlreadyExists, format!("id '{}' is already in use", op.id)));
+        }
+        self.state.ops.push(op);
+        Ok(())
+    }
+
+    /// Ends an operation: its edges and claims go; filters that it interposed must have
+    /// been taken out before.
+    pub fn remove_op(&mut self, op: &OpId) {
+        self.state.users.retain(|u| u.op != *op);
+        self.state.claims.retain(|c| c.op != *op);
+        self.state.ops.retain(|o| o.id != *op);
+    }
+
+    /// Attaches an operation to a node (or to the outermost filter interposed on it).
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn add_user(&mut self, op: &OpId, node: &str, claim: Claim) -> Result<()> {
+        let node = self.resolve(node)?;
+        self.state.users.push(DraftUser { op: op.clone(), node, claim, edge: None });
+        Ok(())
+    }
+
+    /// Adds a claim; it lands on the named node itself.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn add_claim(&mut self, claim: OpClaim) -> Result<()> {
+        if !self.has_node(&claim.node) {
+            return Err(no_such_node(&claim.node));
+        }
+        self.state.claims.push(claim);
+        Ok(())
+    }
+
+    /// Adds a node without children, whose driver will be set later.
+    ///
+    /// # Errors
+    /// `AlreadyExists` when the name is taken.
+    pub fn add_node(&mut self, def: NodeDef) -> Result<()> {
+        if self.has_node(&def.name) {
+            return Err(Error::new(
+                ErrorKind::AlreadyExists,
+                format!("Duplicate nodes with node-name='{}'", def.name),
+            )
+            .remedy("choose another node-name, or remove the node first (blockdev-del)"));
+        }
+        self.state.nodes.push(DraftNode {
+            def,
+            driver: None,
+            forced_read_only: false,
+            children: Vec::new(),
+            state: Arc::default(),
+        });
+        Ok(())
+    }
+
+    /// Links a child that an existing node is (or the outermost filter interposed on it).
+    ///
+    /// # Errors
+    /// `NotFound`; `InvalidInput` when the link would close a cycle.
+    pub fn link(
+        &mut self,
+        parent: &NodeName,
+        name: &'static str,
+        role: ChildRole,
+        child: &str,
+    ) -> Result<()> {
+        let child = self.resolve(child)?;
+        if self.state.reaches(&child, parent) {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("Making '{child}' a {name} child of '{parent}' would create a cycle"),
+            ));
+        }
+        let i = self.state.index(parent);
+        let children = &mut self.state.nodes[i].children;
+        match children.iter_mut().find(|c| c.name == name) {
+            Some(c) => c.node = child,
+            None => children.push(DraftChild { name, role, node: child }),
+        }
+        Ok(())
+    }
+
+    /// Removes a link.
+    pub fn unlink(&mut self, parent: &NodeName, name: &str) {
+        let i = self.state.index(parent);
+        self.state.nodes[i].children.retain(|c| c.name != name);
+    }
+
+    /// Sets the driver of a node that is now open.
+    pub fn set_driver(&mut self, node: &NodeName, driver: Arc<dyn Driver>, forced_read_only: bool) {
+        let i = self.state.index(node);
+        self.state.nodes[i].driver = Some(driver);
+        self.state.nodes[i].forced_read_only = forced_read_only;
+    }
+
+    /// Makes the filter `filter` (a node of the draft with an owner, whose `file` child
+    /// is not linked yet) the place where every parent of `on` is attached, except
+    /// nodes that the filter itself reaches.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn interpose(&mut self, filter: &NodeName, child: &'static str, on: &str) -> Result<()> {
+        let on = self.resolve(on)?;
+        let owner = self.state.node(filter).and_then(|n| n.def.owner.clone());
+        let spared: Vec<NodeName> = self
+            .state
+            .nodes
+            .iter()
+            .map(|n| n.def.name.clone())
+            .filter(|n| *n != *filter && self.state.reaches(filter, n))
+            .collect();
+        for node in &mut self.state.nodes {
+            if node.def.name != *filter && !spared.contains(&node.def.name) {
+                for c in node.children.iter_mut().filter(|c| c.node == on) {
+                    c.node = filter.clone();
+                }
+            }
+        }
+        for user in self.state.users.iter_mut().filter(|u| u.node == on && Some(&u.op) != owner.as_ref()) {
+            user.node = filter.clone();
+        }
+        let i = self.state.index(filter);
+        self.state.nodes[i]
+            .children
+            .insert(0, DraftChild { name: child, role: ChildRole::Filtered, node: on.clone() });
+        self.state.over.entry(on).or_default().push(filter.clone());
+        Ok(())
+    }
+
+    /// Takes an interposed filter out: its parents and users go to the node it stands on.
+    pub fn take_out(&mut self, filter: &NodeName) {
+        let Some(below) = self
+            .state
+            .node(filter)
+            .and_then(|n| n.children.iter().find(|c| c.role == ChildRole::Filtered))
+            .map(|c| c.node.clone())
+        else {
+            return;
+        };
+        for c in self.state.nodes.iter_mut().flat_map(|n| &mut n.children).filter(|c| c.node == *filter) {
+            c.node = below.clone();
+        }
+        for u in self.state.users.iter_mut().filter(|u| u.node == *filter) {
+            u.node = below.clone();
+        }
+        self.state.over.retain(|_, filters| {
+            filters.retain(|f| f != filter);
+            !filters.is_empty()
+        });
+        self.drop_node(filter);
+    }
+
+    /// Deletes a node by name, with the children that nobody else holds.
+    ///
+    /// # Errors
+    /// `NotFound`; `Busy` when somebody uses it, saying who.
+    pub fn remove_node(&mut self, name: &str) -> Result<()> {
+        let node = self.state.node(name).ok_or_else(|| no_such_node(name))?.def.name.clone();
+        if let Some(user) = self.used_by(&node) {
+            return Err(Error::new(ErrorKind::Busy, format!("Node {node} is in use: {user}"))
+                .remedy("remove what uses it first"));
+        }
+        self.drop_node(&node);
+        Ok(())
+    }
+
+    /// Who uses a node, in words; `None` if nobody does.
+    pub fn used_by(&self, node: &NodeName) -> Option<String> {
+        let s = &self.state;
+        if let Some(p) = s.nodes.iter().find(|n| n.children.iter().any(|c| c.node == *node)) {
+            let role = p.children.iter().find(|c| c.node == *node).map_or("child", |c| c.name);
+            return Some(format!("it is the '{role}' child of node '{}'", p.def.name));
+        }
+        let by = |op: &OpId| {
+            let info = s.ops.iter().find(|o| o.id == *op);
+            match info {
+                Some(o) => format!("{} '{}' ({})", o.kind, o.id, o.detail),
+                None => format!("'{op}'"),
+            }
+        };
+        if let Some(u) = s.users.iter().find(|u| u.node == *node) {
+            return Some(by(&u.op));
+        }
+        if let Some(c) = s.claims.iter().find(|c| c.node == *node && c.pins) {
+            return Some(format!("{} {}", by(&c.op), c.why));
+        }
+        s.over.get(node).and_then(|o| o.first()).map(|f| format!("filter '{f}' stands on it"))
+    }
+
+    fn drop_node(&mut self, name: &NodeName) {
+        let i = self.state.index(name);
+        let node = self.state.nodes.remove(i);
+        // What the driver itself claimed goes with it.
+        let own = driver_op(name);
+        self.remove_op(&own);
+        self.state.told.remove(name);
+        for c in node.children {
+            let alone =
+                self.state.node(&c.node).is_some_and(|n| !n.def.monitor) && self.used_by(&c.node).is_none();
+            if alone {
+                self.drop_node(&c.node);
+            }
+        }
+    }
+
+    /// Claims that nobody relinks or replaces the nodes from the first child of `node`
+    /// down to, but without, `bottom`; `bottom` itself is pinned.
+    ///
+    /// # Errors
+    /// `NotFound` when `bottom` is not below the node.
+    pub fn rely_down_to(&mut self, node: &NodeName, bottom: &NodeName) -> Result<()> {
+        use dolmen_types::Actions;
+        let op = driver_op(node);
+        self.add_op(OpInfo {
+            id: op.clone(),
+            kind: "node".into(),
+            detail: format!("driver {}", self.kind(node).map_or("", |k| k.name)),
+            since: Some(self.now),
+            ends_with: Some(format!("remove the node first (blockdev-del '{node}')")),
+            instead_of_writing: None,
+        })?;
+        let mut at = self.state.node(node).and_then(|n| n.children.first()).map(|c| c.node.clone());
+        while let Some(name) = at {
+            let last = name == *bottom;
+            let allows = if last { Actions::EVERY } else { Actions::EVERY - Actions::G - Actions::P };
+            self.add_claim(OpClaim {
+                op: op.clone(),
+                node: name.clone(),
+                claim: Claim { needs: Actions::NONE, allows },
+                scope: ClaimScope::Node,
+                why: format!("relies on the chain down to its bottom node '{bottom}'"),
+                pins: true,
+            })?;
+            if last {
+                return Ok(());
+            }
+            at = self
+                .state
+                .node(&name)
+                .and_then(|n| {
+                    n.children.iter().find(|c| matches!(c.role, ChildRole::Filtered | ChildRole::Backing))
+                })
+                .map(|c| c.node.clone());
+        }
+        Err(Error::new(ErrorKind::NotFound, format!("Bottom node '{bottom}' is not below node '{node}'")))
+    }
+
+    /// Asks the solver about the candidate.
+    ///
+    /// # Errors
+    /// `Conflict` with both parties, `ReadOnly`, `InvalidInput`.
+    pub fn solve(&self) -> Result<Grants> {
+        solve(&self.state.topology()).map_err(|r| crate::explain::explain(&self.state, r, self.now))
+    }
+
+    /// Builds the nodes that have a driver, reusing published ones that did not change.
+    pub(crate) fn build(&self, grants: &Grants) -> BTreeMap<NodeName, Arc<Node>> {
+        let mut built = BTreeMap::new();
+        for i in 0..self.state.nodes.len() {
+            self.build_node(i, grants, &mut built);
+        }
+        built
+    }
+
+    fn build_node(
+        &self,
+        i: usize,
+        grants: &Grants,
+        built: &mut BTreeMap<NodeName, Arc<Node>>,
+    ) -> Option<Arc<Node>> {
+        let d = &self.state.nodes[i];
+        if let Some(n) = built.get(&d.def.name) {
+            return Some(n.clone());
+        }
+        let driver = d.driver.clone()?;
+        let mut children = Vec::with_capacity(d.children.len());
+        for (k, c) in d.children.iter().enumerate() {
+            let node = self.build_node(self.state.index(&c.node), grants, built)?;
+            children.push(ChildEdge { name: c.name, role: c.role, node, claim: grants.children[i][k] });
+        }
+        let same = |old: &&Arc<Node>| {
+            old.name == d.def.name
+                && Arc::ptr_eq(&old.state, &d.state)
+                && Arc::ptr_eq(&old.driver, &driver)
+                && old.flags == d.def.flags
+                && old.children.len() == children.len()
+                && old
+                    .children
+                    .iter()
+                    .zip(&children)
+                    .all(|(a, b)| a.name == b.name && a.claim == b.claim && Arc::ptr_eq(&a.node, &b.node))
+        };
+        let node = match self.published.iter().find(same) {
+            Some(old) => old.clone(),
+            None => Arc::new(Node {
+                name: d.def.name.clone(),
+                anonymous: d.def.anonymous,
+                maps: d.def.kind.maps,
+                driver,
+                children: children.into(),
+                flags: d.def.flags,
+                state: d.state.clone(),
+                owner: d.def.owner.clone(),
+                options: d.def.options.clone(),
+            }),
+        };
+        built.insert(d.def.name.clone(), node.clone());
+        Some(node)
+    }
+
+    /// The edges to the children of a node that are there, with what the solver grants.
+    pub(crate) fn edges_of(&self, name: &NodeName) -> Result<Vec<ChildEdge>> {
+        let grants = self.solve()?;
+        let built = self.build(&grants);
+        let i = self.state.index(name);
+        Ok(self.state.nodes[i]
+            .children
+            .iter()
+            .enumerate()
+            .filter_map(|(k, c)| {
+                Some(ChildEdge {
+                    name: c.name,
+                    role: c.role,
+                    node: built.get(&c.node)?.clone(),
+                    claim: grants.children[i][k],
+                })
+            })
+            .collect())
+    }
+
+    /// The node as it is in the candidate, for reading it while it is being opened.
+    pub(crate) fn built_node(&self, name: &NodeName) -> Result<Arc<Node>> {
+        let grants = self.solve()?;
+        self.build(&grants).remove(name).ok_or_else(|| no_such_node(name))
+    }
+
+    /// A node value for asking a driver that has just been opened.
+    pub(crate) fn probe_node(&self, name: &NodeName, driver: Arc<dyn Driver>, edges: &[ChildEdge]) -> Node {
+        let d = &self.state.nodes[self.state.index(name)];
+        Node {
+            name: name.clone(),
+            anonymous: d.def.anonymous,
+            maps: false,
+            driver,
+            children: edges.into(),
+            flags: d.def.flags,
+            state: d.state.clone(),
+            owner: None,
+            options: Value::Null,
+        }
+    }
+
+    /// The file name of the image that a format node keeps its metadata in.
+    pub fn image_filename(&self, name: &NodeName) -> Option<String> {
+        let file = self.child(name, "file")?;
+        let node = self.built_node(file).ok()?;
+        let mut at = &node;
+        while let Some(next) = at.filtered() {
+            at = next;
+        }
+        at.driver.describe(at).filename
+    }
+
+    /// Solves, then lets every driver prepare whose parents' needs and allows differ from
+    /// what it was told last (leaf drivers take locks). May be called several times while
+    /// a draft grows.
+    ///
+    /// # Errors
+    /// The solver's, or `Locked` when another process holds the image. What was prepared
+    /// before stays prepared until the draft is dropped.
+    pub async fn prepare(&mut self, rt: &Rt) -> Result<Grants> {
+        let grants = self.solve()?;
+        let built = self.build(&grants);
+        for i in 0..self.state.nodes.len() {
+            let name = self.state.nodes[i].def.name.clone();
+            let total = grants.total[i];
+            let Some(node) = built.get(&name) else { continue };
+            if self.state.told.get(&name).copied().unwrap_or(Claim::IDLE) == total {
+                continue;
+            }
+            let change = NodeChange::Access { needs: total.needs, allows: total.allows };
+            let prepared = node.driver.prepare(Cx { node, rt }, &change).await?;
+            self.prepared.push(prepared);
+            self.state.told.insert(name, total);
+        }
+        Ok(grants)
+    }
+
+    /// Makes what was prepared effective. Cannot fail.
+    pub(crate) fn commit_prepared(&mut self) {
+        for p in self.prepared.drain(..) {
+            p.commit();
+        }
+    }
+}
+
+/// The operation id under which a node's driver holds claims.
+fn driver_op(node: &NodeName) -> OpId {
+    OpId::internal(format!("driver:{node}"))
+}
+
+pub(crate) fn no_such_node(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("Cannot find node with node-name='{name}'"))
+        .remedy("query-named-block-nodes lists the nodes there are")
+}
+
+impl std::fmt::Debug for Draft {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Draft({} nodes, {} users)", self.state.nodes.len(), self.state.users.len())
+    }
+}

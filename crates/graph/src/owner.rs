@@ -1,0 +1,254 @@
+//! The owner of the graph: the one place where a snapshot is replaced.
+//!
+//! Order of a commit: solve, prepare (both may fail and leave no trace), quiesce the
+//! users whose paths change, settle (flush what is about to be linked elsewhere; a
+//! failure resumes the old graph), publish, commit what was prepared, resume, retire
+//! (close the drivers of nodes that are gone). From "publish" on nothing can fail.
+//!
+//! The owner is not `Send`: one control task has it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use dolmen_rt::Rt;
+use dolmen_types::{Error, ErrorKind, NodeName, OpId, Result};
+
+use crate::draft::State;
+use crate::{Cx, Draft, Graph, Node, OpClaim, OpInfo, UserEdge};
+
+/// How long a drain may take before the command that asked for it fails.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Something that happened while the graph changed and did not stop the change.
+#[derive(Debug)]
+pub enum GraphEvent {
+    /// A node that is gone could not write out what it still held.
+    CloseFailed {
+        /// Its name.
+        node: NodeName,
+        /// Why.
+        error: Error,
+    },
+}
+
+/// The owner of the graph.
+pub struct GraphOwner {
+    state: State,
+    current: Arc<Graph>,
+    rt: Rt,
+    events: Vec<GraphEvent>,
+}
+
+impl GraphOwner {
+    /// An owner of an empty graph.
+    pub fn new(rt: Rt) -> GraphOwner {
+        GraphOwner { state: State::default(), current: Arc::new(Graph::empty()), rt, events: Vec::new() }
+    }
+
+    /// The runtime that the owner's task runs on.
+    pub fn rt(&self) -> &Rt {
+        &self.rt
+    }
+
+    /// The current snapshot.
+    pub fn graph(&self) -> &Arc<Graph> {
+        &self.current
+    }
+
+    /// All operations.
+    pub fn ops(&self) -> &[OpInfo] {
+        &self.state.ops
+    }
+
+    /// All claims.
+    pub fn claims(&self) -> &[OpClaim] {
+        &self.state.claims
+    }
+
+    /// Whether a node stays until it is deleted by name.
+    pub fn is_monitor_owned(&self, node: &str) -> bool {
+        self.state.node(node).is_some_and(|n| n.def.monitor)
+    }
+
+    /// What has happened since the last call.
+    pub fn take_events(&mut self) -> Vec<GraphEvent> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// The edges of an operation, in the order in which they were added.
+    pub fn edges<'a>(&'a self, op: &'a OpId) -> impl Iterator<Item = &'a Arc<UserEdge>> {
+        self.state.users.iter().filter(move |u| u.op == *op).filter_map(|u| u.edge.as_ref())
+    }
+
+    /// Starts a change.
+    pub fn draft(&self) -> Draft {
+        Draft::new(self.state.clone(), self.current.generation, self.current.nodes.to_vec(), self.rt.now())
+    }
+
+    /// Publishes a draft. If it fails, the old graph is in place and unchanged.
+    ///
+    /// # Errors
+    /// The solver's; what a driver's preparation says; `TimedOut` when a request did not
+    /// finish, naming who has it; what flushing says.
+    pub async fn commit(&mut self, mut draft: Draft) -> Result<Arc<Graph>> {
+        if draft.generation != self.current.generation {
+            return Err(Error::new(ErrorKind::Busy, "the graph was changed by somebody else meanwhile")
+                .remedy("try again"));
+        }
+        let grants = draft.prepare(&self.rt).await?;
+        let built = draft.build(&grants);
+        if let Some(n) = draft.state.nodes.iter().find(|n| !built.contains_key(&n.def.name)) {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("node '{}' has no driver, or a child without one", n.def.name),
+            ));
+        }
+
+        // Users whose path changes, or who are gone.
+        let gone: Vec<Arc<UserEdge>> = self
+            .state
+            .users
+            .iter()
+            .filter_map(|u| u.edge.clone())
+            .filter(|e| !draft.state.users.iter().any(|u| u.edge.as_ref().is_some_and(|d| Arc::ptr_eq(d, e))))
+            .collect();
+        let moved: Vec<(Arc<UserEdge>, Arc<Node>, dolmen_types::Claim)> = draft
+            .state
+            .users
+            .iter()
+            .filter_map(|u| Some((u.edge.clone()?, built[&u.node].clone(), u.claim)))
+            .filter(|(e, n, c)| !Arc::ptr_eq(&e.node(), n) || e.claim() != *c)
+            .collect();
+        let stopped: Vec<Arc<UserEdge>> =
+            gone.iter().cloned().chain(moved.iter().map(|m| m.0.clone())).collect();
+        stopped.iter().for_each(|e| e.close_gate());
+        if let Err(e) = self.quiesce_and_settle(&stopped, &draft, &built).await {
+            stopped.iter().for_each(|e| e.open_gate());
+            return Err(e);
+        }
+
+        // Publish. From here on nothing fails.
+        let retired: Vec<Arc<Node>> = self
+            .current
+            .nodes
+            .iter()
+            .filter(|old| !built.values().any(|n| Arc::ptr_eq(&n.state, &old.state)))
+            .cloned()
+            .collect();
+        for u in &mut draft.state.users {
+            if u.edge.is_none() {
+                u.edge = Some(UserEdge::new(u.op.clone(), built[&u.node].clone(), u.claim));
+            }
+        }
+        for (edge, node, claim) in &moved {
+            edge.rebind(node.clone(), *claim);
+        }
+        self.current = Arc::new(Graph {
+            generation: self.current.generation + 1,
+            nodes: children_first(&built),
+            users: draft.state.users.iter().filter_map(|u| u.edge.clone()).collect(),
+        });
+        self.state = std::mem::take(&mut draft.state);
+        draft.published.clear();
+        draft.commit_prepared();
+        gone.iter().for_each(|e| e.detach());
+        moved.iter().for_each(|m| m.0.open_gate());
+        drop(draft);
+        self.retire(retired).await;
+        Ok(self.current.clone())
+    }
+
+    async fn quiesce_and_settle(
+        &self,
+        stopped: &[Arc<UserEdge>],
+        draft: &Draft,
+        built: &std::collections::BTreeMap<NodeName, Arc<Node>>,
+    ) -> Result<()> {
+        let drained = async {
+            for e in stopped {
+                e.drained().await;
+            }
+            Ok(())
+        };
+        let late = async {
+            self.rt.sleep(DRAIN_DEADLINE).await;
+            let who: Vec<String> = stopped
+                .iter()
+                .filter(|e| e.in_flight() > 0)
+                .map(|e| format!("'{}' with {} requests on node '{}'", e.op(), e.in_flight(), e.node().name))
+                .collect();
+            Err(Error::new(
+                ErrorKind::TimedOut,
+                format!("requests did not finish within {} s: {}", DRAIN_DEADLINE.as_secs(), who.join(", ")),
+            )
+            .remedy("look for the storage that does not answer, then try again"))
+        };
+        futures_lite::future::or(drained, late).await?;
+        // Nodes that existed and whose links change write out what they hold, so that
+        // every crash point is right in the old graph and in the new one.
+        for old in &self.current.nodes {
+            let Some(new) = built.get(&old.name) else { continue };
+            let relinked = Arc::ptr_eq(&old.state, &new.state)
+                && (old.children.len() != new.children.len()
+                    || old
+                        .children
+                        .iter()
+                        .zip(&new.children)
+                        .any(|(a, b)| !Arc::ptr_eq(&a.node.state, &b.node.state)));
+            if relinked && !draft.state.node(&old.name).is_some_and(|n| n.def.flags.read_only) {
+                crate::io::submit(old, &self.rt, crate::Op::Flush).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Closes the drivers of nodes that no snapshot reaches any more, parents first.
+    async fn retire(&mut self, mut nodes: Vec<Arc<Node>>) {
+        nodes.reverse();
+        for node in nodes {
+            if let Err(error) = node.driver.close(Cx { node: &node, rt: &self.rt }).await {
+                self.events.push(GraphEvent::CloseFailed { node: node.name.clone(), error });
+            }
+        }
+    }
+
+    /// Ends everything: users are stopped, every node is closed, parents first.
+    ///
+    /// # Errors
+    /// The first failure; the rest is closed all the same.
+    pub async fn close(&mut self) -> Result<()> {
+        let mut draft = self.draft();
+        draft.state.users.clear();
+        draft.state.claims.clear();
+        draft.state.ops.retain(|_| false);
+        draft.state.nodes.clear();
+        draft.state.over.clear();
+        draft.state.told.clear();
+        self.commit(draft).await?;
+        match self.take_events().into_iter().next() {
+            Some(GraphEvent::CloseFailed { node, error }) => {
+                Err(error.context(format!("closing node '{node}'")))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+fn children_first(built: &std::collections::BTreeMap<NodeName, Arc<Node>>) -> Box<[Arc<Node>]> {
+    fn visit(n: &Arc<Node>, out: &mut Vec<Arc<Node>>) {
+        if out.iter().any(|o| Arc::ptr_eq(o, n)) {
+            return;
+        }
+        n.children.iter().for_each(|c| visit(&c.node, out));
+        out.push(n.clone());
+    }
+    let mut out = Vec::with_capacity(built.len());
+    built.values().for_each(|n| visit(n, &mut out));
+    out.into()
+}
+
+impl std::fmt::Debug for GraphOwner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "GraphOwner(generation {}, {} nodes)", self.current.generation, self.current.nodes.len())
+    }
+}

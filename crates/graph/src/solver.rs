@@ -1,0 +1,265 @@
+//! The solver: the only thing that decides who may use a node beside whom.
+//!
+//! A pure function over values: no I/O, no locks, no driver calls. Input is a topology
+//! with the drivers' edge rules and all claims; output is what every edge is granted, or
+//! the first conflict with both parties. Commands call it on the candidate graph before
+//! anything is published; "what if" is the same call without publishing.
+//!
+//! Two things meet at a node: *edges* into it, from parents and users, whose needs and
+//! allows propagate down by [`AccessRule`]; and *claims* on it, which never propagate.
+//! Two different parties without a common owner conflict when one needs an action that
+//! the other does not allow. Cost: linear in the edges for the propagation, quadratic in
+//! the parties that meet at one node.
+
+use dolmen_types::{Actions, ChildRole, Claim};
+
+use crate::{AccessRule, NodeFacts};
+
+/// A candidate graph as values. Nodes are indices, operations are numbers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Topology {
+    /// The nodes.
+    pub nodes: Vec<TopoNode>,
+    /// Edges of users into the graph.
+    pub users: Vec<TopoUser>,
+    /// Claims of operations and drivers.
+    pub claims: Vec<TopoClaim>,
+}
+
+/// A node.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TopoNode {
+    /// The driver's edge rule.
+    pub rule: AccessRule,
+    /// It is, or can become, writable.
+    pub writable: bool,
+    /// It takes part (not handed to another process).
+    pub active: bool,
+    /// Its size is a multiple of its request alignment.
+    pub aligned: bool,
+    /// The operation that interposed it: owner of its outgoing edges.
+    pub owner: Option<u32>,
+    /// Role and index of each child.
+    pub children: Vec<(ChildRole, usize)>,
+}
+
+/// A user's edge. Owned by its operation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TopoUser {
+    /// The operation.
+    pub op: u32,
+    /// The node it is attached to.
+    pub node: usize,
+    /// What it needs and allows.
+    pub claim: Claim,
+}
+
+/// A claim. Owned by its operation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TopoClaim {
+    /// The operation, or a number of its own for a driver.
+    pub op: u32,
+    /// The node.
+    pub node: usize,
+    /// What it needs and allows.
+    pub claim: Claim,
+    /// The bitmap, snapshot or key slot that it is about; `None` for the node itself.
+    /// Claims of different scopes never meet.
+    pub scope: Option<u32>,
+}
+
+/// One of the parties that meet at a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EdgeRef {
+    /// `users[i]`.
+    User(usize),
+    /// The edge of `nodes[parent]` to its child number `child`.
+    Child {
+        /// Index of the parent node.
+        parent: usize,
+        /// Position among its children.
+        child: usize,
+    },
+    /// `claims[i]`.
+    Claim(usize),
+}
+
+/// What the solver grants.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Grants {
+    /// For each node, for each child: needs and allows of the edge.
+    pub children: Vec<Vec<Claim>>,
+    /// For each node: everything that its parents' edges and users need together, and
+    /// what all of them allow. This is what a leaf locks.
+    pub total: Vec<Claim>,
+}
+
+/// Why a candidate is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// `asks` needs `actions` on `node`, which `denies` does not allow.
+    Conflict {
+        /// Where they meet.
+        node: usize,
+        /// What is needed and not allowed.
+        actions: Actions,
+        /// Who needs it.
+        asks: EdgeRef,
+        /// Who does not allow it.
+        denies: EdgeRef,
+    },
+    /// `asks` needs to write a node that can't be written.
+    ReadOnly {
+        /// The node.
+        node: usize,
+        /// Who needs it.
+        asks: EdgeRef,
+    },
+    /// `asks` writes but does not resize, and the node ends in the middle of a block.
+    Unaligned {
+        /// The node.
+        node: usize,
+        /// Who needs it.
+        asks: EdgeRef,
+    },
+    /// The node reaches itself.
+    Cycle {
+        /// A node on the cycle.
+        node: usize,
+    },
+}
+
+/// A party at a node, with what identifies its owner.
+#[derive(Clone, Copy)]
+struct Party {
+    owner: Option<u32>,
+    at: EdgeRef,
+    claim: Claim,
+}
+
+/// Decides whether everybody can have what they need.
+///
+/// # Errors
+/// The first conflict, in the order of nodes from the roots down; for the same topology
+/// always the same one.
+pub fn solve(t: &Topology) -> Result<Grants, Refusal> {
+    let order = roots_first(t)?;
+    let mut into: Vec<Vec<Party>> = vec![Vec::new(); t.nodes.len()];
+    for (i, u) in t.users.iter().enumerate() {
+        // An edge has nothing to say about G, P and I: it allows them.
+        let claim = Claim { needs: u.claim.needs & Actions::DATA, allows: u.claim.allows | NOT_DATA };
+        into[u.node].push(Party { owner: Some(u.op), at: EdgeRef::User(i), claim });
+    }
+    let mut grants = Grants {
+        children: t.nodes.iter().map(|n| vec![Claim::IDLE; n.children.len()]).collect(),
+        total: vec![Claim::IDLE; t.nodes.len()],
+    };
+    for &n in &order {
+        let node = &t.nodes[n];
+        let parents = &into[n];
+        let total = parents.iter().fold(Claim::IDLE, |sum, p| Claim {
+            needs: sum.needs | p.claim.needs,
+            allows: sum.allows & p.claim.allows,
+        });
+        let writes = |p: &&Party| p.claim.needs.intersects(Actions::V | Actions::M);
+        if let Some(p) = parents.iter().find(writes) {
+            if !node.writable {
+                return Err(Refusal::ReadOnly { node: n, asks: p.at });
+            }
+            if !node.aligned && !total.needs.contains(Actions::S) {
+                return Err(Refusal::Unaligned { node: n, asks: p.at });
+            }
+        }
+        let facts =
+            NodeFacts { writable: node.writable, has_parents: !parents.is_empty(), active: node.active };
+        for (i, &(role, child)) in node.children.iter().enumerate() {
+            let mut claim = node.rule.child_claim(role, total, facts);
+            claim.allows |= NOT_DATA;
+            grants.children[n][i] = claim;
+            into[child].push(Party { owner: node.owner, at: EdgeRef::Child { parent: n, child: i }, claim });
+        }
+        grants.total[n] = total;
+    }
+    for &n in &order {
+        let claims = t.claims.iter().enumerate().filter(|(_, c)| c.node == n);
+        let mut scopes: Vec<Option<u32>> = claims.clone().map(|(_, c)| c.scope).collect();
+        scopes.push(None);
+        scopes.sort_unstable();
+        scopes.dedup();
+        for scope in scopes {
+            let mut parties = if scope.is_none() { into[n].clone() } else { Vec::new() };
+            parties.extend(claims.clone().filter(|(_, c)| c.scope == scope).map(|(i, c)| Party {
+                owner: Some(c.op),
+                at: EdgeRef::Claim(i),
+                claim: c.claim,
+            }));
+            meet(n, &parties)?;
+        }
+    }
+    Ok(grants)
+}
+
+const NOT_DATA: Actions = Actions::EVERY.without(Actions::DATA);
+
+fn meet(node: usize, parties: &[Party]) -> Result<(), Refusal> {
+    for (i, asks) in parties.iter().enumerate() {
+        for (j, denies) in parties.iter().enumerate() {
+            let same_owner = asks.owner.is_some() && asks.owner == denies.owner;
+            if i == j || same_owner {
+                continue;
+            }
+            let actions = asks.claim.denied_by(denies.claim);
+            if !actions.is_empty() {
+                return Err(Refusal::Conflict { node, actions, asks: asks.at, denies: denies.at });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// All nodes, every node before its children.
+fn roots_first(t: &Topology) -> Result<Vec<usize>, Refusal> {
+    let mut waiting = vec![0usize; t.nodes.len()];
+    for &(_, c) in t.nodes.iter().flat_map(|n| &n.children) {
+        waiting[c] += 1;
+    }
+    let mut ready: Vec<usize> = (0..t.nodes.len()).filter(|&n| waiting[n] == 0).collect();
+    let mut order = Vec::with_capacity(t.nodes.len());
+    while let Some(n) = ready.pop() {
+        order.push(n);
+        for &(_, c) in &t.nodes[n].children {
+            waiting[c] -= 1;
+            if waiting[c] == 0 {
+                ready.push(c);
+            }
+        }
+    }
+    match waiting.iter().position(|&w| w > 0) {
+        None => Ok(order),
+        Some(node) => Err(Refusal::Cycle { node }),
+    }
+}
+
+/// What an edge needs and allows, without asking whether that is granted: for messages
+/// about a refused topology.
+pub(crate) fn edge_claim(t: &Topology, parent: usize, child: usize) -> Claim {
+    let mut total = Claim::IDLE;
+    let mut has_parents = false;
+    let mut add = |c: Claim| {
+        total = Claim { needs: total.needs | c.needs, allows: total.allows & c.allows };
+        has_parents = true;
+    };
+    for u in t.users.iter().filter(|u| u.node == parent) {
+        add(u.claim);
+    }
+    for (p, node) in t.nodes.iter().enumerate() {
+        for (k, (_, c)) in node.children.iter().enumerate() {
+            if *c == parent {
+                add(edge_claim(t, p, k));
+            }
+        }
+    }
+    let node = &t.nodes[parent];
+    let facts = NodeFacts { writable: node.writable, has_parents, active: node.active };
+    node.rule.child_claim(node.children[child].0, total, facts)
+}
