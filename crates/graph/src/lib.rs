@@ -47,6 +47,7 @@ pub use io::{Access, Cx, Io, Read, Resize, Write, WriteUnchanged};
 pub use node::{ChildEdge, Graph, Node, NodeFlags, NodeState};
 pub use open::{
     Implicit, MAX_CHAIN, MAX_NODES, OpenPolicy, Opener as NodeOpener, PROBE_BYTES, has_protocol, join,
+    protocol_name,
 };
 pub use owner::{GraphEvent, GraphOwner};
 pub use range_lock::{RangeGuard, RangeLock};
