@@ -1,0 +1,385 @@
+//! What queries return: serialisable types beside their schema.
+//!
+//! Each struct stands next to the [`Shape`] that describes it; a test serialises a
+//! full example of each and checks it against the schema, so that the two can't
+//! drift apart. Names are those of the established daemon, and so are the members
+//! that Dolmen has no use for (`bps` and its kin are always 0: throttling is a node
+//! of its own).
+
+use dolmen_types::{Action, Actions};
+use serde::Serialize;
+use serde_json::Value as Json;
+
+use crate::schema::{Field, Shape, Ty};
+
+/// One entry of `query-named-block-nodes`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct BlockDeviceInfo {
+    /// How to open it again: a file name, or `json:{...}`.
+    pub file: String,
+    /// Its name.
+    #[serde(rename = "node-name")]
+    pub node_name: String,
+    /// Whether it is read-only.
+    pub ro: bool,
+    /// Its driver.
+    pub drv: String,
+    /// The name of its backing file, where it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_file: Option<String>,
+    /// The number of images below it; 0 in a flat list.
+    pub backing_file_depth: u64,
+    /// Whether this process may use the image now.
+    pub active: bool,
+    /// Whether the image is encrypted.
+    pub encrypted: bool,
+    /// `off`, `on` or `unmap`.
+    pub detect_zeroes: String,
+    /// Limits of throttling; always 0 here.
+    #[serde(flatten)]
+    pub throttling: NoThrottling,
+    /// The image.
+    pub image: ImageInfo,
+    /// How writes are cached.
+    pub cache: CacheInfo,
+    /// The offset at which an event is raised; 0 for none.
+    pub write_threshold: u64,
+}
+
+/// Members that old clients read: a node has no limits of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct NoThrottling {
+    bps: u64,
+    bps_rd: u64,
+    bps_wr: u64,
+    iops: u64,
+    iops_rd: u64,
+    iops_wr: u64,
+}
+
+/// The cache mode of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct CacheInfo {
+    /// Whether a write may be acknowledged before it is durable.
+    pub writeback: bool,
+    /// Whether the page cache is bypassed.
+    pub direct: bool,
+    /// Whether flushes are ignored.
+    #[serde(rename = "no-flush")]
+    pub no_flush: bool,
+}
+
+/// An image, as `query-named-block-nodes` and the image tools describe it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ImageInfo {
+    /// The images below it, unless the list is flat.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_image: Option<Box<ImageInfo>>,
+    /// What readers see, in bytes.
+    pub virtual_size: u64,
+    /// How to open it.
+    pub filename: String,
+    /// In bytes, where the format has clusters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_size: Option<u64>,
+    /// Its driver.
+    pub format: String,
+    /// Bytes used on the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub actual_size: Option<u64>,
+    /// Whether it is encrypted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encrypted: Option<bool>,
+    /// Whether it holds compressed clusters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compressed: Option<bool>,
+    /// As recorded in the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_filename: Option<String>,
+    /// The same from the point of view of the working directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub full_backing_filename: Option<String>,
+    /// As recorded in the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_filename_format: Option<String>,
+    /// Internal snapshots.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub snapshots: Vec<SnapshotInfo>,
+    /// What only this format has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format_specific: Option<FormatSpecific>,
+    /// Whether the image was not closed cleanly.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dirty_flag: Option<bool>,
+}
+
+/// An internal snapshot.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SnapshotInfo {
+    /// Unique.
+    pub id: String,
+    /// For people.
+    pub name: String,
+    /// Bytes of machine state.
+    pub vm_state_size: u64,
+    /// When it was taken: seconds since 1970.
+    pub date_sec: u64,
+    /// And nanoseconds.
+    pub date_nsec: u64,
+    /// The machine's clock then: seconds.
+    pub vm_clock_sec: u64,
+    /// And nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Instructions executed, where that was recorded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub icount: Option<u64>,
+}
+
+/// Facts that only one format has.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "type", content = "data", rename_all = "kebab-case")]
+pub enum FormatSpecific {
+    /// Of a qcow2 image.
+    Qcow2(Qcow2Info),
+    /// Of a file.
+    File(FileInfo),
+}
+
+/// Facts about a qcow2 image.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Qcow2Info {
+    /// `0.10` for version 2, `1.1` for version 3.
+    pub compat: String,
+    /// `zlib` or `zstd`.
+    pub compression_type: String,
+    /// Only in version 3.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lazy_refcounts: Option<bool>,
+    /// Bits per reference count.
+    pub refcount_bits: u64,
+    /// Only in version 3.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub corrupt: Option<bool>,
+    /// Only in version 3.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub extended_l2: Option<bool>,
+    /// The external data file, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_file: Option<String>,
+    /// Whether that file can be read as a raw image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_file_raw: Option<bool>,
+}
+
+/// Facts about a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FileInfo {
+    /// The hint for the size of extents, where the file system has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub extent_size_hint: Option<u64>,
+}
+
+/// One entry of `query-block-exports`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockExportInfo {
+    /// Its id.
+    pub id: String,
+    /// Its type.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The node that was named when it was made.
+    pub node_name: String,
+    /// Whether it has been told to end and clients are still there.
+    pub shutting_down: bool,
+}
+
+/// The reply of `x-debug-query-block-graph`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct BlockGraph {
+    /// Needs and permissions along each edge.
+    pub edges: Vec<BlockGraphEdge>,
+    /// Nodes and users.
+    pub nodes: Vec<BlockGraphNode>,
+}
+
+/// What a point of the graph is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BlockGraphNodeType {
+    /// A user: an export, a monitor.
+    BlockBackend,
+    /// A job.
+    BlockJob,
+    /// A node.
+    BlockDriver,
+}
+
+/// A point of the graph.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BlockGraphNode {
+    /// Its name; an operation id for users.
+    pub name: String,
+    /// What it is.
+    #[serde(rename = "type")]
+    pub kind: BlockGraphNodeType,
+    /// A number for the edges of this reply.
+    pub id: u64,
+}
+
+/// An edge of the graph.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockGraphEdge {
+    /// The link's name in its parent.
+    pub name: String,
+    /// The user or node above.
+    pub parent: u64,
+    /// What it allows others.
+    pub shared_perm: Vec<&'static str>,
+    /// What it needs.
+    pub perm: Vec<&'static str>,
+    /// The node below.
+    pub child: u64,
+}
+
+/// The permission words of a set, in the order of the established daemon.
+pub fn permission_words(actions: Actions) -> Vec<&'static str> {
+    let mut words: Vec<_> = actions.iter().filter_map(Action::qmp_word).collect();
+    words.reverse();
+    words
+}
+
+const PERMISSIONS: Ty = Ty::Array(&Ty::Enum(&["consistent-read", "write", "write-unchanged", "resize"]));
+
+pub(crate) static BLOCK_DEVICE_INFO: Shape = Shape::of(&[
+    Field::required("file", Ty::Str),
+    Field::optional("node-name", Ty::Str),
+    Field::required("ro", Ty::Bool),
+    Field::required("drv", Ty::Str),
+    Field::optional("backing_file", Ty::Str),
+    Field::required("backing_file_depth", Ty::Int),
+    Field::required("active", Ty::Bool),
+    Field::required("encrypted", Ty::Bool),
+    Field::required("detect_zeroes", Ty::Enum(&["off", "on", "unmap"])),
+    Field::required("bps", Ty::Int),
+    Field::required("bps_rd", Ty::Int),
+    Field::required("bps_wr", Ty::Int),
+    Field::required("iops", Ty::Int),
+    Field::required("iops_rd", Ty::Int),
+    Field::required("iops_wr", Ty::Int),
+    Field::required("image", Ty::Object(&IMAGE_INFO)),
+    Field::required(
+        "cache",
+        Ty::Object(&Shape::of(&[
+            Field::required("writeback", Ty::Bool),
+            Field::required("direct", Ty::Bool),
+            Field::required("no-flush", Ty::Bool),
+        ])),
+    ),
+    Field::required("write_threshold", Ty::Int),
+]);
+
+static IMAGE_INFO: Shape = Shape::of(&[
+    Field::required("filename", Ty::Str),
+    Field::required("format", Ty::Str),
+    Field::optional("dirty-flag", Ty::Bool),
+    Field::optional("actual-size", Ty::Int),
+    Field::required("virtual-size", Ty::Int),
+    Field::optional("cluster-size", Ty::Int),
+    Field::optional("encrypted", Ty::Bool),
+    Field::optional("compressed", Ty::Bool),
+    Field::optional("backing-filename", Ty::Str),
+    Field::optional("full-backing-filename", Ty::Str),
+    Field::optional("backing-filename-format", Ty::Str),
+    Field::optional("snapshots", Ty::Array(&Ty::Object(&SNAPSHOT_INFO))),
+    Field::optional("format-specific", Ty::Object(&FORMAT_SPECIFIC)),
+    Field::optional("backing-image", Ty::Object(&IMAGE_INFO)),
+]);
+
+static SNAPSHOT_INFO: Shape = Shape::of(&[
+    Field::required("id", Ty::Str),
+    Field::required("name", Ty::Str),
+    Field::required("vm-state-size", Ty::Int),
+    Field::required("date-sec", Ty::Int),
+    Field::required("date-nsec", Ty::Int),
+    Field::required("vm-clock-sec", Ty::Int),
+    Field::required("vm-clock-nsec", Ty::Int),
+    Field::optional("icount", Ty::Int),
+]);
+
+static FORMAT_SPECIFIC: Shape = Shape {
+    fields: &[Field::required("type", Ty::Enum(&["qcow2", "file"]))],
+    tag: Some("type"),
+    variants: &[
+        (
+            "qcow2",
+            &Shape::of(&[Field::required(
+                "data",
+                Ty::Object(&Shape::of(&[
+                    Field::required("compat", Ty::Str),
+                    Field::optional("data-file", Ty::Str),
+                    Field::optional("data-file-raw", Ty::Bool),
+                    Field::optional("extended-l2", Ty::Bool),
+                    Field::optional("lazy-refcounts", Ty::Bool),
+                    Field::optional("corrupt", Ty::Bool),
+                    Field::required("refcount-bits", Ty::Int),
+                    Field::required("compression-type", Ty::Enum(&["zlib", "zstd"])),
+                ])),
+            )]),
+        ),
+        (
+            "file",
+            &Shape::of(&[Field::required(
+                "data",
+                Ty::Object(&Shape::of(&[Field::optional("extent-size-hint", Ty::Int)])),
+            )]),
+        ),
+    ],
+};
+
+pub(crate) static BLOCK_EXPORT_INFO: Shape = Shape::of(&[
+    Field::required("id", Ty::Str),
+    Field::required("type", Ty::ExportName),
+    Field::required("node-name", Ty::Str),
+    Field::required("shutting-down", Ty::Bool),
+]);
+
+pub(crate) static BLOCK_GRAPH: Shape = Shape::of(&[
+    Field::required(
+        "nodes",
+        Ty::Array(&Ty::Object(&Shape::of(&[
+            Field::required("id", Ty::Int),
+            Field::required("type", Ty::Enum(&["block-backend", "block-job", "block-driver"])),
+            Field::required("name", Ty::Str),
+        ]))),
+    ),
+    Field::required(
+        "edges",
+        Ty::Array(&Ty::Object(&Shape::of(&[
+            Field::required("parent", Ty::Int),
+            Field::required("child", Ty::Int),
+            Field::required("name", Ty::Str),
+            Field::required("perm", PERMISSIONS),
+            Field::required("shared-perm", PERMISSIONS),
+        ]))),
+    ),
+]);
+
+pub(crate) static BLOCK_IMAGE_CORRUPTED: Shape = Shape::of(&[
+    Field::required("device", Ty::Str),
+    Field::optional("node-name", Ty::Str),
+    Field::required("msg", Ty::Str),
+    Field::optional("offset", Ty::Int),
+    Field::optional("size", Ty::Int),
+    Field::required("fatal", Ty::Bool),
+]);
+
+/// As JSON. The types of this module have only text keys, so this can't fail.
+pub fn to_json<T: Serialize>(value: &T) -> Json {
+    serde_json::to_value(value).unwrap_or(Json::Null)
+}
