@@ -203,6 +203,53 @@ fn finish(tree: Tree, path: &str) -> Result<Json> {
         .map(Json::Array)
 }
 
+/// Reads a `json:{...}` name, as images and file name arguments hold them; `None` when
+/// it is another kind of name. Keys may have dots in them (`file.driver`), which make
+/// objects.
+///
+/// # Errors
+/// When the rest is not one JSON object, or keys contradict each other.
+pub fn json_name(name: &str) -> Option<Result<Value>> {
+    let text = name.strip_prefix("json:")?;
+    Some(match text.len() {
+        n if n > MAX_ARGUMENT => Err(invalid(format!("name is longer than {MAX_ARGUMENT} bytes"))),
+        _ => json::parse_unframed(text).and_then(|v| match v {
+            Json::Object(_) => json::to_value(undot(v)?, ""),
+            _ => Err(invalid("a json: name holds an object".into())),
+        }),
+    })
+}
+
+/// Replaces keys with dots by objects.
+fn undot(json: Json) -> Result<Json> {
+    let members = match json {
+        Json::Object(m) => m,
+        Json::Array(l) => return l.into_iter().map(undot).collect::<Result<Vec<_>>>().map(Json::Array),
+        other => return Ok(other),
+    };
+    let mut out = serde_json::Map::new();
+    for (key, value) in members {
+        let mut at = &mut out;
+        let mut rest = key.as_str();
+        while let Some((first, more)) = rest.split_once('.') {
+            let inner = at.entry(first).or_insert_with(|| Json::Object(Default::default()));
+            at = inner
+                .as_object_mut()
+                .ok_or_else(|| invalid(format!("Parameters '{first}.*' used inconsistently")))?;
+            rest = more;
+        }
+        let value = undot(value)?;
+        match (at.get_mut(rest), value) {
+            (Some(Json::Object(old)), Json::Object(new)) => old.extend(new),
+            (Some(_), _) => return Err(invalid(format!("Parameters '{key}.*' used inconsistently"))),
+            (None, value) => {
+                at.insert(rest.to_owned(), value);
+            }
+        }
+    }
+    Ok(Json::Object(out))
+}
+
 /// Parses `key=value,flag,...` without structure: a key alone is `on`, and one that
 /// begins with `no` is `off` (`server,nowait`).
 ///
@@ -299,6 +346,22 @@ mod tests {
         let (v, source) = parse("{'driver': 'null-co', 'size': 5}", Some("driver")).unwrap();
         assert_eq!(v, json!({"driver": "null-co", "size": 5}));
         assert_eq!(source, Source::Json);
+    }
+
+    #[test]
+    fn json_names() {
+        let read = |t| json_name(t).map(|r| r.map(|v| v.to_string()).map_err(|e| e.to_string()));
+        assert_eq!(read("nbd://x"), None);
+        assert_eq!(
+            read(r#"json:{"driver":"qcow2","file.driver":"file","file":{"filename":"x"}}"#),
+            Some(Ok(r#"{"driver": "qcow2", "file": {"driver": "file", "filename": "x"}}"#.into()))
+        );
+        assert_eq!(
+            read(r#"json:{"file":"x","file.driver":"file"}"#),
+            Some(Err("Parameters 'file.*' used inconsistently".into()))
+        );
+        assert!(read("json:[1]").is_some_and(|r| r.is_err()));
+        assert!(read("json:{").is_some_and(|r| r.is_err()));
     }
 
     #[test]

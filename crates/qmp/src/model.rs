@@ -106,9 +106,9 @@ pub struct ImageInfo {
     /// Internal snapshots.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub snapshots: Vec<SnapshotInfo>,
-    /// What only this format has.
+    /// What only this format has: `{"type": ..., "data": {...}}`, made by its driver.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub format_specific: Option<FormatSpecific>,
+    pub format_specific: Option<Json>,
     /// Whether the image was not closed cleanly.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dirty_flag: Option<bool>,
@@ -135,52 +135,6 @@ pub struct SnapshotInfo {
     /// Instructions executed, where that was recorded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub icount: Option<u64>,
-}
-
-/// Facts that only one format has.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-#[serde(tag = "type", content = "data", rename_all = "kebab-case")]
-pub enum FormatSpecific {
-    /// Of a qcow2 image.
-    Qcow2(Qcow2Info),
-    /// Of a file.
-    File(FileInfo),
-}
-
-/// Facts about a qcow2 image.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Qcow2Info {
-    /// `0.10` for version 2, `1.1` for version 3.
-    pub compat: String,
-    /// `zlib` or `zstd`.
-    pub compression_type: String,
-    /// Only in version 3.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub lazy_refcounts: Option<bool>,
-    /// Bits per reference count.
-    pub refcount_bits: u64,
-    /// Only in version 3.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub corrupt: Option<bool>,
-    /// Only in version 3.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub extended_l2: Option<bool>,
-    /// The external data file, where there is one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub data_file: Option<String>,
-    /// Whether that file can be read as a raw image.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub data_file_raw: Option<bool>,
-}
-
-/// Facts about a file.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct FileInfo {
-    /// The hint for the size of extents, where the file system has one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub extent_size_hint: Option<u64>,
 }
 
 /// One entry of `query-block-exports`.
@@ -368,15 +322,6 @@ pub(crate) static BLOCK_GRAPH: Shape = Shape::of(&[
             Field::required("shared-perm", PERMISSIONS),
         ]))),
     ),
-]);
-
-pub(crate) static BLOCK_IMAGE_CORRUPTED: Shape = Shape::of(&[
-    Field::required("device", Ty::Str),
-    Field::optional("node-name", Ty::Str),
-    Field::required("msg", Ty::Str),
-    Field::optional("offset", Ty::Int),
-    Field::optional("size", Ty::Int),
-    Field::required("fatal", Ty::Bool),
 ]);
 
 /// As JSON. The types of this module have only text keys, so this can't fail.

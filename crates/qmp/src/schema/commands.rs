@@ -118,18 +118,11 @@ pub static COMMANDS: &[Command] = &[
 ];
 
 /// Every event.
-pub static EVENTS: &[EventRow] = &[
-    EventRow {
-        name: "BLOCK_EXPORT_DELETED",
-        data: &Shape::of(&[Field::required("id", Ty::Str)]),
-        help: "An export is gone and its id may be used again.",
-    },
-    EventRow {
-        name: "BLOCK_IMAGE_CORRUPTED",
-        data: &model::BLOCK_IMAGE_CORRUPTED,
-        help: "An image was found to be damaged; when fatal, it was made read-only.",
-    },
-];
+pub static EVENTS: &[EventRow] = &[EventRow {
+    name: "BLOCK_EXPORT_DELETED",
+    data: &Shape::of(&[Field::required("id", Ty::Str)]),
+    help: "An export is gone and its id may be used again.",
+}];
 
 /// The options of every export, besides `type`.
 pub(crate) static EXPORT_OPTIONS: &[Field] = &[

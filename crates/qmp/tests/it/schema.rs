@@ -76,16 +76,9 @@ fn image() -> ImageInfo {
             vm_clock_nsec: 4,
             icount: Some(5),
         }],
-        format_specific: Some(FormatSpecific::Qcow2(Qcow2Info {
-            compat: "1.1".into(),
-            compression_type: "zlib".into(),
-            lazy_refcounts: Some(false),
-            refcount_bits: 16,
-            corrupt: Some(false),
-            extended_l2: Some(false),
-            data_file: Some("d".into()),
-            data_file_raw: Some(false),
-        })),
+        format_specific: Some(json!({"type": "qcow2", "data": {"compat": "1.1", "compression-type": "zlib",
+            "lazy-refcounts": false, "refcount-bits": 16, "corrupt": false, "extended-l2": false,
+            "data-file": "d", "data-file-raw": false}})),
         dirty_flag: Some(false),
     }
 }
@@ -110,7 +103,7 @@ fn replies_fit() {
     };
     s.check_return("query-named-block-nodes", model::to_json(&vec![&node])).expect("full");
     node.image = ImageInfo {
-        format_specific: Some(FormatSpecific::File(FileInfo { extent_size_hint: Some(4096) })),
+        format_specific: Some(json!({"type": "file", "data": {"extent-size-hint": 4096}})),
         ..ImageInfo::default()
     };
     node.backing_file = None;
