@@ -10,9 +10,30 @@
 //! them through [`Rt::io`].
 
 mod buf;
+mod core;
+mod engine;
+mod epoll;
+mod executor;
+mod file;
 mod handle;
 mod io;
+mod mailbox;
+mod net;
+mod op;
+mod ring;
+mod signal;
+mod stats;
+pub mod sys;
+mod timers;
+mod workers;
 
 pub use buf::{Buf, IoVec, Memory};
+pub use dolmen_types::Result;
+pub use engine::{Config, EngineKind};
+pub use executor::{CoreHandle, Pool, block_on, block_on_with};
+pub use file::File;
 pub use handle::{Instant, LocalFuture, Rt, Runtime};
-pub use io::CoreIo;
+pub use io::{CoreIo, Fallocate, Seek};
+pub use net::{Addr, Listener, Socket, Stream};
+pub use signal::{Signal, Signals, block_signals};
+pub use stats::Counters;
