@@ -79,6 +79,11 @@ impl MemoryDisk {
         self.lock().clone()
     }
 
+    /// Other content, as if somebody had changed the disk behind everybody's back.
+    pub fn replace(&self, image: Image) {
+        *self.lock() = image;
+    }
+
     /// Never held across an await.
     fn lock(&self) -> MutexGuard<'_, Image> {
         self.image.lock().expect("memory disk")
