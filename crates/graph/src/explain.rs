@@ -2,21 +2,25 @@
 //! the remedies that would work.
 
 use dolmen_rt::Instant;
-use dolmen_types::{Actions, Claim, Conflict, Error, ErrorKind, OpId, Party};
+use dolmen_types::{Actions, ChildRole, Claim, Conflict, Error, ErrorKind, OpId, Party};
 
 use crate::draft::State;
-use crate::{AccessRule, EdgeRef, Refusal};
+use crate::solver::wishes;
+use crate::{AccessRule, EdgeRef, Grants, OpInfo, Refusal, Topology};
 
 /// The error for a refusal on this candidate.
 #[cold]
 pub(crate) fn explain(state: &State, refusal: Refusal, now: Instant) -> Error {
+    let topology = state.topology();
+    let wishes = wishes(&topology);
+    let scene = Scene { state, topology, wishes, now };
     let name = |n: usize| state.nodes[n].def.name.as_str();
     match refusal {
         Refusal::Cycle { node } => {
             Error::new(ErrorKind::InvalidInput, format!("node '{}' would be its own child", name(node)))
         }
         Refusal::ReadOnly { node, asks } => {
-            let (party, _) = party(state, asks, now);
+            let (party, _) = scene.party(asks, Side::Asks, Actions::V | Actions::M);
             let forced = state.nodes[node].forced_read_only;
             let e = Error::new(
                 ErrorKind::ReadOnly,
@@ -32,7 +36,7 @@ pub(crate) fn explain(state: &State, refusal: Refusal, now: Instant) -> Error {
             }
         }
         Refusal::Unaligned { node, asks } => {
-            let (party, _) = party(state, asks, now);
+            let (party, _) = scene.party(asks, Side::Asks, Actions::V | Actions::M);
             Error::new(
                 ErrorKind::InvalidInput,
                 format!(
@@ -43,31 +47,34 @@ pub(crate) fn explain(state: &State, refusal: Refusal, now: Instant) -> Error {
             .remedy("resize it to a multiple of its block size, or use it without cache.direct")
         }
         Refusal::Conflict { node, actions, asks, denies } => {
-            let (ask_party, ask_op) = party(state, asks, now);
-            let (deny_party, deny_op) = party(state, denies, now);
+            let (ask_party, ask_op) = scene.party(asks, Side::Asks, actions);
+            let (deny_party, deny_op) = scene.party(denies, Side::Denies, actions);
             let mut remedies = Vec::new();
-            let op = |id: &Option<OpId>| id.as_ref().and_then(|id| state.ops.iter().find(|o| o.id == *id));
             // The one that is there already can be ended; the newcomer can ask for less.
-            for info in [op(&deny_op), op(&ask_op)].into_iter().flatten() {
-                if let (Some(_), Some(text)) = (info.since, &info.ends_with) {
+            for info in [deny_op, ask_op].into_iter().flatten() {
+                if let (Some(_), Some(text)) = (info.since, &info.ends_with)
+                    && !remedies.contains(text)
+                {
                     remedies.push(text.clone());
                 }
             }
             if actions.intersects(Actions::V | Actions::M)
-                && let Some(text) = op(&ask_op).and_then(|o| o.instead_of_writing.clone())
+                && let Some(text) = ask_op.and_then(|o| o.instead_of_writing.clone())
             {
                 remedies.push(text);
             }
+            if let EdgeRef::Child { parent, .. } = denies
+                && let AccessRule::Format | AccessRule::CopyBeforeWrite = state.nodes[parent].def.rule
+            {
+                remedies.push(format!("use node '{}' instead", name(parent)));
+            }
             if remedies.is_empty() {
-                remedies.push(match denies {
-                    EdgeRef::Child { parent, .. } => format!("use node '{}' instead", name(parent)),
-                    EdgeRef::User(_) | EdgeRef::Claim(_) => "wait until it has finished".into(),
-                });
+                remedies.push(format!("end {} '{}' first", deny_party.kind, deny_party.id));
             }
             Error::refused(Conflict {
                 node: name(node).into(),
                 actions,
-                why: why(state, denies),
+                why: scene.why(denies),
                 asks: ask_party,
                 denies: deny_party,
                 remedies,
@@ -76,66 +83,134 @@ pub(crate) fn explain(state: &State, refusal: Refusal, now: Instant) -> Error {
     }
 }
 
-/// Who an edge or a claim belongs to.
-fn party(state: &State, at: EdgeRef, now: Instant) -> (Party, Option<OpId>) {
-    let of_op = |id: &OpId, claim: Claim| {
-        let info = state.ops.iter().find(|o| o.id == *id);
-        let party = Party {
-            // A driver's claims are known by the node's name.
-            id: id.strip_prefix("driver:").unwrap_or(id).to_owned(),
-            kind: info.map_or("operation".into(), |o| o.kind.clone()),
-            detail: info.map_or(String::new(), |o| o.detail.clone()),
-            since_secs: info.and_then(|o| o.since).map(|t| now.since(t).as_secs()),
-            needs: claim.needs,
-            allows: claim.allows,
-        };
-        (party, Some(id.clone()))
-    };
-    match at {
-        EdgeRef::User(i) => of_op(&state.users[i].op, state.users[i].claim),
-        EdgeRef::Claim(i) => of_op(&state.claims[i].op, state.claims[i].claim),
-        EdgeRef::Child { parent, child } => {
-            let node = &state.nodes[parent];
-            let edge = &node.children[child];
-            let claim = crate::solver::edge_claim(&state.topology(), parent, child);
-            if let Some(owner) = &node.def.owner {
-                return of_op(owner, claim);
-            }
+/// Which side of a refusal a party is on.
+#[derive(Clone, Copy, PartialEq)]
+enum Side {
+    Asks,
+    Denies,
+}
+
+/// A refused candidate, and what its edges wish for.
+struct Scene<'a> {
+    state: &'a State,
+    topology: Topology,
+    /// `None` if it has a cycle; then nobody is asked who they are.
+    wishes: Option<Grants>,
+    now: Instant,
+}
+
+impl<'a> Scene<'a> {
+    fn op(&self, id: &OpId) -> Option<&'a OpInfo> {
+        self.state.ops.iter().find(|o| o.id == *id)
+    }
+
+    /// Who an edge or a claim belongs to; for an edge that belongs to nobody, the
+    /// operation above it that makes it need or deny `actions`.
+    fn party(&self, at: EdgeRef, side: Side, actions: Actions) -> (Party, Option<&'a OpInfo>) {
+        let of_op = |id: &OpId, claim: Claim| {
+            let info = self.op(id);
             let party = Party {
-                id: node.def.name.to_string(),
-                kind: "node".into(),
-                detail: format!("{}, {} child '{}'", node.def.kind.name, edge.role.as_str(), edge.name),
-                since_secs: None,
+                // A driver's claims are known by the node's name.
+                id: id.strip_prefix("driver:").unwrap_or(id).to_owned(),
+                kind: info.map_or("operation".into(), |o| o.kind.clone()),
+                detail: info.map_or(String::new(), |o| o.detail.clone()),
+                since_secs: info.and_then(|o| o.since).map(|t| self.now.since(t).as_secs()),
                 needs: claim.needs,
                 allows: claim.allows,
             };
-            (party, None)
+            (party, info)
+        };
+        match at {
+            EdgeRef::User(i) => of_op(&self.state.users[i].op, self.state.users[i].claim),
+            EdgeRef::Claim(i) => of_op(&self.state.claims[i].op, self.state.claims[i].claim),
+            EdgeRef::Child { parent, child } => {
+                let node = &self.state.nodes[parent];
+                let edge = &node.children[child];
+                let claim = self.wishes.as_ref().map_or(Claim::IDLE, |w| w.children[parent][child]);
+                if let Some(owner) = &node.def.owner {
+                    return of_op(owner, claim);
+                }
+                let behind = self.behind(parent, side, actions);
+                let mut detail =
+                    format!("{}, {} child '{}'", node.def.kind.name, edge.role.as_str(), edge.name);
+                if let Some(op) = behind {
+                    detail += &format!(", for {} '{}' ({})", op.kind, op.id, op.detail);
+                }
+                let party = Party {
+                    id: node.def.name.to_string(),
+                    kind: "node".into(),
+                    detail,
+                    since_secs: behind.and_then(|o| o.since).map(|t| self.now.since(t).as_secs()),
+                    needs: claim.needs,
+                    allows: claim.allows,
+                };
+                (party, behind)
+            }
         }
     }
-}
 
-/// Why a party does not allow others more.
-fn why(state: &State, at: EdgeRef) -> String {
-    match at {
-        EdgeRef::Claim(i) => state.claims[i].why.clone(),
-        EdgeRef::User(i) => {
-            let denied = !state.users[i].claim.allows & Actions::DATA;
-            let words: Vec<_> = denied.iter().map(|a| a.phrase()).collect();
-            format!("does not let others {} it", words.join(" or "))
+    /// The operation at or above `node` because of which its edges need or deny `actions`;
+    /// `None` if the node's own rule is the reason.
+    fn behind(&self, node: usize, side: Side, actions: Actions) -> Option<&'a OpInfo> {
+        // A format writes and resizes its file for a parent that only writes.
+        let asked = if actions.intersects(Actions::V | Actions::S) {
+            actions | Actions::V | Actions::M
+        } else {
+            actions
+        };
+        let matters = |c: Claim| match side {
+            Side::Asks => c.needs.intersects(asked),
+            Side::Denies => !c.allows.contains(actions),
+        };
+        let mut seen = vec![false; self.topology.nodes.len()];
+        let mut todo = vec![node];
+        while let Some(n) = todo.pop() {
+            if std::mem::replace(&mut seen[n], true) {
+                continue;
+            }
+            if let Some(i) = self.topology.users.iter().position(|u| u.node == n && matters(u.claim)) {
+                return self.op(&self.state.users[i].op);
+            }
+            for (p, parent) in self.topology.nodes.iter().enumerate() {
+                let wish = |k: usize| self.wishes.as_ref().is_some_and(|w| matters(w.children[p][k]));
+                if parent.children.iter().enumerate().any(|(k, c)| c.1 == n && wish(k)) {
+                    if let Some(owner) = &self.state.nodes[p].def.owner {
+                        return self.op(owner);
+                    }
+                    todo.push(p);
+                }
+            }
         }
-        EdgeRef::Child { parent, child } => {
-            let node = &state.nodes[parent];
-            match (node.def.rule, node.children[child].role) {
-                (AccessRule::Format, dolmen_types::ChildRole::Metadata) => {
-                    "keeps its metadata there, which would be destroyed".into()
+        None
+    }
+
+    /// Why a party does not allow others more.
+    fn why(&self, at: EdgeRef) -> String {
+        match at {
+            EdgeRef::Claim(i) => self.state.claims[i].why.clone(),
+            EdgeRef::User(i) => {
+                let denied = !self.state.users[i].claim.allows & Actions::DATA;
+                let words: Vec<_> = denied.iter().map(|a| a.phrase()).collect();
+                format!("does not let others {} it", words.join(" or "))
+            }
+            EdgeRef::Child { parent, child } => {
+                let node = &self.state.nodes[parent];
+                match (node.def.rule, node.children[child].role) {
+                    (AccessRule::Format, ChildRole::Metadata) => {
+                        "keeps its metadata there, which would be destroyed".into()
+                    }
+                    (AccessRule::Format, ChildRole::Backing) => {
+                        "reads from it what it has not got itself, for users that need it unchanged".into()
+                    }
+                    (AccessRule::CopyBeforeWrite | AccessRule::Backup, ChildRole::Filtered) => {
+                        "must see every write first, to save what it overwrites".into()
+                    }
+                    (AccessRule::Mirror, ChildRole::Filtered) => {
+                        "must see every write, to copy it to its target".into()
+                    }
+                    (_, ChildRole::Target) => "writes a copy to it, which has to keep its size".into(),
+                    _ => "passes on what those above it do not allow".into(),
                 }
-                (AccessRule::Format, dolmen_types::ChildRole::Backing) => {
-                    "reads from it what it has not got itself, for users that need it unchanged".into()
-                }
-                (AccessRule::CopyBeforeWrite, _) => {
-                    "must see every write first, to save what it overwrites".into()
-                }
-                _ => "passes on what those above it do not allow".into(),
             }
         }
     }

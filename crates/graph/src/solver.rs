@@ -144,41 +144,18 @@ struct Party {
 /// always the same one.
 pub fn solve(t: &Topology) -> Result<Grants, Refusal> {
     let order = roots_first(t)?;
-    let mut into: Vec<Vec<Party>> = vec![Vec::new(); t.nodes.len()];
-    for (i, u) in t.users.iter().enumerate() {
-        // An edge has nothing to say about G, P and I: it allows them.
-        let claim = Claim { needs: u.claim.needs & Actions::DATA, allows: u.claim.allows | NOT_DATA };
-        into[u.node].push(Party { owner: Some(u.op), at: EdgeRef::User(i), claim });
-    }
-    let mut grants = Grants {
-        children: t.nodes.iter().map(|n| vec![Claim::IDLE; n.children.len()]).collect(),
-        total: vec![Claim::IDLE; t.nodes.len()],
-    };
+    let (grants, into) = propagate(t, &order);
     for &n in &order {
         let node = &t.nodes[n];
-        let parents = &into[n];
-        let total = parents.iter().fold(Claim::IDLE, |sum, p| Claim {
-            needs: sum.needs | p.claim.needs,
-            allows: sum.allows & p.claim.allows,
-        });
         let writes = |p: &&Party| p.claim.needs.intersects(Actions::V | Actions::M);
-        if let Some(p) = parents.iter().find(writes) {
+        if let Some(p) = into[n].iter().find(writes) {
             if !node.writable {
                 return Err(Refusal::ReadOnly { node: n, asks: p.at });
             }
-            if !node.aligned && !total.needs.contains(Actions::S) {
+            if !node.aligned && !grants.total[n].needs.contains(Actions::S) {
                 return Err(Refusal::Unaligned { node: n, asks: p.at });
             }
         }
-        let facts =
-            NodeFacts { writable: node.writable, has_parents: !parents.is_empty(), active: node.active };
-        for (i, &(role, child)) in node.children.iter().enumerate() {
-            let mut claim = node.rule.child_claim(role, total, facts);
-            claim.allows |= NOT_DATA;
-            grants.children[n][i] = claim;
-            into[child].push(Party { owner: node.owner, at: EdgeRef::Child { parent: n, child: i }, claim });
-        }
-        grants.total[n] = total;
     }
     for &n in &order {
         let claims = t.claims.iter().enumerate().filter(|(_, c)| c.node == n);
@@ -197,6 +174,39 @@ pub fn solve(t: &Topology) -> Result<Grants, Refusal> {
         }
     }
     Ok(grants)
+}
+
+/// What every edge needs and allows, from the roots down, and who meets at each node;
+/// without asking whether that is granted.
+fn propagate(t: &Topology, order: &[usize]) -> (Grants, Vec<Vec<Party>>) {
+    let mut into: Vec<Vec<Party>> = vec![Vec::new(); t.nodes.len()];
+    for (i, u) in t.users.iter().enumerate() {
+        // An edge has nothing to say about G, P and I: it allows them.
+        let claim = Claim { needs: u.claim.needs & Actions::DATA, allows: u.claim.allows | NOT_DATA };
+        into[u.node].push(Party { owner: Some(u.op), at: EdgeRef::User(i), claim });
+    }
+    let mut grants = Grants {
+        children: t.nodes.iter().map(|n| vec![Claim::IDLE; n.children.len()]).collect(),
+        total: vec![Claim::IDLE; t.nodes.len()],
+    };
+    for &n in order {
+        let node = &t.nodes[n];
+        let parents = &into[n];
+        let total = parents.iter().fold(Claim::IDLE, |sum, p| Claim {
+            needs: sum.needs | p.claim.needs,
+            allows: sum.allows & p.claim.allows,
+        });
+        let facts =
+            NodeFacts { writable: node.writable, has_parents: !parents.is_empty(), active: node.active };
+        for (i, &(role, child)) in node.children.iter().enumerate() {
+            let mut claim = node.rule.child_claim(role, total, facts);
+            claim.allows |= NOT_DATA;
+            grants.children[n][i] = claim;
+            into[child].push(Party { owner: node.owner, at: EdgeRef::Child { parent: n, child: i }, claim });
+        }
+        grants.total[n] = total;
+    }
+    (grants, into)
 }
 
 const NOT_DATA: Actions = Actions::EVERY.without(Actions::DATA);
@@ -240,26 +250,12 @@ fn roots_first(t: &Topology) -> Result<Vec<usize>, Refusal> {
     }
 }
 
-/// What an edge needs and allows, without asking whether that is granted: for messages
-/// about a refused topology.
-pub(crate) fn edge_claim(t: &Topology, parent: usize, child: usize) -> Claim {
-    let mut total = Claim::IDLE;
-    let mut has_parents = false;
-    let mut add = |c: Claim| {
-        total = Claim { needs: total.needs | c.needs, allows: total.allows & c.allows };
-        has_parents = true;
-    };
-    for u in t.users.iter().filter(|u| u.node == parent) {
-        add(u.claim);
-    }
-    for (p, node) in t.nodes.iter().enumerate() {
-        for (k, (_, c)) in node.children.iter().enumerate() {
-            if *c == parent {
-                add(edge_claim(t, p, k));
-            }
-        }
-    }
-    let node = &t.nodes[parent];
-    let facts = NodeFacts { writable: node.writable, has_parents, active: node.active };
-    node.rule.child_claim(node.children[child].0, total, facts)
+/// What all edges need and allow, without asking whether that is granted: for messages
+/// about a refused topology. `None` if it has a cycle.
+pub(crate) fn wishes(t: &Topology) -> Option<Grants> {
+    let order = roots_first(t).ok()?;
+    Some(propagate(t, &order).0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,561 @@
+//! The solver against a brute-force oracle, exhaustively over small graphs.
+//!
+//! The oracle is written from the text of ARCHITECTURE.md's access rules in another style
+//! than the solver: one table of characters per edge rule, booleans per action, a naive
+//! fixpoint over all edges instead of an order, and all pairs of parties at the end. It
+//! shares no code with [`AccessRule`].
+//!
+//! What is complete, and what is not:
+//! - [`edge_rules`]: every rule, role, set of facts and claim of one parent: complete.
+//! - [`two_parties`]: every kind of pair that can meet at a node, with every claim of each
+//!   over D, V, M and S, and over every pair of actions: complete.
+//! - [`three_nodes`]: every graph of up to three nodes with every rule and role; users and
+//!   claims from an alphabet that holds each kind of party once.
+//! - [`four_nodes`]: every graph of four nodes, over a reduced alphabet of rules and roles.
+//!
+//! Graphs are canonical: a node's children have higher numbers. Every acyclic graph is one
+//! of these up to names, and [`names_do_not_matter`] shuffles the names.
+
+use dolmen_types::{Actions, ChildRole, Claim};
+
+use super::*;
+
+const RULES: [AccessRule; 13] = [
+    AccessRule::Leaf,
+    AccessRule::Filter,
+    AccessRule::Slice,
+    AccessRule::CopyOnRead,
+    AccessRule::Format,
+    AccessRule::Quorum { rewrite: false },
+    AccessRule::Quorum { rewrite: true },
+    AccessRule::CopyBeforeWrite,
+    AccessRule::SnapshotAccess,
+    AccessRule::Mirror,
+    AccessRule::Backup,
+    AccessRule::CommitActive,
+    AccessRule::CommitMid,
+];
+
+const ROLES: [ChildRole; 5] =
+    [ChildRole::Filtered, ChildRole::Metadata, ChildRole::Data, ChildRole::Backing, ChildRole::Target];
+
+/// Columns D, V, M, S.
+type Row = [bool; 4];
+
+/// An edge of the oracle: where it goes, what the tables say.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct OracleEdge {
+    needs: Row,
+    allows: Row,
+}
+
+/// The table of the edge rules. In the columns D, V, M, S: `0` no, `1` yes, `p` as the
+/// parents. `v` if the parents allow V; `w` if the node is writable or a parent needs V or
+/// M; `a` if it takes part; `A` if it does not; `x` V or M of the parents; `y` x or S;
+/// `d` D or V of the parents; `r` V allowed by the parents, as long as there are none.
+fn table(rule: AccessRule, role: ChildRole) -> [&'static str; 2] {
+    if role == ChildRole::Target {
+        return ["0100", "1110"];
+    }
+    match (rule, role) {
+        (AccessRule::Leaf | AccessRule::Filter, _) => ["pppp", "pppp"],
+        (AccessRule::Slice, _) => ["pppp", "ppp0"],
+        (AccessRule::CopyOnRead, _) => ["ppap", "pp1p"],
+        (AccessRule::Format, ChildRole::Backing) => ["p000", "1v1v"],
+        (AccessRule::Format, ChildRole::Data) => ["px0y", "ppp0"],
+        (AccessRule::Format, _) => ["1w0u", "p0p0"],
+        (AccessRule::Quorum { rewrite: false }, _) => ["pppp", "1010"],
+        (AccessRule::Quorum { rewrite: true }, _) => ["p1pp", "1010"],
+        (AccessRule::CopyBeforeWrite, _) => ["dppp", "prpp"],
+        (AccessRule::SnapshotAccess, _) => ["0000", "1111"],
+        (AccessRule::Mirror, _) => ["pppp", "p0pp"],
+        (AccessRule::Backup, _) => ["dppp", "p0pp"],
+        (AccessRule::CommitActive, _) => ["0ppp", "p1pp"],
+        (AccessRule::CommitMid, _) => ["p000", "1111"],
+    }
+}
+
+fn look_up(
+    rule: AccessRule,
+    role: ChildRole,
+    node: &TopoNode,
+    needs: Row,
+    allows: Row,
+    parents: usize,
+) -> OracleEdge {
+    let [_, v, m, s] = needs;
+    let cell = |text: &str, column: usize, own: Row| match text.as_bytes()[column] {
+        b'0' => false,
+        b'1' => true,
+        b'p' => own[column],
+        b'a' => node.active,
+        // An overlay that has handed its image over does not care who writes below it.
+        b'v' => allows[1] || !node.active,
+        b'w' => node.writable || v || m,
+        b'u' => node.writable || v || m || s,
+        b'x' => v || m,
+        b'y' => v || m || s,
+        b'd' => needs[0] || v,
+        b'r' => allows[1] && parents == 0,
+        other => panic!("no such cell: {}", other as char),
+    };
+    let [n, a] = table(rule, role);
+    OracleEdge {
+        needs: std::array::from_fn(|c| cell(n, c, needs)),
+        allows: std::array::from_fn(|c| cell(a, c, allows)),
+    }
+}
+
+fn row(a: Actions) -> Row {
+    [Actions::D, Actions::V, Actions::M, Actions::S].map(|x| a.contains(x))
+}
+
+/// What the oracle finds: the edges, and everybody who is in somebody's way.
+struct Verdict {
+    edges: Vec<Vec<OracleEdge>>,
+    conflicts: Vec<(usize, EdgeRef, EdgeRef, Actions)>,
+    read_only: Vec<(usize, EdgeRef)>,
+    unaligned: Vec<(usize, EdgeRef)>,
+}
+
+impl Verdict {
+    fn refused(&self) -> bool {
+        !(self.conflicts.is_empty() && self.read_only.is_empty() && self.unaligned.is_empty())
+    }
+}
+
+/// Everybody at a node: owner, who, seven needs, seven allows, scope.
+type At = (Option<u32>, EdgeRef, [bool; 7], [bool; 7], Option<u32>);
+
+fn oracle(t: &Topology) -> Verdict {
+    let idle = OracleEdge { needs: [false; 4], allows: [true; 4] };
+    let mut edges: Vec<Vec<OracleEdge>> = t.nodes.iter().map(|n| vec![idle; n.children.len()]).collect();
+    let into = |edges: &Vec<Vec<OracleEdge>>, node: usize| {
+        let mut list: Vec<(Option<u32>, EdgeRef, Row, Row)> = Vec::new();
+        for (i, u) in t.users.iter().enumerate() {
+            if u.node == node {
+                list.push((Some(u.op), EdgeRef::User(i), row(u.claim.needs), row(u.claim.allows)));
+            }
+        }
+        for (p, n) in t.nodes.iter().enumerate() {
+            for (k, (_, c)) in n.children.iter().enumerate() {
+                if *c == node {
+                    let e = edges[p][k];
+                    list.push((n.owner, EdgeRef::Child { parent: p, child: k }, e.needs, e.allows));
+                }
+            }
+        }
+        list
+    };
+    loop {
+        let mut changed = false;
+        for (p, n) in t.nodes.iter().enumerate() {
+            let parents = into(&edges, p);
+            let needs: Row = std::array::from_fn(|c| parents.iter().any(|e| e.2[c]));
+            let allows: Row = std::array::from_fn(|c| parents.iter().all(|e| e.3[c]));
+            for (k, (role, _)) in n.children.iter().enumerate() {
+                let new = look_up(n.rule, *role, n, needs, allows, parents.len());
+                changed |= edges[p][k] != new;
+                edges[p][k] = new;
+            }
+        }
+        if !changed {
+            break;
+        }
+    }
+    let mut verdict = Verdict { edges, conflicts: Vec::new(), read_only: Vec::new(), unaligned: Vec::new() };
+    for (number, n) in t.nodes.iter().enumerate() {
+        let edges = into(&verdict.edges, number);
+        let resizes = edges.iter().any(|e| e.2[3]);
+        for (_, who, needs, _) in &edges {
+            if needs[1] || needs[2] {
+                if !n.writable {
+                    verdict.read_only.push((number, *who));
+                }
+                if !n.aligned && !resizes {
+                    verdict.unaligned.push((number, *who));
+                }
+            }
+        }
+        let wide = |r: Row, rest: bool| [r[0], r[1], r[2], r[3], rest, rest, rest];
+        let mut all: Vec<At> =
+            edges.iter().map(|(o, w, n, a)| (*o, *w, wide(*n, false), wide(*a, true), None)).collect();
+        for (i, c) in t.claims.iter().enumerate().filter(|(_, c)| c.node == number) {
+            let seven = |a: Actions| std::array::from_fn(|b| a.bits() & (1 << b) != 0);
+            all.push((Some(c.op), EdgeRef::Claim(i), seven(c.claim.needs), seven(c.claim.allows), c.scope));
+        }
+        for a in &all {
+            for b in &all {
+                let apart = a.1 != b.1 && (a.0.is_none() || a.0 != b.0) && a.4 == b.4;
+                let bits = (0..7).filter(|&x| a.2[x] && !b.3[x]).fold(0, |bits, x| bits | 1 << x);
+                if apart && bits != 0 {
+                    verdict.conflicts.push((number, a.1, b.1, Actions::from_bits(bits)));
+                }
+            }
+        }
+    }
+    verdict
+}
+
+/// One comparison. Returns whether it was granted.
+fn compare(t: &Topology) -> bool {
+    let want = oracle(t);
+    match solve(t) {
+        Ok(grants) => {
+            assert!(!want.refused(), "the solver grants what the oracle refuses: {t:#?}");
+            for (n, node) in t.nodes.iter().enumerate() {
+                for k in 0..node.children.len() {
+                    let got = grants.children[n][k];
+                    let got = OracleEdge { needs: row(got.needs), allows: row(got.allows) };
+                    assert_eq!(got, want.edges[n][k], "edge {k} of node {n} in {t:#?}");
+                }
+                let parents = || {
+                    let users = t
+                        .users
+                        .iter()
+                        .filter(|u| u.node == n)
+                        .map(|u| OracleEdge { needs: row(u.claim.needs), allows: row(u.claim.allows) });
+                    let edges = t
+                        .nodes
+                        .iter()
+                        .enumerate()
+                        .flat_map(|(p, x)| x.children.iter().enumerate().map(move |(k, c)| (p, k, c.1)));
+                    let edges = edges.filter(|e| e.2 == n).map(|(p, k, _)| want.edges[p][k]);
+                    users.chain(edges).collect::<Vec<_>>()
+                };
+                let sum = OracleEdge {
+                    needs: std::array::from_fn(|c| parents().iter().any(|e| e.needs[c])),
+                    allows: std::array::from_fn(|c| parents().iter().all(|e| e.allows[c])),
+                };
+                let total = grants.total[n];
+                assert_eq!(
+                    OracleEdge { needs: row(total.needs), allows: row(total.allows) },
+                    sum,
+                    "total of node {n} in {t:#?}"
+                );
+            }
+            true
+        }
+        Err(refusal) => {
+            let true_reason = match refusal {
+                Refusal::Conflict { node, actions, asks, denies } => {
+                    want.conflicts.contains(&(node, asks, denies, actions))
+                }
+                Refusal::ReadOnly { node, asks } => want.read_only.contains(&(node, asks)),
+                Refusal::Unaligned { node, asks } => want.unaligned.contains(&(node, asks)),
+                Refusal::Cycle { .. } => false,
+            };
+            assert!(true_reason, "{refusal:?} is not so in {t:#?}");
+            assert_eq!(solve(t), Err(refusal), "the same topology is refused in the same way");
+            false
+        }
+    }
+}
+
+/// How many were granted and refused: a test in which one of them is rare tests little.
+#[derive(Default)]
+struct Tally {
+    granted: u64,
+    refused: u64,
+}
+
+impl Tally {
+    fn compare(&mut self, t: &Topology) {
+        if compare(t) {
+            self.granted += 1;
+        } else {
+            self.refused += 1;
+        }
+    }
+
+    fn check(&self, at_least: u64) {
+        assert!(
+            self.granted >= at_least && self.refused >= at_least,
+            "{} granted and {} refused",
+            self.granted,
+            self.refused
+        );
+    }
+}
+
+fn node(rule: AccessRule) -> TopoNode {
+    TopoNode { rule, writable: true, active: true, aligned: true, owner: None, children: Vec::new() }
+}
+
+/// Claims over D, V, M, S: 256.
+fn data_claims() -> impl Iterator<Item = Claim> + Clone {
+    (0..=255u8).map(|b| Claim {
+        needs: Actions::from_bits(b & 15),
+        allows: Actions::from_bits(b >> 4) | (Actions::EVERY - Actions::DATA),
+    })
+}
+
+fn claim(needs: Actions, denies: Actions) -> Claim {
+    Claim { needs, allows: Actions::EVERY - denies }
+}
+
+#[test]
+fn edge_rules() {
+    let mut tally = Tally::default();
+    for rule in RULES {
+        for role in ROLES {
+            for facts in 0..8 {
+                let mut parent = node(rule);
+                parent.writable = facts & 1 != 0;
+                parent.active = facts & 2 != 0;
+                parent.aligned = facts & 4 != 0;
+                parent.children.push((role, 1));
+                let mut t = Topology {
+                    nodes: vec![parent, node(AccessRule::Leaf)],
+                    users: Vec::new(),
+                    claims: Vec::new(),
+                };
+                tally.compare(&t);
+                for claim in data_claims() {
+                    t.users = vec![TopoUser { op: 0, node: 0, claim }];
+                    tally.compare(&t);
+                }
+            }
+        }
+    }
+    tally.check(10_000);
+}
+
+fn chain_of_rules(rules: &[AccessRule]) -> Topology {
+    let mut nodes: Vec<TopoNode> = rules.iter().map(|r| node(*r)).collect();
+    for (i, n) in nodes.iter_mut().enumerate() {
+        n.children.push((ChildRole::Filtered, i + 1));
+    }
+    nodes.push(node(AccessRule::Leaf));
+    Topology { nodes, users: Vec::new(), claims: Vec::new() }
+}
+
+#[test]
+fn two_parties() {
+    let mut tally = Tally::default();
+    // Two users, a user and a claim, two claims with equal and with different scopes; of
+    // one operation and of two.
+    for kinds in 0..5 {
+        for second_op in [0, 1] {
+            for a in data_claims() {
+                for b in data_claims() {
+                    let mut t = Topology { nodes: vec![node(AccessRule::Leaf)], ..Topology::default() };
+                    let user = |op, claim| TopoUser { op, node: 0, claim };
+                    let held = |op, claim, scope| TopoClaim { op, node: 0, claim, scope };
+                    match kinds {
+                        0 => t.users = vec![user(0, a), user(second_op, b)],
+                        1 => {
+                            t.users = vec![user(0, a)];
+                            t.claims = vec![held(second_op, b, None)];
+                        }
+                        2 => t.claims = vec![held(0, a, None), held(second_op, b, None)],
+                        3 => t.claims = vec![held(0, a, Some(1)), held(second_op, b, Some(1))],
+                        _ => t.claims = vec![held(0, a, Some(1)), held(second_op, b, None)],
+                    }
+                    tally.compare(&t);
+                }
+            }
+        }
+    }
+    // Every pair of actions, those that only claims speak of among them.
+    for x in 0..7 {
+        for y in 0..7 {
+            for pattern in 0..256u32 {
+                let set = |shift: u32| {
+                    let bits = (pattern >> shift) & 3;
+                    let one = |bit: u32, a: u8| if bits & bit != 0 { 1u8 << a } else { 0 };
+                    Actions::from_bits(one(1, x) | one(2, y))
+                };
+                let t = Topology {
+                    nodes: vec![node(AccessRule::Leaf)],
+                    users: Vec::new(),
+                    claims: vec![
+                        TopoClaim { op: 0, node: 0, claim: claim(set(0), set(2)), scope: None },
+                        TopoClaim { op: 1, node: 0, claim: claim(set(4), set(6)), scope: None },
+                    ],
+                };
+                tally.compare(&t);
+            }
+        }
+    }
+    tally.check(100_000);
+}
+
+/// Every set of children with higher numbers, in every combination of `roles`.
+fn graphs(n: usize, roles: &[ChildRole], mut each: impl FnMut(&[Vec<(ChildRole, usize)>])) {
+    let pairs: Vec<(usize, usize)> = (0..n).flat_map(|a| (a + 1..n).map(move |b| (a, b))).collect();
+    let choices = roles.len() + 1;
+    let all = choices.pow(pairs.len() as u32);
+    for number in 0..all {
+        let mut children = vec![Vec::new(); n];
+        let mut rest = number;
+        for &(a, b) in &pairs {
+            let choice = rest % choices;
+            rest /= choices;
+            if choice > 0 {
+                children[a].push((roles[choice - 1], b));
+            }
+        }
+        each(&children);
+    }
+}
+
+/// Every assignment of `rules` to the nodes that have children; a leaf's rule does nothing.
+fn ruled(children: &[Vec<(ChildRole, usize)>], rules: &[AccessRule], mut each: impl FnMut(&[TopoNode])) {
+    let inner: Vec<usize> = (0..children.len()).filter(|&n| !children[n].is_empty()).collect();
+    for number in 0..rules.len().pow(inner.len() as u32) {
+        let mut rest = number;
+        let mut nodes: Vec<TopoNode> =
+            children.iter().map(|c| TopoNode { children: c.clone(), ..node(AccessRule::Leaf) }).collect();
+        for &n in &inner {
+            nodes[n].rule = rules[rest % rules.len()];
+            rest /= rules.len();
+        }
+        each(&nodes);
+    }
+}
+
+#[test]
+fn three_nodes() {
+    use Actions as A;
+    let reader = claim(A::D, A::NONE);
+    let steady = claim(A::D, A::V | A::S);
+    let writer = claim(A::D | A::V, A::S);
+    let mut tally = Tally::default();
+    for n in 1..=3 {
+        graphs(n, &ROLES, |children| {
+            ruled(children, &RULES, |nodes| {
+                let mut t = Topology { nodes: nodes.to_vec(), ..Topology::default() };
+                let user = |op, node, claim| TopoUser { op, node, claim };
+                for first in [reader, writer, claim(A::M | A::S, A::D)] {
+                    t.users = vec![user(0, 0, first)];
+                    tally.compare(&t);
+                    for at in 0..n {
+                        t.users.truncate(1);
+                        t.users.push(user(1, at, if first == writer { steady } else { writer }));
+                        tally.compare(&t);
+                        // The first one's operation interposed the topmost node: its edges
+                        // and its claims are one party.
+                        t.nodes[0].owner = Some(0);
+                        t.claims = vec![TopoClaim {
+                            op: 0,
+                            node: n - 1,
+                            claim: claim(A::D | A::P, A::V | A::P),
+                            scope: None,
+                        }];
+                        tally.compare(&t);
+                        t.claims.clear();
+                        t.nodes[0].owner = None;
+                    }
+                }
+                // What cannot be written, is unaligned or takes no part.
+                t.users = vec![user(0, 0, writer)];
+                for odd in 0..n {
+                    t.nodes[odd].writable = false;
+                    tally.compare(&t);
+                    t.nodes[odd].writable = true;
+                    t.nodes[odd].aligned = false;
+                    tally.compare(&t);
+                    t.nodes[odd].aligned = true;
+                    t.nodes[odd].active = false;
+                    tally.compare(&t);
+                    t.nodes[odd].active = true;
+                }
+            });
+        });
+    }
+    tally.check(100_000);
+}
+
+#[test]
+fn four_nodes() {
+    use Actions as A;
+    const SOME_RULES: [AccessRule; 5] = [
+        AccessRule::Filter,
+        AccessRule::CopyOnRead,
+        AccessRule::Format,
+        AccessRule::Mirror,
+        AccessRule::CommitActive,
+    ];
+    let mut tally = Tally::default();
+    graphs(4, &[ChildRole::Metadata, ChildRole::Backing], |children| {
+        ruled(children, &SOME_RULES, |nodes| {
+            let mut t = Topology { nodes: nodes.to_vec(), ..Topology::default() };
+            t.users = vec![
+                TopoUser { op: 0, node: 0, claim: claim(A::D | A::V, A::S) },
+                TopoUser { op: 1, node: 1, claim: claim(A::D, A::NONE) },
+            ];
+            tally.compare(&t);
+            // A job that interposed node 1 and depends on node 2.
+            t.nodes[1].owner = Some(1);
+            t.claims = vec![TopoClaim { op: 1, node: 2, claim: claim(A::D, A::V), scope: None }];
+            tally.compare(&t);
+        });
+    });
+    tally.check(30_000);
+}
+
+/// Numbers are names: any other numbering of the nodes gets the same verdict.
+#[test]
+fn names_do_not_matter() {
+    use Actions as A;
+    let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = move |below: usize| {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        (seed % below as u64) as usize
+    };
+    let mut tally = Tally::default();
+    for _ in 0..20_000 {
+        let n = 2 + random(6);
+        let mut t = Topology::default();
+        for a in 0..n {
+            let mut x = node(RULES[random(RULES.len())]);
+            x.writable = random(8) > 0;
+            x.owner = (random(4) == 0).then_some(0);
+            for b in a + 1..n {
+                if random(3) == 0 {
+                    x.children.push((ROLES[random(ROLES.len())], b));
+                }
+            }
+            t.nodes.push(x);
+        }
+        for op in 0..random(4) as u32 {
+            let needs = Actions::from_bits(random(16) as u8) & Actions::from_bits(random(16) as u8);
+            let denies = Actions::from_bits(random(16) as u8) & Actions::from_bits(random(16) as u8);
+            t.users.push(TopoUser { op, node: random(n), claim: claim(needs, denies) });
+        }
+        if random(2) == 0 {
+            t.claims.push(TopoClaim { op: 0, node: random(n), claim: claim(A::D, A::V | A::G), scope: None });
+        }
+        let verdict = compare(&t);
+        if verdict {
+            tally.granted += 1;
+        } else {
+            tally.refused += 1;
+        }
+        // A rotation of the numbers.
+        let turn = 1 + random(n - 1);
+        let to = |i: usize| (i + turn) % n;
+        let mut moved = t.clone();
+        for (i, x) in t.nodes.iter().enumerate() {
+            let mut x = x.clone();
+            x.children.iter_mut().for_each(|c| c.1 = to(c.1));
+            moved.nodes[to(i)] = x;
+        }
+        moved.users.iter_mut().for_each(|u| u.node = to(u.node));
+        moved.claims.iter_mut().for_each(|c| c.node = to(c.node));
+        assert_eq!(compare(&moved), verdict, "{t:#?}");
+    }
+    tally.check(2_000);
+}
+
+#[test]
+fn cycles_are_refused() {
+    let mut t = chain_of_rules(&[AccessRule::Filter, AccessRule::Format]);
+    t.nodes[2].children.push((ChildRole::Backing, 1));
+    assert!(matches!(solve(&t), Err(Refusal::Cycle { node: 1 | 2 })));
+    t.nodes[2].children[0].1 = 2;
+    assert_eq!(solve(&t), Err(Refusal::Cycle { node: 2 }));
+}
