@@ -5,7 +5,7 @@
 //! that the candidate needs. Publishing is [`GraphOwner::commit`](crate::GraphOwner::commit).
 //! Dropping a draft undoes everything, in reverse order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use dolmen_rt::{Instant, Rt};
@@ -25,7 +25,7 @@ pub struct OpInfo {
     pub kind: String,
     /// "nbd, writable", "mirror of 'top', ready", ...
     pub detail: String,
-    /// When it started; `None` for a command that is just being tried.
+    /// When it started; `None` for an instant command.
     pub since: Option<Instant>,
     /// How a user ends it: "remove it (block-export-del 'exp0')".
     pub ends_with: Option<String>,
@@ -176,8 +176,31 @@ impl State {
         }
     }
 
+    /// Whether `to` is `from` or below it. Each node is looked at once: a graph may have
+    /// more paths than atoms.
     fn reaches(&self, from: &NodeName, to: &NodeName) -> bool {
-        from == to || self.node(from).is_some_and(|n| n.children.iter().any(|c| self.reaches(&c.node, to)))
+        let mut seen: Vec<&NodeName> = vec![from];
+        let mut next = 0;
+        while let Some(&name) = seen.get(next) {
+            if name == to {
+                return true;
+            }
+            next += 1;
+            for c in self.node(name).iter().flat_map(|n| &n.children) {
+                if !seen.contains(&&c.node) {
+                    seen.push(&c.node);
+                }
+            }
+        }
+        false
+    }
+
+    /// The nodes that a parent, a user, a pinning claim or an interposed filter holds.
+    fn held(&self) -> BTreeSet<NodeName> {
+        let parents = self.nodes.iter().flat_map(|n| &n.children).map(|c| &c.node);
+        let users = self.users.iter().map(|u| &u.node);
+        let pins = self.claims.iter().filter(|c| c.pins).map(|c| &c.node);
+        parents.chain(users).chain(pins).chain(self.over.keys()).cloned().collect()
     }
 }
 
@@ -188,6 +211,10 @@ pub struct Draft {
     pub(crate) generation: u64,
     /// Published nodes, to be reused where nothing changed.
     pub(crate) published: Vec<Arc<Node>>,
+    /// Nodes that were held by something when the draft was begun.
+    held_before: BTreeSet<NodeName>,
+    /// The operations that there were then; others are just being tried.
+    ops_before: BTreeSet<OpId>,
     prepared: Vec<Box<dyn Prepared>>,
     now: Instant,
 }
@@ -203,7 +230,9 @@ impl Drop for Draft {
 
 impl Draft {
     pub(crate) fn new(state: State, generation: u64, published: Vec<Arc<Node>>, now: Instant) -> Draft {
-        Draft { state, generation, published, prepared: Vec::new(), now }
+        let held_before = state.held();
+        let ops_before = state.ops.iter().map(|o| o.id.clone()).collect();
+        Draft { state, generation, published, held_before, ops_before, prepared: Vec::new(), now }
     }
 
     /// Makes up a name that users can't type.
@@ -267,20 +296,47 @@ impl Draft {
         Ok(())
     }
 
-    /// Ends an operation: its edges and claims go; filters that it interposed must have
-    /// been taken out before.
+    /// Ends an operation: its edges and claims go, and filters that it interposed and has
+    /// not taken out yet are taken out.
     pub fn remove_op(&mut self, op: &OpId) {
         self.state.users.retain(|u| u.op != *op);
         self.state.claims.retain(|c| c.op != *op);
+        while let Some(filter) = self.state.nodes.iter().find(|n| n.def.owner.as_ref() == Some(op)) {
+            let filter = filter.def.name.clone();
+            self.take_out(&filter);
+        }
         self.state.ops.retain(|o| o.id != *op);
+    }
+
+    fn known(&self, op: &OpId) -> Result<()> {
+        if self.state.ops.iter().any(|o| o.id == *op) {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::NotFound, format!("operation '{op}' is not registered")))
     }
 
     /// Attaches an operation to a node (or to the outermost filter interposed on it).
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound`, for the node or the operation.
     pub fn add_user(&mut self, op: &OpId, node: &str, claim: Claim) -> Result<()> {
         let node = self.resolve(node)?;
+        self.attach(op, node, claim)
+    }
+
+    /// Attaches an operation to exactly this node, below whatever is interposed on it:
+    /// for what a job does beneath its own filter. Everybody else must use
+    /// [`Draft::add_user`].
+    ///
+    /// # Errors
+    /// As [`Draft::add_user`].
+    pub fn add_user_below_filters(&mut self, op: &OpId, node: &str, claim: Claim) -> Result<()> {
+        let node = self.state.node(node).ok_or_else(|| no_such_node(node))?.def.name.clone();
+        self.attach(op, node, claim)
+    }
+
+    fn attach(&mut self, op: &OpId, node: NodeName, claim: Claim) -> Result<()> {
+        self.known(op)?;
         self.state.users.push(DraftUser { op: op.clone(), node, claim, edge: None });
         Ok(())
     }
@@ -288,11 +344,12 @@ impl Draft {
     /// Adds a claim; it lands on the named node itself.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound`, for the node or the operation.
     pub fn add_claim(&mut self, claim: OpClaim) -> Result<()> {
         if !self.has_node(&claim.node) {
             return Err(no_such_node(&claim.node));
         }
+        self.known(&claim.op)?;
         self.state.claims.push(claim);
         Ok(())
     }
@@ -300,7 +357,7 @@ impl Draft {
     /// Adds a node without children, whose driver will be set later.
     ///
     /// # Errors
-    /// `AlreadyExists` when the name is taken.
+    /// `AlreadyExists` when the name is taken, `NotFound` when the owner is no operation.
     pub fn add_node(&mut self, def: NodeDef) -> Result<()> {
         if self.has_node(&def.name) {
             return Err(Error::new(
@@ -308,6 +365,9 @@ impl Draft {
                 format!("Duplicate nodes with node-name='{}'", def.name),
             )
             .remedy("choose another node-name, or remove the node first (blockdev-del)"));
+        }
+        if let Some(owner) = &def.owner {
+            self.known(owner)?;
         }
         self.state.nodes.push(DraftNode {
             def,
@@ -331,6 +391,9 @@ impl Draft {
         child: &str,
     ) -> Result<()> {
         let child = self.resolve(child)?;
+        if !self.has_node(parent) {
+            return Err(no_such_node(parent));
+        }
         if self.state.reaches(&child, parent) {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
@@ -346,13 +409,18 @@ impl Draft {
         Ok(())
     }
 
-    /// Removes a link.
+    /// Removes a link, if it is there. The child stays in the draft; what nobody holds
+    /// any more goes when the draft is published.
     pub fn unlink(&mut self, parent: &NodeName, name: &str) {
-        let i = self.state.index(parent);
-        self.state.nodes[i].children.retain(|c| c.name != name);
+        if let Some(n) = self.state.nodes.iter_mut().find(|n| n.def.name == *parent) {
+            n.children.retain(|c| c.name != name);
+        }
     }
 
     /// Sets the driver of a node that is now open.
+    ///
+    /// # Panics
+    /// When the node is not in the draft.
     pub fn set_driver(&mut self, node: &NodeName, driver: Arc<dyn Driver>, forced_read_only: bool) {
         let i = self.state.index(node);
         self.state.nodes[i].driver = Some(driver);
@@ -364,9 +432,18 @@ impl Draft {
     /// nodes that the filter itself reaches.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound`; `InvalidInput` when the filter would be its own child.
     pub fn interpose(&mut self, filter: &NodeName, child: &'static str, on: &str) -> Result<()> {
         let on = self.resolve(on)?;
+        if !self.has_node(filter) {
+            return Err(no_such_node(filter));
+        }
+        if self.state.reaches(&on, filter) {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("Interposing '{filter}' on '{on}' would create a cycle"),
+            ));
+        }
         let owner = self.state.node(filter).and_then(|n| n.def.owner.clone());
         let spared: Vec<NodeName> = self
             .state
@@ -393,7 +470,8 @@ impl Draft {
         Ok(())
     }
 
-    /// Takes an interposed filter out: its parents and users go to the node it stands on.
+    /// Takes an interposed filter out: its parents, its users and the filters that stand on
+    /// it go to the node it stands on.
     pub fn take_out(&mut self, filter: &NodeName) {
         let Some(below) = self
             .state
@@ -401,6 +479,10 @@ impl Draft {
             .and_then(|n| n.children.iter().find(|c| c.role == ChildRole::Filtered))
             .map(|c| c.node.clone())
         else {
+            // It was never interposed.
+            if self.has_node(filter) {
+                self.drop_node(filter);
+            }
             return;
         };
         for c in self.state.nodes.iter_mut().flat_map(|n| &mut n.children).filter(|c| c.node == *filter) {
@@ -409,10 +491,16 @@ impl Draft {
         for u in self.state.users.iter_mut().filter(|u| u.node == *filter) {
             u.node = below.clone();
         }
-        self.state.over.retain(|_, filters| {
+        // What stands on it stands on the node below from now on, or names of that node
+        // would lead past it.
+        let above = self.state.over.remove(filter).unwrap_or_default();
+        if let Some(filters) = self.state.over.get_mut(&below) {
             filters.retain(|f| f != filter);
-            !filters.is_empty()
-        });
+            filters.extend(above);
+            if filters.is_empty() {
+                self.state.over.remove(&below);
+            }
+        }
         self.drop_node(filter);
     }
 
@@ -421,7 +509,12 @@ impl Draft {
     /// # Errors
     /// `NotFound`; `Busy` when somebody uses it, saying who.
     pub fn remove_node(&mut self, name: &str) -> Result<()> {
-        let node = self.state.node(name).ok_or_else(|| no_such_node(name))?.def.name.clone();
+        let node = self.state.node(name).ok_or_else(|| no_such_node(name))?;
+        if let Some(owner) = &node.def.owner {
+            return Err(Error::new(ErrorKind::Busy, format!("Node {name} belongs to operation '{owner}'"))
+                .remedy("it goes when the operation ends"));
+        }
+        let node = node.def.name.clone();
         if let Some(user) = self.used_by(&node) {
             return Err(Error::new(ErrorKind::Busy, format!("Node {node} is in use: {user}"))
                 .remedy("remove what uses it first"));
@@ -456,16 +549,37 @@ impl Draft {
     fn drop_node(&mut self, name: &NodeName) {
         let i = self.state.index(name);
         let node = self.state.nodes.remove(i);
-        // What the driver itself claimed goes with it.
+        // What the driver itself claimed goes with it, and claims that did not pin it.
         let own = driver_op(name);
         self.remove_op(&own);
+        self.state.claims.retain(|c| c.node != *name);
         self.state.told.remove(name);
+        self.state.over.remove(name);
         for c in node.children {
             let alone =
                 self.state.node(&c.node).is_some_and(|n| !n.def.monitor) && self.used_by(&c.node).is_none();
             if alone {
                 self.drop_node(&c.node);
             }
+        }
+    }
+
+    /// Drops the nodes that have lost the last thing that held them since the draft was
+    /// begun, unless they stay until they are deleted by name. Publishing does it; call it
+    /// before [`Draft::solve`] to ask "what if" about links or operations that go.
+    pub fn sweep(&mut self) {
+        loop {
+            let held = self.state.held();
+            let orphan = self.state.nodes.iter().find(|n| {
+                let name = &n.def.name;
+                !n.def.monitor
+                    && n.def.owner.is_none()
+                    && self.held_before.contains(name)
+                    && !held.contains(name)
+            });
+            let Some(orphan) = orphan else { return };
+            let name = orphan.def.name.clone();
+            self.drop_node(&name);
         }
     }
 
@@ -516,7 +630,8 @@ impl Draft {
     /// # Errors
     /// `Conflict` with both parties, `ReadOnly`, `InvalidInput`.
     pub fn solve(&self) -> Result<Grants> {
-        solve(&self.state.topology()).map_err(|r| crate::explain::explain(&self.state, r, self.now))
+        solve(&self.state.topology())
+            .map_err(|r| crate::explain::explain(&self.state, &self.ops_before, r, self.now))
     }
 
     /// Builds the nodes that have a driver, reusing published ones that did not change.

@@ -1,6 +1,8 @@
 //! Puts a refusal of the solver into words: node and action, both operations, why, and
 //! the remedies that would work.
 
+use std::collections::BTreeSet;
+
 use dolmen_rt::Instant;
 use dolmen_types::{Actions, ChildRole, Claim, Conflict, Error, ErrorKind, OpId, Party};
 
@@ -10,10 +12,10 @@ use crate::{AccessRule, EdgeRef, Grants, OpInfo, Refusal, Topology};
 
 /// The error for a refusal on this candidate.
 #[cold]
-pub(crate) fn explain(state: &State, refusal: Refusal, now: Instant) -> Error {
+pub(crate) fn explain(state: &State, known: &BTreeSet<OpId>, refusal: Refusal, now: Instant) -> Error {
     let topology = state.topology();
     let wishes = wishes(&topology);
-    let scene = Scene { state, topology, wishes, now };
+    let scene = Scene { state, known, topology, wishes, now };
     let name = |n: usize| state.nodes[n].def.name.as_str();
     match refusal {
         Refusal::Cycle { node } => {
@@ -52,7 +54,8 @@ pub(crate) fn explain(state: &State, refusal: Refusal, now: Instant) -> Error {
             let mut remedies = Vec::new();
             // The one that is there already can be ended; the newcomer can ask for less.
             for info in [deny_op, ask_op].into_iter().flatten() {
-                if let (Some(_), Some(text)) = (info.since, &info.ends_with)
+                if let Some(text) = &info.ends_with
+                    && scene.since(info).is_some()
                     && !remedies.contains(text)
                 {
                     remedies.push(text.clone());
@@ -64,7 +67,7 @@ pub(crate) fn explain(state: &State, refusal: Refusal, now: Instant) -> Error {
                 remedies.push(text);
             }
             if let EdgeRef::Child { parent, .. } = denies
-                && let AccessRule::Format | AccessRule::CopyBeforeWrite = state.nodes[parent].def.rule
+                && scene.sees_all_writes(denies)
             {
                 remedies.push(format!("use node '{}' instead", name(parent)));
             }
@@ -93,6 +96,8 @@ enum Side {
 /// A refused candidate, and what its edges wish for.
 struct Scene<'a> {
     state: &'a State,
+    /// The published operations; others are just being tried.
+    known: &'a BTreeSet<OpId>,
     topology: Topology,
     /// `None` if it has a cycle; then nobody is asked who they are.
     wishes: Option<Grants>,
@@ -102,6 +107,22 @@ struct Scene<'a> {
 impl<'a> Scene<'a> {
     fn op(&self, id: &OpId) -> Option<&'a OpInfo> {
         self.state.ops.iter().find(|o| o.id == *id)
+    }
+
+    /// Since when an operation runs, in seconds; `None` if it is just being tried.
+    fn since(&self, op: &OpInfo) -> Option<u64> {
+        op.since.filter(|_| self.known.contains(&op.id)).map(|t| self.now.since(t).as_secs())
+    }
+
+    /// Whether an edge denies because its parent is the one place to write through.
+    fn sees_all_writes(&self, at: EdgeRef) -> bool {
+        let EdgeRef::Child { parent, child } = at else { return false };
+        let node = &self.state.nodes[parent];
+        matches!(
+            (node.def.rule, node.children[child].role),
+            (AccessRule::Format, ChildRole::Metadata | ChildRole::Data)
+                | (AccessRule::CopyBeforeWrite, ChildRole::Filtered)
+        )
     }
 
     /// Who an edge or a claim belongs to; for an edge that belongs to nobody, the
@@ -114,7 +135,7 @@ impl<'a> Scene<'a> {
                 id: id.strip_prefix("driver:").unwrap_or(id).to_owned(),
                 kind: info.map_or("operation".into(), |o| o.kind.clone()),
                 detail: info.map_or(String::new(), |o| o.detail.clone()),
-                since_secs: info.and_then(|o| o.since).map(|t| self.now.since(t).as_secs()),
+                since_secs: info.and_then(|o| self.since(o)),
                 needs: claim.needs,
                 allows: claim.allows,
             };
@@ -140,7 +161,7 @@ impl<'a> Scene<'a> {
                     id: node.def.name.to_string(),
                     kind: "node".into(),
                     detail,
-                    since_secs: behind.and_then(|o| o.since).map(|t| self.now.since(t).as_secs()),
+                    since_secs: behind.and_then(|o| self.since(o)),
                     needs: claim.needs,
                     allows: claim.allows,
                 };

@@ -7,11 +7,13 @@
 //!
 //! The owner is not `Send`: one control task has it.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use dolmen_rt::Rt;
-use dolmen_types::{Error, ErrorKind, NodeName, OpId, Result};
+use dolmen_types::{Error, ErrorKind, NodeName, OpId, Result, ResultExt};
 
 use crate::draft::State;
 use crate::{Cx, Draft, Graph, Node, OpClaim, OpInfo, UserEdge};
@@ -37,12 +39,20 @@ pub struct GraphOwner {
     current: Arc<Graph>,
     rt: Rt,
     events: Vec<GraphEvent>,
+    /// Nodes that have left the graph and are not closed yet, children first.
+    retiring: Vec<Arc<Node>>,
 }
 
 impl GraphOwner {
     /// An owner of an empty graph.
     pub fn new(rt: Rt) -> GraphOwner {
-        GraphOwner { state: State::default(), current: Arc::new(Graph::empty()), rt, events: Vec::new() }
+        GraphOwner {
+            state: State::default(),
+            current: Arc::new(Graph::empty()),
+            rt,
+            events: Vec::new(),
+            retiring: Vec::new(),
+        }
     }
 
     /// The runtime that the owner's task runs on.
@@ -95,6 +105,9 @@ impl GraphOwner {
             return Err(Error::new(ErrorKind::Busy, "the graph was changed by somebody else meanwhile")
                 .remedy("try again"));
         }
+        // Nodes whose closing was cut short by a caller who lost patience.
+        self.retire().await;
+        draft.sweep();
         let grants = draft.prepare(&self.rt).await?;
         let built = draft.build(&grants);
         if let Some(n) = draft.state.nodes.iter().find(|n| !built.contains_key(&n.def.name)) {
@@ -121,11 +134,8 @@ impl GraphOwner {
             .collect();
         let stopped: Vec<Arc<UserEdge>> =
             gone.iter().cloned().chain(moved.iter().map(|m| m.0.clone())).collect();
-        stopped.iter().for_each(|e| e.close_gate());
-        if let Err(e) = self.quiesce_and_settle(&stopped, &draft, &built).await {
-            stopped.iter().for_each(|e| e.open_gate());
-            return Err(e);
-        }
+        let gates = Gates::close(&stopped);
+        self.quiesce_and_settle(&stopped, &draft, &built).await?;
 
         // Publish. From here on nothing fails.
         let retired: Vec<Arc<Node>> = self
@@ -152,60 +162,69 @@ impl GraphOwner {
         draft.published.clear();
         draft.commit_prepared();
         gone.iter().for_each(|e| e.detach());
-        moved.iter().for_each(|m| m.0.open_gate());
+        drop(gates);
         drop(draft);
-        self.retire(retired).await;
+        self.retiring.extend(retired);
+        self.retire().await;
         Ok(self.current.clone())
     }
 
+    /// Waits for the requests in flight, then flushes what is about to be linked elsewhere;
+    /// both together within the deadline.
     async fn quiesce_and_settle(
         &self,
         stopped: &[Arc<UserEdge>],
         draft: &Draft,
-        built: &std::collections::BTreeMap<NodeName, Arc<Node>>,
+        built: &BTreeMap<NodeName, Arc<Node>>,
     ) -> Result<()> {
-        let drained = async {
+        let flushing: RefCell<Option<NodeName>> = RefCell::new(None);
+        let done = async {
             for e in stopped {
                 e.drained().await;
+            }
+            // Nodes that existed and whose links change write out what they hold, so that
+            // every crash point is right in the old graph and in the new one.
+            for old in &self.current.nodes {
+                let Some(new) = built.get(&old.name) else { continue };
+                let relinked = Arc::ptr_eq(&old.state, &new.state)
+                    && (old.children.len() != new.children.len()
+                        || old
+                            .children
+                            .iter()
+                            .zip(&new.children)
+                            .any(|(a, b)| !Arc::ptr_eq(&a.node.state, &b.node.state)));
+                if relinked && !draft.state.node(&old.name).is_some_and(|n| n.def.flags.read_only) {
+                    flushing.replace(Some(old.name.clone()));
+                    crate::io::submit(old, &self.rt, crate::Op::Flush)
+                        .await
+                        .context(|| format!("node '{}' must be flushed before its links change", old.name))?;
+                }
             }
             Ok(())
         };
         let late = async {
             self.rt.sleep(DRAIN_DEADLINE).await;
-            let who: Vec<String> = stopped
-                .iter()
-                .filter(|e| e.in_flight() > 0)
-                .map(|e| format!("'{}' with {} requests on node '{}'", e.op(), e.in_flight(), e.node().name))
-                .collect();
-            Err(Error::new(
-                ErrorKind::TimedOut,
-                format!("requests did not finish within {} s: {}", DRAIN_DEADLINE.as_secs(), who.join(", ")),
-            )
-            .remedy("look for the storage that does not answer, then try again"))
+            let secs = DRAIN_DEADLINE.as_secs();
+            let message = match flushing.take() {
+                Some(node) => format!("node '{node}' was not flushed within {secs} s"),
+                None => {
+                    let who: Vec<String> =
+                        stopped.iter().filter(|e| e.in_flight() > 0).map(in_flight).collect();
+                    format!("requests did not finish within {secs} s: {}", who.join(", "))
+                }
+            };
+            Err(Error::new(ErrorKind::TimedOut, message)
+                .remedy("look for the storage that does not answer, then try again"))
         };
-        futures_lite::future::or(drained, late).await?;
-        // Nodes that existed and whose links change write out what they hold, so that
-        // every crash point is right in the old graph and in the new one.
-        for old in &self.current.nodes {
-            let Some(new) = built.get(&old.name) else { continue };
-            let relinked = Arc::ptr_eq(&old.state, &new.state)
-                && (old.children.len() != new.children.len()
-                    || old
-                        .children
-                        .iter()
-                        .zip(&new.children)
-                        .any(|(a, b)| !Arc::ptr_eq(&a.node.state, &b.node.state)));
-            if relinked && !draft.state.node(&old.name).is_some_and(|n| n.def.flags.read_only) {
-                crate::io::submit(old, &self.rt, crate::Op::Flush).await?;
-            }
-        }
-        Ok(())
+        futures_lite::future::or(done, late).await
     }
 
     /// Closes the drivers of nodes that no snapshot reaches any more, parents first.
-    async fn retire(&mut self, mut nodes: Vec<Arc<Node>>) {
-        nodes.reverse();
-        for node in nodes {
+    ///
+    /// A future that is dropped here leaves the rest for the next commit: their data are
+    /// not lost.
+    async fn retire(&mut self) {
+        while let Some(node) = self.retiring.pop() {
             if let Err(error) = node.driver.close(Cx { node: &node, rt: &self.rt }).await {
                 self.events.push(GraphEvent::CloseFailed { node: node.name.clone(), error });
             }
@@ -234,7 +253,30 @@ impl GraphOwner {
     }
 }
 
-fn children_first(built: &std::collections::BTreeMap<NodeName, Arc<Node>>) -> Box<[Arc<Node>]> {
+/// Closed gates; they open again when this is dropped, however the commit ends. An edge
+/// that has been detached meanwhile stays shut.
+struct Gates<'a>(&'a [Arc<UserEdge>]);
+
+impl<'a> Gates<'a> {
+    fn close(edges: &'a [Arc<UserEdge>]) -> Gates<'a> {
+        edges.iter().for_each(|e| e.close_gate());
+        Gates(edges)
+    }
+}
+
+impl Drop for Gates<'_> {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|e| e.open_gate());
+    }
+}
+
+fn in_flight(edge: &Arc<UserEdge>) -> String {
+    let n = edge.in_flight();
+    let plural = if n == 1 { "" } else { "s" };
+    format!("'{}' with {n} request{plural} on node '{}'", edge.op(), edge.node().name)
+}
+
+fn children_first(built: &BTreeMap<NodeName, Arc<Node>>) -> Box<[Arc<Node>]> {
     fn visit(n: &Arc<Node>, out: &mut Vec<Arc<Node>>) {
         if out.iter().any(|o| Arc::ptr_eq(o, n)) {
             return;

@@ -15,7 +15,8 @@ use dolmen_types::{Actions, ChildRole, Claim};
 
 use crate::{AccessRule, NodeFacts};
 
-/// A candidate graph as values. Nodes are indices, operations are numbers.
+/// A candidate graph as values. Nodes are indices; operations are numbers, newer ones
+/// larger (which matters only for the choice between several conflicts).
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Topology {
     /// The nodes.
@@ -140,8 +141,8 @@ struct Party {
 /// Decides whether everybody can have what they need.
 ///
 /// # Errors
-/// The first conflict, in the order of nodes from the roots down; for the same topology
-/// always the same one.
+/// A conflict at the first node that has one, in the order from the roots down; for the
+/// same topology always the same one.
 pub fn solve(t: &Topology) -> Result<Grants, Refusal> {
     let order = roots_first(t)?;
     let (grants, into) = propagate(t, &order);
@@ -211,7 +212,10 @@ fn propagate(t: &Topology, order: &[usize]) -> (Grants, Vec<Vec<Party>>) {
 
 const NOT_DATA: Actions = Actions::EVERY.without(Actions::DATA);
 
+/// Of several conflicts at a node, the one that tells the user most: the newer operation
+/// asks (it is what was just tried), and a claim denies (it says why). The first of equals.
 fn meet(node: usize, parties: &[Party]) -> Result<(), Refusal> {
+    let mut best: Option<((bool, bool), Refusal)> = None;
     for (i, asks) in parties.iter().enumerate() {
         for (j, denies) in parties.iter().enumerate() {
             let same_owner = asks.owner.is_some() && asks.owner == denies.owner;
@@ -219,12 +223,16 @@ fn meet(node: usize, parties: &[Party]) -> Result<(), Refusal> {
                 continue;
             }
             let actions = asks.claim.denied_by(denies.claim);
-            if !actions.is_empty() {
-                return Err(Refusal::Conflict { node, actions, asks: asks.at, denies: denies.at });
+            if actions.is_empty() {
+                continue;
+            }
+            let rank = (asks.owner > denies.owner, matches!(denies.at, EdgeRef::Claim(_)));
+            if best.is_none_or(|(r, _)| rank > r) {
+                best = Some((rank, Refusal::Conflict { node, actions, asks: asks.at, denies: denies.at }));
             }
         }
     }
-    Ok(())
+    best.map_or(Ok(()), |(_, refusal)| Err(refusal))
 }
 
 /// All nodes, every node before its children.

@@ -137,8 +137,11 @@ impl UserEdge {
         self.binding.store(Arc::new(Binding { node, claim }));
     }
 
+    /// Opens the gate, unless the edge is gone.
     pub(crate) fn open_gate(&self) {
-        self.closed.store(false, SeqCst);
+        if !self.detached.load(SeqCst) {
+            self.closed.store(false, SeqCst);
+        }
         self.opened.notify(usize::MAX);
     }
 

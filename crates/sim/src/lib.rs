@@ -11,6 +11,7 @@
 //!   the fault model.
 //! - [`Oracle`]: what a reader may see, live and after a crash, sector by sector.
 //! - [`MemoryDisk`]: a plain disk in memory, for tests that are not about crashes.
+//! - [`stand_in`]: the claims and edges of exports, jobs and commands on a small chain.
 //!
 //! A development dependency only: nothing of it is in the product.
 #![forbid(unsafe_code)]
@@ -23,6 +24,7 @@ mod image;
 mod oracle;
 mod random;
 mod runtime;
+pub mod stand_in;
 #[cfg(test)]
 mod tests;
 

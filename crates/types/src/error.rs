@@ -273,7 +273,10 @@ impl fmt::Display for Conflict {
             self.why
         )?;
         if !self.remedies.is_empty() {
-            write!(f, ". {}", self.remedies.join(", or "))?;
+            let text = self.remedies.join(", or ");
+            let mut chars = text.chars();
+            let first = chars.next().into_iter().flat_map(char::to_uppercase).collect::<String>();
+            write!(f, ". {first}{}", chars.as_str())?;
         }
         f.write_str(".")
     }

@@ -1,0 +1,3 @@
+//! The graph from outside: drafts, publishing, opening, the request path.
+
+mod access_cases;
