@@ -1,2 +1,13 @@
 //! Protocol (leaf) drivers of Dolmen: file, null, NBD client.
 #![forbid(unsafe_code)]
+
+mod file;
+mod null;
+
+use dolmen_graph::DriverKind;
+
+pub use file::{FILE, HOST_DEVICE};
+pub use null::NULL_CO;
+
+/// The registry rows of this crate.
+pub static DRIVERS: &[&DriverKind] = &[&FILE, &HOST_DEVICE, &NULL_CO];

@@ -195,6 +195,11 @@ impl Buf {
         unsafe { std::ptr::write_bytes(self.ptr.as_ptr(), byte, self.len) }
     }
 
+    /// Whether address and length are multiples of `align`, as direct I/O wants them.
+    pub fn is_aligned(&self, align: usize) -> bool {
+        (self.ptr.as_ptr() as usize).is_multiple_of(align) && self.len.is_multiple_of(align)
+    }
+
     /// Whether every byte is zero at the time of the look.
     pub fn is_zero(&self) -> bool {
         let (words, tail) = (self.len / 8, self.len % 8);

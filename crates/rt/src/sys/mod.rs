@@ -1,5 +1,12 @@
 //! System calls in a safe form: all `unsafe` for files, locks and processes is here.
 
+mod lock;
+mod open;
+
+pub use lock::{LockHolder, LockRange, byte_is_locked, lock_byte, lock_holders, unlock_byte};
+pub(crate) use open::fd_id;
+pub use open::{FileFacts, FileKind, OpenHow, facts, open, open_beneath};
+
 use std::os::fd::RawFd;
 use std::path::Path;
 

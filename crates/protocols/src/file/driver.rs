@@ -1,0 +1,593 @@
+//! Requests to a file.
+//!
+//! Buffered files take any offset and length. With direct I/O everything must be aligned: what is not goes through a
+//! bounce buffer, and an unaligned write reads the blocks at its ends first. Such writes, and all writes and zeroings of a
+//! direct file, exclude each other where their *blocks* overlap, so that no half of a block is lost.
+//!
+//! The size is the one that this node knows: files do not shrink below their users. Reads past it give zeroes, writes
+//! past it make the file grow.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use dolmen_graph::{
+    AccessRule, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op, Plan, Prealloc,
+    Prepared, RangeGuard, RangeLock, Request, SELF, Where,
+};
+use dolmen_rt::sys::{self, FileFacts, FileKind};
+use dolmen_rt::{CoreIo, Fallocate, File, IoVec, LocalFuture, Memory, Seek};
+use dolmen_types::{Actions, BlkEvent, Error, ErrorKind, Result, ResultExt, Span, WriteFlags};
+
+use super::lock::{Locks, Stance};
+use super::options::{EINVAL, no_files};
+
+/// Zeroes are written in buffers of this size where the file system can't zero by itself.
+const ZERO_CHUNK: u64 = 1 << 20;
+/// Alignment of direct I/O where the kernel does not tell: right for every disk.
+const DIRECT_ALIGN: u32 = 4096;
+
+/// A file that was opened.
+pub(super) struct Made {
+    pub(super) file: File,
+    pub(super) facts: FileFacts,
+    pub(super) direct: bool,
+    pub(super) writable: bool,
+    pub(super) locking: bool,
+}
+
+/// A node's file.
+pub(super) struct FileDriver {
+    kind: &'static DriverKind,
+    filename: String,
+    file: File,
+    is_device: bool,
+    /// It was to be writable, but could only be opened for reading.
+    read_only: bool,
+    size: AtomicU64,
+    /// Offsets and lengths of requests to the kernel are multiples of this; 1 when buffered.
+    align: u32,
+    memory_align: u32,
+    locks: Arc<Locks>,
+    /// Blocks that are written; used by direct files only.
+    blocks: RangeLock,
+    /// The file system has answered that it can't.
+    no_zero_range: AtomicBool,
+    no_punch: AtomicBool,
+    no_seek: AtomicBool,
+    /// Written since the last flush.
+    dirty: AtomicBool,
+    status: StatusCache,
+}
+
+impl FileDriver {
+    pub(super) fn new(
+        kind: &'static DriverKind,
+        filename: String,
+        made: Made,
+        read_only: bool,
+    ) -> FileDriver {
+        let Made { file, facts, direct, writable: _, locking } = made;
+        let known = |align: u32| if align == 0 { DIRECT_ALIGN } else { align };
+        let (align, memory_align) = if direct {
+            (known(facts.direct_offset_align), known(facts.direct_memory_align))
+        } else {
+            (1, 1)
+        };
+        FileDriver {
+            kind,
+            locks: Arc::new(Locks::new(file.clone(), facts.id, filename.clone(), locking)),
+            filename,
+            file,
+            is_device: facts.kind == FileKind::Block,
+            read_only,
+            size: AtomicU64::new(facts.size),
+            align,
+            memory_align,
+            blocks: RangeLock::new(),
+            no_zero_range: AtomicBool::new(false),
+            no_punch: AtomicBool::new(false),
+            no_seek: AtomicBool::new(false),
+            dirty: AtomicBool::new(false),
+            status: StatusCache::default(),
+        }
+    }
+
+    fn size_now(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn is_aligned(&self, span: Span, iov: &IoVec) -> bool {
+        self.align == 1
+            || (span.is_aligned(self.align.into())
+                && iov.segments().iter().all(|s| s.is_aligned(self.memory_align as usize)))
+    }
+
+    async fn read(&self, io: &CoreIo, span: Span, to: &IoVec) -> Result<()> {
+        if self.is_aligned(span, to) {
+            let n = io.read_full_at(&self.file, to, span.offset()).await?;
+            if n < to.len() {
+                to.slice(n, to.len() - n).fill(0);
+            }
+            return Ok(());
+        }
+        let outer = span.align_out(self.align.into());
+        let bounce = Memory::zeroed(outer.len() as usize).iovec();
+        io.read_full_at(&self.file, &bounce, outer.offset()).await?;
+        to.copy_from(&bounce.slice((span.offset() - outer.offset()) as usize, to.len()));
+        io.note_copied(to.len());
+        Ok(())
+    }
+
+    async fn write(&self, io: &CoreIo, span: Span, from: &IoVec, dsync: bool) -> Result<()> {
+        let _changing = self.status.change(span, true);
+        self.dirty.store(true, Ordering::Relaxed);
+        let _blocks = self.lock_blocks(span).await;
+        if self.is_aligned(span, from) {
+            io.write_all_at(&self.file, from, span.offset(), dsync).await?;
+        } else {
+            self.write_unaligned(io, span, from, dsync).await?;
+        }
+        self.size.fetch_max(span.end(), Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Writes whole blocks, with what the file has at both ends. The blocks are locked.
+    async fn write_unaligned(&self, io: &CoreIo, span: Span, from: &IoVec, dsync: bool) -> Result<()> {
+        let align = u64::from(self.align);
+        let outer = span.align_out(align);
+        let memory = Memory::zeroed(outer.len() as usize);
+        let bounce = memory.iovec();
+        let block = align as usize;
+        if outer.offset() < span.offset() || outer.len() == align {
+            io.read_full_at(&self.file, &bounce.slice(0, block), outer.offset()).await?;
+        }
+        if outer.end() > span.end() && outer.len() > align {
+            let last = outer.len() as usize - block;
+            io.read_full_at(&self.file, &bounce.slice(last, block), outer.end() - align).await?;
+        }
+        bounce.slice((span.offset() - outer.offset()) as usize, from.len()).copy_from(from);
+        io.note_copied(from.len());
+        io.write_all_at(&self.file, &bounce, outer.offset(), dsync).await?;
+        // The padding must not make the file longer than its content.
+        let end = self.size_now().max(span.end());
+        if outer.end() > end && !self.is_device {
+            io.truncate(&self.file, end).await?;
+        }
+        Ok(())
+    }
+
+    async fn lock_blocks(&self, span: Span) -> Option<RangeGuard<'_>> {
+        if self.align == 1 {
+            return None;
+        }
+        Some(self.blocks.lock(span.align_out(self.align.into())).await)
+    }
+
+    async fn write_zeroes(
+        &self,
+        io: &CoreIo,
+        span: Span,
+        flags: WriteFlags,
+        unmap: bool,
+        fua: bool,
+    ) -> Result<()> {
+        {
+            let _changing = self.status.change(span, false);
+            self.dirty.store(true, Ordering::Relaxed);
+            let _blocks = self.lock_blocks(span).await;
+            if self.zero_by_kernel(io, span, unmap).await? {
+                self.size.fetch_max(span.end(), Ordering::AcqRel);
+                return if fua { io.sync_data(&self.file).await } else { Ok(()) };
+            }
+        }
+        if flags.has(WriteFlags::NO_FALLBACK) {
+            return Err(Error::new(ErrorKind::Unsupported, "the file system cannot zero a range by itself"));
+        }
+        let zeroes = Memory::zeroed(span.len().min(ZERO_CHUNK) as usize).iovec();
+        for piece in span.blocks(ZERO_CHUNK) {
+            self.write(io, piece, &zeroes.slice(0, piece.len() as usize), fua).await?;
+        }
+        Ok(())
+    }
+
+    /// Lets the file system zero the range. False when it can't.
+    async fn zero_by_kernel(&self, io: &CoreIo, span: Span, unmap: bool) -> Result<bool> {
+        let size = self.size_now();
+        let inside = span.prefix(size.saturating_sub(span.offset()));
+        let beyond = span.skip(inside.len());
+        if !inside.is_empty() {
+            // A hole, filled up again unless it may stay one, is as good as a zeroed range.
+            let zeroed = (unmap && self.punch(io, inside).await?)
+                || self.zero_range(io, inside).await?
+                || (self.punch(io, inside).await? && (unmap || self.allocate(io, inside).await?));
+            if !zeroed {
+                return Ok(false);
+            }
+        }
+        if !beyond.is_empty() {
+            if self.is_device {
+                return Err(Error::new(
+                    ErrorKind::OutOfBounds,
+                    "the range lies beyond the end of the device",
+                ));
+            }
+            // Growing gives zeroes.
+            if unmap || !self.allocate(io, Span::from_range(size.max(beyond.offset()), beyond.end())).await? {
+                io.truncate(&self.file, beyond.end()).await?;
+            }
+        }
+        Ok(true)
+    }
+
+    async fn punch(&self, io: &CoreIo, span: Span) -> Result<bool> {
+        self.try_fallocate(io, &self.no_punch, Fallocate::PunchHole, span).await
+    }
+
+    async fn zero_range(&self, io: &CoreIo, span: Span) -> Result<bool> {
+        self.try_fallocate(io, &self.no_zero_range, Fallocate::ZeroRange, span).await
+    }
+
+    async fn allocate(&self, io: &CoreIo, span: Span) -> Result<bool> {
+        if self.is_device {
+            return Ok(true);
+        }
+        can(io.fallocate(&self.file, Fallocate::Allocate, span.offset(), span.len()).await)
+    }
+
+    async fn try_fallocate(
+        &self,
+        io: &CoreIo,
+        never: &AtomicBool,
+        what: Fallocate,
+        span: Span,
+    ) -> Result<bool> {
+        if never.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let result = io.fallocate(&self.file, what, span.offset(), span.len()).await;
+        // A device refuses unaligned ranges with EINVAL: that says nothing about other ranges.
+        if self.is_device && result.as_ref().is_err_and(|e| e.errno() == EINVAL) {
+            return Ok(false);
+        }
+        let done = can(result)?;
+        if !done {
+            never.store(true, Ordering::Relaxed);
+        }
+        Ok(done)
+    }
+
+    async fn discard(&self, io: &CoreIo, span: Span, fua: bool) -> Result<()> {
+        let span = span.prefix(self.size_now().saturating_sub(span.offset()));
+        if span.is_empty() {
+            return Ok(());
+        }
+        let _changing = self.status.change(span, false);
+        self.dirty.store(true, Ordering::Relaxed);
+        let _blocks = self.lock_blocks(span).await;
+        // A file system that can't punch holes keeps the space: allowed for a discard.
+        self.punch(io, span).await?;
+        if fua { io.sync_data(&self.file).await } else { Ok(()) }
+    }
+
+    async fn flush(&self, io: &CoreIo) -> Result<()> {
+        // Cleared first: what is written meanwhile makes it dirty again.
+        let dirty = self.dirty.swap(false, Ordering::AcqRel);
+        let result = io.sync_data(&self.file).await;
+        if result.is_err() && dirty {
+            self.dirty.store(true, Ordering::Relaxed);
+        }
+        result
+    }
+
+    async fn resize(&self, io: &CoreIo, size: u64, prealloc: Prealloc) -> Result<()> {
+        let old = self.size_now();
+        if self.is_device {
+            return match size <= old {
+                true => Ok(()),
+                false => Err(Error::new(ErrorKind::Unsupported, "Cannot grow device files")),
+            };
+        }
+        if size < old && prealloc != Prealloc::Off {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "Preallocation can't be used for shrinking files",
+            ));
+        }
+        let (from, to) = (old.min(size), old.max(size));
+        let _changing = self.status.change(Span::from_range(from, to), false);
+        let _blocks = self.lock_blocks(Span::from_range(from, to)).await;
+        self.dirty.store(true, Ordering::Relaxed);
+        grow(io, &self.file, old, size, prealloc).await?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    async fn extent(&self, io: &CoreIo, node: &Node, span: Span) -> Result<Extent> {
+        let at = span.offset();
+        let size = self.size_now();
+        if at >= size {
+            return Ok(Extent { len: span.len(), place: Where::Zero { at: None } });
+        }
+        let here = |len: u64, data: bool| {
+            let place = if data {
+                Where::Data { child: SELF, at: Some(at), compressed: false }
+            } else {
+                Where::Zero { at: Some((SELF, at)) }
+            };
+            Extent { len: len.min(span.len()).min(size - at), place }
+        };
+        if let Some((known, data)) = self.status.get(at) {
+            return Ok(here(known.end() - at, data));
+        }
+        if self.no_seek.load(Ordering::Relaxed) {
+            return Ok(here(span.len(), true));
+        }
+        let began = self.status.epoch();
+        let (end, data) = match io.seek(&self.file, Seek::Data, at).await {
+            Ok(None) => (size, false),
+            Ok(Some(data)) if data > at => (data, false),
+            Ok(Some(_)) => (io.seek(&self.file, Seek::Hole, at).await?.unwrap_or(size), true),
+            Err(e) if e.kind() == ErrorKind::Unsupported => {
+                self.no_seek.store(true, Ordering::Relaxed);
+                (size, true)
+            }
+            Err(e) => return Err(e),
+        };
+        // Somebody else may have made the file shorter or longer.
+        let end = if end > at { end.min(size) } else { size };
+        if data || self.alone(node) {
+            self.status.put(Span::from_range(at, end), data, began);
+        }
+        Ok(here(end - at, data))
+    }
+
+    /// Nobody else writes the file: what was found out about holes stays true.
+    fn alone(&self, node: &Node) -> bool {
+        node.flags.read_only || self.locks.denies(Actions::V)
+    }
+
+    fn name(&self) -> String {
+        format!("'{}'", self.filename)
+    }
+}
+
+/// Whether the file system could do it.
+fn can(result: Result<()>) -> Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == ErrorKind::Unsupported || e.errno() == EINVAL => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// Changes the size of a file from `old` to `size`; the new part gets space as told.
+pub(super) async fn grow(io: &CoreIo, file: &File, old: u64, size: u64, prealloc: Prealloc) -> Result<()> {
+    if size <= old {
+        return io.truncate(file, size).await;
+    }
+    let done = match prealloc {
+        Prealloc::Off => return io.truncate(file, size).await,
+        Prealloc::Metadata => {
+            return Err(Error::new(ErrorKind::Unsupported, "Unsupported preallocation mode 'metadata'"));
+        }
+        Prealloc::Falloc => io.fallocate(file, Fallocate::Allocate, old, size - old).await,
+        Prealloc::Full => {
+            let zeroes = Memory::zeroed((size - old).min(ZERO_CHUNK) as usize).iovec();
+            let mut done = Ok(());
+            for piece in Span::from_range(old, size).blocks(ZERO_CHUNK) {
+                done = io
+                    .write_all_at(file, &zeroes.slice(0, piece.len() as usize), piece.offset(), false)
+                    .await;
+                if done.is_err() {
+                    break;
+                }
+            }
+            match done {
+                Ok(()) => io.sync_data(file).await,
+                Err(e) => Err(e),
+            }
+        }
+    };
+    if let Err(e) = done {
+        // The old size holds again; the first error is the one that matters.
+        let _ = io.truncate(file, old).await;
+        return Err(e);
+    }
+    Ok(())
+}
+
+impl Driver for FileDriver {
+    fn kind(&self) -> &'static DriverKind {
+        self.kind
+    }
+
+    fn size(&self, _: &Node) -> u64 {
+        self.size_now()
+    }
+
+    fn limits(&self, _: &Node) -> Limits {
+        Limits {
+            request_alignment: self.align,
+            fast_zeroes: !self.no_zero_range.load(Ordering::Relaxed)
+                || !self.no_punch.load(Ordering::Relaxed),
+            discards: !self.no_punch.load(Ordering::Relaxed),
+            ..Limits::BYTES
+        }
+    }
+
+    fn access_rule(&self) -> AccessRule {
+        AccessRule::Leaf
+    }
+
+    fn plan(&self, node: &Node, request: Request, span: Span) -> Plan {
+        match request {
+            Request::Read(_) if span.offset() >= self.size_now() => Plan::Zeroes { len: span.len() },
+            Request::Discard(_) if !node.flags.unmap => Plan::Done { len: span.len() },
+            Request::Flush if node.flags.no_flush => Plan::Done { len: span.len() },
+            Request::Read(_)
+            | Request::Write(_)
+            | Request::WriteZeroes(_)
+            | Request::Discard(_)
+            | Request::Flush
+            | Request::Resize => Plan::Slow,
+        }
+    }
+
+    fn run<'a>(&'a self, cx: Cx<'a>, op: Op<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let io = cx.rt.io().ok_or_else(no_files)?;
+            let flags = cx.node.flags;
+            let fua = |f: WriteFlags| f.has(WriteFlags::FUA) && !flags.no_flush;
+            match op {
+                Op::Read { span, to, flags: _ } => self.read(io, span, to).await.context(|| self.name()),
+                Op::Write { span, from, flags: f } => {
+                    self.write(io, span, from, fua(f)).await.context(|| self.name())
+                }
+                Op::WriteZeroes { span, flags: f } => {
+                    let unmap = f.has(WriteFlags::MAY_UNMAP) && flags.unmap;
+                    self.write_zeroes(io, span, f, unmap, fua(f)).await.context(|| self.name())
+                }
+                Op::Discard { span, flags: f } => {
+                    self.discard(io, span, fua(f)).await.context(|| self.name())
+                }
+                Op::Flush => self.flush(io).await.context(|| self.name()),
+                Op::Resize { size, prealloc } => {
+                    self.resize(io, size, prealloc).await.context(|| self.name())
+                }
+            }
+        })
+    }
+
+    fn status<'a>(&'a self, cx: Cx<'a>, span: Span) -> LocalFuture<'a, Result<Extent>> {
+        Box::pin(async move {
+            let io = cx.rt.io().ok_or_else(no_files)?;
+            self.extent(io, cx.node, span).await.context(|| self.name())
+        })
+    }
+
+    fn event(&self, _: &Node, _: BlkEvent) -> Result<()> {
+        Ok(())
+    }
+
+    fn prepare<'a>(
+        &'a self,
+        cx: Cx<'a>,
+        change: &'a NodeChange,
+    ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
+        Box::pin(async move {
+            match *change {
+                NodeChange::Access { needs, allows } => {
+                    let stance = if cx.node.flags.force_share {
+                        Stance { needs: needs & Actions::D, denies: Actions::NONE }
+                    } else {
+                        Stance { needs: needs & Actions::DATA, denies: Actions::DATA - allows }
+                    };
+                    self.locks.prepare(cx.rt, cx.node.name.as_str(), stance).await
+                }
+            }
+        })
+    }
+
+    fn close<'a>(&'a self, cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async move {
+            if self.dirty.load(Ordering::Acquire) && !cx.node.flags.no_flush {
+                let io = cx.rt.io().ok_or_else(no_files)?;
+                self.flush(io).await.context(|| self.name())?;
+            }
+            Ok(())
+        })
+    }
+
+    fn describe(&self, _: &Node) -> Description {
+        Description {
+            filename: Some(self.filename.clone()),
+            read_only: self.read_only,
+            actual_size: sys::facts(&self.file).ok().map(|f| f.allocated),
+            ..Description::default()
+        }
+    }
+}
+
+impl fmt::Debug for FileDriver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "FileDriver({}, {} bytes, align {})", self.filename, self.size_now(), self.align)
+    }
+}
+
+/// The extent that was found last: walking along a file asks for the same one over and over, and each answer of the
+/// file system costs a thread switch.
+///
+/// An entry is forgotten when a write or a zeroing might change it, and an answer is kept only when nothing changed
+/// while the file system was asked.
+#[derive(Default)]
+struct StatusCache {
+    /// Counts the beginnings and ends of changes.
+    epoch: AtomicU64,
+    /// Never held across an await.
+    last: Mutex<Option<(Span, bool)>>,
+}
+
+/// A change in progress; counts once more when it ends.
+struct Changing<'a>(&'a StatusCache);
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        self.0.epoch.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+impl StatusCache {
+    /// The range is about to become data, or not data.
+    fn change(&self, span: Span, to_data: bool) -> Changing<'_> {
+        self.epoch.fetch_add(1, Ordering::AcqRel);
+        let mut last = self.last.lock().unwrap_or_else(|e| e.into_inner());
+        if last.is_some_and(|(s, data)| data != to_data && s.overlaps(span)) {
+            *last = None;
+        }
+        Changing(self)
+    }
+
+    fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    fn get(&self, at: u64) -> Option<(Span, bool)> {
+        let last = *self.last.lock().unwrap_or_else(|e| e.into_inner());
+        last.filter(|(s, _)| s.offset() <= at && at < s.end())
+    }
+
+    fn put(&self, span: Span, data: bool, began: u64) {
+        let mut last = self.last.lock().unwrap_or_else(|e| e.into_inner());
+        if self.epoch() == began {
+            *last = Some((span, data));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_status_cache_forgets_what_changes() {
+        let c = StatusCache::default();
+        c.put(Span::new(0, 100), false, c.epoch());
+        assert!(c.get(99).is_some() && c.get(100).is_none());
+        drop(c.change(Span::new(200, 10), true));
+        assert!(c.get(5).is_some());
+        // Zeroing a hole leaves it one.
+        drop(c.change(Span::new(0, 10), false));
+        assert!(c.get(5).is_some());
+        drop(c.change(Span::new(99, 10), true));
+        assert!(c.get(5).is_none());
+        // An answer that a write overtook is not kept.
+        let began = c.epoch();
+        let writing = c.change(Span::new(0, 1), true);
+        c.put(Span::new(0, 100), false, began);
+        let began = c.epoch();
+        drop(writing);
+        c.put(Span::new(0, 100), false, began);
+        assert!(c.get(5).is_none());
+    }
+}

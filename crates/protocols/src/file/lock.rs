@@ -1,0 +1,377 @@
+//! Image locks: what a node needs and allows, told to other processes and to other nodes of this one.
+//!
+//! Two levels with the same rule ("somebody needs what another does not allow"):
+//!
+//! - Between processes, shared byte-range locks: byte 100+i says "I need action i", byte 200+i "I do not allow action
+//!   i"; i is 0 for D, 1 for V, 2 for M, 3 for S. A lock is taken first, then the opposite byte is tested: of two that
+//!   start at the same time, at least one sees the other. When both do, both roll back and try again after a random
+//!   time. Bytes 104 and 204 belong to old programs and byte 0 to libvirt: never used.
+//! - Inside the process, a table of the files that nodes have open. It holds also with `locking=off`, and names the
+//!   other node instead of "this process".
+//!
+//! Tightening is done while a change is prepared and may fail; loosening is done when it is published and cannot.
+//! Several preparations of one node may be open at once; only the last one that is committed decides what is let go.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::time::Duration;
+
+use dolmen_graph::Prepared;
+use dolmen_rt::sys::{self, LockHolder};
+use dolmen_rt::{CoreIo, File, Rt};
+use dolmen_types::{Action, Actions, Conflict, Error, Party, Result, ResultExt};
+
+/// Byte of "I need D".
+pub(super) const FIRST_NEED: u64 = 100;
+/// Byte of "I do not allow D".
+const FIRST_DENY: u64 = 200;
+/// The actions that have bytes.
+const LOCKED: [Action; 4] = [Action::ReadData, Action::WriteData, Action::WriteUnchanged, Action::Resize];
+/// Attempts before a conflict is believed.
+const ATTEMPTS: u32 = 3;
+/// The longest wait between two attempts.
+const RETRY_MAX: Duration = Duration::from_millis(20);
+
+/// What is asked of everybody else: needs, and the actions that are not allowed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Stance {
+    pub(super) needs: Actions,
+    pub(super) denies: Actions,
+}
+
+impl Stance {
+    fn union(self, other: Stance) -> Stance {
+        Stance { needs: self.needs | other.needs, denies: self.denies | other.denies }
+    }
+
+    fn bytes(self) -> impl Iterator<Item = u64> {
+        let of = |set: Actions, first: u64| {
+            LOCKED.into_iter().zip(first..).filter(move |(a, _)| set.contains((*a).into())).map(|(_, b)| b)
+        };
+        of(self.needs, FIRST_NEED).chain(of(self.denies, FIRST_DENY))
+    }
+
+    /// The first action that one of the two needs and the other does not allow, and whether it is `self` who needs it.
+    fn clash(self, other: Stance) -> Option<(Action, bool)> {
+        let mine = (self.needs & other.denies).iter().next().map(|a| (a, true));
+        mine.or_else(|| (self.denies & other.needs).iter().next().map(|a| (a, false)))
+    }
+}
+
+/// The locks of one node.
+#[derive(Debug)]
+pub(super) struct Locks {
+    file: File,
+    filename: String,
+    /// Whether bytes are locked; the table of this process is used in any case.
+    between_processes: bool,
+    /// Never held across an await.
+    state: Mutex<State>,
+    /// What the table knows about this node; the same as `state.held`.
+    entry: Arc<Mutex<Entry>>,
+    _table: TableGuard,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    held: Stance,
+    /// Counts preparations; an older one must not loosen what a newer one needs.
+    latest: u64,
+}
+
+impl Locks {
+    pub(super) fn new(file: File, id: (u64, u64), filename: String, between_processes: bool) -> Locks {
+        let (entry, table) = enter_table(id);
+        Locks { file, filename, between_processes, state: Mutex::default(), entry, _table: table }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Whether nobody else may do this now, as far as locks can say.
+    pub(super) fn denies(&self, actions: Actions) -> bool {
+        self.between_processes && self.state().held.denies.contains(actions)
+    }
+
+    /// Takes what `target` has more than what is held, or fails with `Locked` and everything as it was.
+    pub(super) async fn prepare(
+        self: &Arc<Locks>,
+        rt: &Rt,
+        node: &str,
+        target: Stance,
+    ) -> Result<Box<dyn Prepared>> {
+        let before = self.state().held;
+        let wanted = before.union(target);
+        let prepared = {
+            let mut state = self.state();
+            state.latest += 1;
+            LockChange { locks: self.clone(), before, target, number: state.latest, done: false }
+        };
+        // From here on dropping `prepared` puts everything back.
+        self.enter(node, wanted)?;
+        if !self.between_processes || wanted == before {
+            self.state().held = wanted;
+            return Ok(Box::new(prepared));
+        }
+        for attempt in 1.. {
+            let clash = self.take(before, wanted)?;
+            let Some((action, needed)) = clash else { break };
+            self.give_back(wanted, before);
+            if attempt < ATTEMPTS {
+                let wait = rt.random() % RETRY_MAX.as_nanos() as u64;
+                rt.sleep(Duration::from_nanos(wait)).await;
+                continue;
+            }
+            let holders = match rt.io() {
+                Some(io) => self.holders(io).await,
+                None => Vec::new(),
+            };
+            return Err(self.locked(node, target, action, needed, &holders));
+        }
+        self.state().held = wanted;
+        Ok(Box::new(prepared))
+    }
+
+    /// Locks the bytes that are new, then tests the opposite ones. Says which action clashes, and whether it is this
+    /// node that needs it.
+    fn take(&self, before: Stance, wanted: Stance) -> Result<Option<(Action, bool)>> {
+        let held: Vec<u64> = before.bytes().collect();
+        let taken = || {
+            for byte in wanted.bytes().filter(|b| !held.contains(b)) {
+                let locked =
+                    sys::lock_byte(&self.file, byte).context(|| format!("Failed to lock byte {byte}"))?;
+                if !locked {
+                    // A write lock: some other kind of program has the whole file.
+                    let (first, needed) =
+                        if byte >= FIRST_DENY { (FIRST_DENY, false) } else { (FIRST_NEED, true) };
+                    return Ok(Some((LOCKED[(byte - first) as usize], needed)));
+                }
+            }
+            for (i, action) in LOCKED.into_iter().enumerate() {
+                let i = i as u64;
+                if wanted.needs.contains(action.into()) && sys::byte_is_locked(&self.file, FIRST_DENY + i)? {
+                    return Ok(Some((action, true)));
+                }
+                if wanted.denies.contains(action.into()) && sys::byte_is_locked(&self.file, FIRST_NEED + i)? {
+                    return Ok(Some((action, false)));
+                }
+            }
+            Ok(None)
+        };
+        let result = taken();
+        if result.is_err() {
+            self.give_back(wanted, before);
+        }
+        result
+    }
+
+    /// Unlocks what `from` has and `to` has not.
+    fn give_back(&self, from: Stance, to: Stance) {
+        if !self.between_processes {
+            return;
+        }
+        let keep: Vec<u64> = to.bytes().collect();
+        for byte in from.bytes().filter(|b| !keep.contains(b)) {
+            // Unlocking an open local file cannot fail. On a network file system the server frees the lock when the
+            // file is closed; until then we are stricter than we say.
+            let _ = sys::unlock_byte(&self.file, byte);
+        }
+    }
+
+    /// Tells the table; fails when another node of this process has the file and does not get along.
+    fn enter(&self, node: &str, wanted: Stance) -> Result<()> {
+        for other in self._table.others(&self.entry) {
+            let other = other.lock().unwrap_or_else(|e| e.into_inner()).clone();
+            if let Some((action, needed)) = wanted.clash(other.stance) {
+                let me = party(node.to_owned(), "node", self.filename.clone(), wanted);
+                let them = party(other.node.clone(), "node", "the same file".to_owned(), other.stance);
+                return Err(conflict(
+                    &self.filename,
+                    action,
+                    needed,
+                    me,
+                    them,
+                    vec!["use the one node from both places".to_owned()],
+                ));
+            }
+        }
+        let mut entry = self.entry.lock().unwrap_or_else(|e| e.into_inner());
+        entry.node = node.to_owned();
+        entry.stance = wanted;
+        Ok(())
+    }
+
+    fn set(&self, held: Stance) {
+        self.state().held = held;
+        self.entry.lock().unwrap_or_else(|e| e.into_inner()).stance = held;
+    }
+
+    async fn holders(&self, io: &CoreIo) -> Vec<LockHolder> {
+        let file = self.file.clone();
+        io.blocking(move || sys::lock_holders(&file)).await
+    }
+
+    fn locked(
+        &self,
+        node: &str,
+        target: Stance,
+        action: Action,
+        needed: bool,
+        holders: &[LockHolder],
+    ) -> Error {
+        let byte = action as u64 + if needed { FIRST_DENY } else { FIRST_NEED };
+        let me = party(node.to_owned(), "node", self.filename.clone(), target);
+        let holder = holders.iter().find(|h| h.covers(byte)).or_else(|| {
+            // A write lock over our own byte.
+            holders.iter().find(|h| h.ranges.iter().any(|r| r.exclusive))
+        });
+        let (them, mut remedies) = match holder {
+            Some(h) => {
+                let command: String = h.command.chars().take(200).collect();
+                let them = party(h.pid.to_string(), "process", command, stance_of(h));
+                (them, vec![format!("Stop process {} first", h.pid)])
+            }
+            None => (
+                party(
+                    "?".into(),
+                    "process",
+                    "not visible: another user, container or host".into(),
+                    Stance::default(),
+                ),
+                vec!["Look for the holder on the other hosts that use the file".to_owned()],
+            ),
+        };
+        let readable = !target.needs.intersects(Actions::V | Actions::M | Actions::S);
+        remedies.push(if readable {
+            "open it with force-share=on (-U), at the risk of reading data that change meanwhile".to_owned()
+        } else {
+            "open it read-only".to_owned()
+        });
+        conflict(&self.filename, action, needed, me, them, remedies)
+    }
+}
+
+fn stance_of(h: &LockHolder) -> Stance {
+    let set = |first: u64| {
+        LOCKED
+            .into_iter()
+            .zip(first..)
+            .filter(|(_, b)| h.covers(*b))
+            .fold(Actions::NONE, |s, (a, _)| s | a.into())
+    };
+    Stance { needs: set(FIRST_NEED), denies: set(FIRST_DENY) }
+}
+
+fn party(id: String, kind: &str, detail: String, s: Stance) -> Party {
+    let allows = Actions::DATA - s.denies;
+    Party { id, kind: kind.to_owned(), detail, since_secs: None, needs: s.needs, allows }
+}
+
+fn conflict(
+    file: &str,
+    action: Action,
+    needed: bool,
+    me: Party,
+    them: Party,
+    remedies: Vec<String>,
+) -> Error {
+    let (asks, denies) = if needed { (me, them) } else { (them, me) };
+    Error::locked(Conflict {
+        node: file.to_owned(),
+        actions: action.into(),
+        asks,
+        denies,
+        why: "does not allow it".to_owned(),
+        remedies,
+    })
+}
+
+/// A change of locks that was prepared.
+struct LockChange {
+    locks: Arc<Locks>,
+    before: Stance,
+    target: Stance,
+    number: u64,
+    done: bool,
+}
+
+impl Prepared for LockChange {
+    fn commit(mut self: Box<Self>) {
+        self.done = true;
+        let held = {
+            let state = self.locks.state();
+            if state.latest != self.number {
+                return;
+            }
+            state.held
+        };
+        self.locks.give_back(held, self.target);
+        self.locks.set(self.target);
+    }
+}
+
+impl Drop for LockChange {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        let held = {
+            let mut state = self.locks.state();
+            // Preparations are undone in reverse order, so the one before is the latest again.
+            state.latest = self.number - 1;
+            state.held
+        };
+        self.locks.give_back(held, self.before);
+        self.locks.set(self.before);
+    }
+}
+
+/// What a node of this process wants of a file.
+#[derive(Clone, Debug, Default)]
+struct Entry {
+    node: String,
+    stance: Stance,
+}
+
+type Table = HashMap<(u64, u64), Vec<Weak<Mutex<Entry>>>>;
+
+/// The files that nodes of this process have open, by device and inode. Process-wide, as files are.
+static TABLE: Mutex<Option<Table>> = Mutex::new(None);
+
+fn with_table<T>(f: impl FnOnce(&mut Table) -> T) -> T {
+    let mut table = TABLE.lock().unwrap_or_else(|e| e.into_inner());
+    f(table.get_or_insert_default())
+}
+
+/// Takes the file's row out of the table when the last node is gone.
+#[derive(Debug)]
+struct TableGuard((u64, u64));
+
+impl TableGuard {
+    fn others(&self, me: &Arc<Mutex<Entry>>) -> Vec<Arc<Mutex<Entry>>> {
+        with_table(|t| {
+            let rows = t.get(&self.0).into_iter().flatten();
+            rows.filter_map(Weak::upgrade).filter(|e| !Arc::ptr_eq(e, me)).collect()
+        })
+    }
+}
+
+impl Drop for TableGuard {
+    fn drop(&mut self) {
+        with_table(|t| {
+            if let Some(rows) = t.get_mut(&self.0) {
+                rows.retain(|r| r.strong_count() > 0);
+                if rows.is_empty() {
+                    t.remove(&self.0);
+                }
+            }
+        });
+    }
+}
+
+fn enter_table(id: (u64, u64)) -> (Arc<Mutex<Entry>>, TableGuard) {
+    let entry = Arc::new(Mutex::new(Entry::default()));
+    with_table(|t| t.entry(id).or_default().push(Arc::downgrade(&entry)));
+    (entry, TableGuard(id))
+}

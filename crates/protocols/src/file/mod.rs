@@ -1,0 +1,12 @@
+//! `file` and `host_device`: images in files and on block devices of this host.
+//!
+//! - [`options`]: options, opening; `create`: making new files.
+//! - [`lock`]: image locks between processes and between nodes.
+//! - [`driver`]: requests.
+
+mod create;
+mod driver;
+mod lock;
+mod options;
+
+pub use options::{FILE, HOST_DEVICE};

@@ -1,0 +1,202 @@
+//! Options of `file` and `host_device`, and how they open.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use dolmen_graph::{AccessRule, Class, Common, DriverKind, OpenCx, Opened, Opener, Parsed};
+use dolmen_rt::sys::{self, FileKind, OpenHow};
+use dolmen_rt::{File, LocalFuture};
+use dolmen_types::{Error, ErrorKind, OptionSpec, OptionType, Options, Result, ResultExt};
+
+use super::create::create;
+use super::driver::{FileDriver, Made};
+
+const OPTIONS: &[OptionSpec] = &[
+    OptionSpec::required("filename", OptionType::Str, "path of the image file"),
+    OptionSpec::optional(
+        "locking",
+        OptionType::Enum(&["auto", "on", "off"]),
+        "lock the image against other processes (default auto: where the file system can)",
+    ),
+    OptionSpec::optional(
+        "aio",
+        OptionType::Enum(&["threads", "native", "io_uring"]),
+        "accepted for compatibility; the runtime chooses once for the whole process",
+    ),
+    OptionSpec::optional(
+        "x-beneath",
+        OptionType::Str,
+        "the file must lie beneath this directory, symbolic links included",
+    ),
+];
+
+const CREATE_OPTIONS: &[OptionSpec] = &[
+    OptionSpec::required("filename", OptionType::Str, "path of the new file"),
+    OptionSpec::required("size", OptionType::Size, "virtual size in bytes"),
+    OptionSpec::optional(
+        "preallocation",
+        OptionType::Enum(&["off", "falloc", "full"]),
+        "space for the file (default off)",
+    ),
+];
+
+/// Registry row of `file`.
+pub static FILE: DriverKind = DriverKind {
+    name: "file",
+    class: Class::Protocol,
+    help: "a regular file",
+    options: OPTIONS,
+    create_options: CREATE_OPTIONS,
+    maps: false,
+    parse: |options, common| parse(options, common, &FILE, FileKind::Regular),
+    probe: None,
+    create: Some(create),
+};
+
+/// Registry row of `host_device`.
+pub static HOST_DEVICE: DriverKind = DriverKind {
+    name: "host_device",
+    class: Class::Protocol,
+    help: "a block device of this host",
+    options: OPTIONS,
+    create_options: &[],
+    maps: false,
+    parse: |options, common| parse(options, common, &HOST_DEVICE, FileKind::Block),
+    probe: None,
+    create: None,
+};
+
+/// Whether the image is locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Locking {
+    /// Where the file system can.
+    Auto,
+    /// It has to.
+    On,
+    /// Not at all: other processes are not kept away.
+    Off,
+}
+
+struct OpenFile {
+    kind: &'static DriverKind,
+    wanted: FileKind,
+    filename: String,
+    beneath: Option<PathBuf>,
+    locking: Locking,
+}
+
+fn parse(options: &mut Options, _: &Common, kind: &'static DriverKind, wanted: FileKind) -> Result<Parsed> {
+    let filename = options.require_str("filename")?;
+    let locking = match options.take_enum("locking", &["auto", "on", "off"])? {
+        None | Some("auto") => Locking::Auto,
+        Some("on") => Locking::On,
+        Some(_) => Locking::Off,
+    };
+    options.take_enum("aio", &["threads", "native", "io_uring"])?;
+    let beneath = options.take_str("x-beneath")?.map(PathBuf::from);
+    let open = Box::new(OpenFile { kind, wanted, filename: plain(filename), beneath, locking });
+    Ok(Parsed { children: Vec::new(), rule: AccessRule::Leaf, relies_down_to: None, open })
+}
+
+/// `file:` before a path says only that it is one.
+pub(super) fn plain(filename: String) -> String {
+    filename.strip_prefix("file:").map_or(filename.clone(), str::to_owned)
+}
+
+impl Opener for OpenFile {
+    fn open<'a>(self: Box<Self>, cx: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
+        Box::pin(async move {
+            let io = cx.rt.io().ok_or_else(no_files)?;
+            let flags = cx.common.flags;
+            let want = OpenHow { write: !flags.read_only, direct: flags.direct, create: false };
+            let retry_read_only = cx.common.auto_read_only;
+            let (wanted, locking) = (self.wanted, self.locking);
+            let (path, beneath) = (self.filename.clone(), self.beneath.clone());
+            // Opening may wait for a network file system.
+            let made = io
+                .blocking(move || {
+                    let path = Path::new(&path);
+                    let (fd, how) = match open(path, beneath.as_deref(), want) {
+                        Err(e) if want.write && retry_read_only && is_read_only(&e) => {
+                            let how = OpenHow { write: false, ..want };
+                            (open(path, beneath.as_deref(), how)?, how)
+                        }
+                        other => (other?, want),
+                    };
+                    let facts = sys::facts(&fd)?;
+                    check_kind(wanted, facts.kind)?;
+                    let file = File::from_fd(fd);
+                    let locking = locking != Locking::Off && can_lock(&file, locking)?;
+                    Ok::<_, Error>(Made { file, facts, direct: how.direct, writable: how.write, locking })
+                })
+                .await
+                .context(|| format!("Could not open '{}'", self.filename))?;
+            let read_only = want.write && !made.writable;
+            let driver = FileDriver::new(self.kind, self.filename, made, read_only);
+            Ok(Opened { driver: Arc::new(driver), implicit: Vec::new() })
+        })
+    }
+}
+
+pub(super) fn no_files() -> Error {
+    Error::new(ErrorKind::Unsupported, "there are no files in a simulation")
+}
+
+fn open(path: &Path, beneath: Option<&Path>, how: OpenHow) -> Result<std::os::fd::OwnedFd> {
+    let opened = match beneath {
+        None => sys::open(path, how),
+        Some(dir) => {
+            let name = path.strip_prefix(dir).unwrap_or(path);
+            sys::open_beneath(dir, name, how).map_err(|e| match e.errno() {
+                EXDEV => Error::new(
+                    ErrorKind::PermissionDenied,
+                    format!("it leads out of the directory '{}'", dir.display()),
+                ),
+                _ => e,
+            })
+        }
+    };
+    match opened {
+        Err(e) if e.errno() == EINVAL && how.direct => {
+            Err(e.context("the file system does not support direct I/O").remedy("leave cache.direct off"))
+        }
+        other => other,
+    }
+}
+
+const EXDEV: i32 = 18;
+pub(super) const EINVAL: i32 = 22;
+
+/// The file can't be written, but may well be read.
+fn is_read_only(e: &Error) -> bool {
+    matches!(e.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly)
+}
+
+pub(super) fn check_kind(wanted: FileKind, found: FileKind) -> Result<()> {
+    match (wanted, found) {
+        (FileKind::Regular, FileKind::Regular) | (FileKind::Block, FileKind::Block) => Ok(()),
+        (FileKind::Regular, FileKind::Block) => Err(Error::new(
+            ErrorKind::InvalidInput,
+            "'file' driver requires a regular file, and this is a block device",
+        )
+        .remedy("use the driver host_device")),
+        (FileKind::Regular, FileKind::Other) => {
+            Err(Error::new(ErrorKind::InvalidInput, "'file' driver requires a regular file"))
+        }
+        (FileKind::Block | FileKind::Other, _) => {
+            Err(Error::new(ErrorKind::InvalidInput, "'host_device' driver requires a block device")
+                .remedy("use the driver file"))
+        }
+    }
+}
+
+/// Whether the file system knows locks of open file descriptions.
+fn can_lock(file: &File, locking: Locking) -> Result<bool> {
+    match sys::byte_is_locked(file, super::lock::FIRST_NEED) {
+        Ok(_) => Ok(true),
+        Err(_) if locking == Locking::Auto => Ok(false),
+        Err(e) => {
+            Err(e.context("the file system cannot lock images").remedy("use locking=auto or locking=off"))
+        }
+    }
+}

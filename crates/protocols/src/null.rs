@@ -1,0 +1,156 @@
+//! `null-co`: a disk of any size that keeps nothing, for measuring what lies above it.
+//!
+//! Requests are answered by the plan, without a future, unless a latency is asked for or data have to be left as they
+//! are: reads then say that they did something although they did not, as the established driver does.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use dolmen_graph::{
+    AccessRule, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op,
+    OpenCx, Opened, Opener, Parsed, Plan, Prepared, Request, SELF, Where,
+};
+use dolmen_rt::LocalFuture;
+use dolmen_types::{BlkEvent, OptionSpec, OptionType, Options, Result, Span};
+
+const DEFAULT_SIZE: u64 = 1 << 30;
+
+/// Registry row.
+pub static NULL_CO: DriverKind = DriverKind {
+    name: "null-co",
+    class: Class::Protocol,
+    help: "accepts every request and keeps nothing",
+    options: &[
+        OptionSpec::optional("size", OptionType::Size, "size in bytes (default 1G)"),
+        OptionSpec::optional(
+            "latency-ns",
+            OptionType::Int,
+            "how long a request takes, in nanoseconds (default 0)",
+        ),
+        OptionSpec::optional(
+            "read-zeroes",
+            OptionType::Bool,
+            "reads give zeroes; off leaves the buffer as it is (default off)",
+        ),
+    ],
+    create_options: &[],
+    maps: false,
+    parse,
+    probe: None,
+    create: None,
+};
+
+fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
+    let null = Null {
+        size: AtomicU64::new(options.take_size("size")?.unwrap_or(DEFAULT_SIZE).min(Span::MAX_END)),
+        latency: Duration::from_nanos(options.take_size("latency-ns")?.unwrap_or(0)),
+        read_zeroes: options.take_bool("read-zeroes")?.unwrap_or(false),
+    };
+    Ok(Parsed {
+        children: Vec::new(),
+        rule: AccessRule::Leaf,
+        relies_down_to: None,
+        open: Box::new(OpenNull(null)),
+    })
+}
+
+struct OpenNull(Null);
+
+impl Opener for OpenNull {
+    fn open<'a>(self: Box<Self>, _: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
+        Box::pin(async move { Ok(Opened { driver: Arc::new(self.0), implicit: Vec::new() }) })
+    }
+}
+
+#[derive(Debug)]
+struct Null {
+    size: AtomicU64,
+    latency: Duration,
+    read_zeroes: bool,
+}
+
+impl Driver for Null {
+    fn kind(&self) -> &'static DriverKind {
+        &NULL_CO
+    }
+
+    fn size(&self, _: &Node) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    fn limits(&self, _: &Node) -> Limits {
+        Limits { fast_zeroes: true, discards: true, ..Limits::BYTES }
+    }
+
+    fn access_rule(&self) -> AccessRule {
+        AccessRule::Leaf
+    }
+
+    fn plan(&self, _: &Node, request: Request, span: Span) -> Plan {
+        let len = span.len();
+        if !self.latency.is_zero() {
+            return Plan::Slow;
+        }
+        match request {
+            Request::Read(_) if self.read_zeroes => Plan::Zeroes { len },
+            Request::Read(_)
+            | Request::Write(_)
+            | Request::WriteZeroes(_)
+            | Request::Discard(_)
+            | Request::Flush => Plan::Done { len },
+            Request::Resize => Plan::Slow,
+        }
+    }
+
+    fn run<'a>(&'a self, cx: Cx<'a>, op: Op<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async move {
+            if !self.latency.is_zero() {
+                cx.rt.sleep(self.latency).await;
+            }
+            match op {
+                Op::Read { span: _, to, flags: _ } => {
+                    if self.read_zeroes {
+                        to.fill(0);
+                    }
+                }
+                Op::Write { .. } | Op::WriteZeroes { .. } | Op::Discard { .. } | Op::Flush => {}
+                Op::Resize { size, prealloc: _ } => self.size.store(size, Ordering::Relaxed),
+            }
+            Ok(())
+        })
+    }
+
+    fn status<'a>(&'a self, _: Cx<'a>, span: Span) -> LocalFuture<'a, Result<Extent>> {
+        let at = span.offset();
+        let place = if self.read_zeroes {
+            Where::Zero { at: Some((SELF, at)) }
+        } else {
+            Where::Data { child: SELF, at: Some(at), compressed: false }
+        };
+        Box::pin(async move { Ok(Extent { len: span.len(), place }) })
+    }
+
+    fn event(&self, _: &Node, _: BlkEvent) -> Result<()> {
+        Ok(())
+    }
+
+    fn prepare<'a>(
+        &'a self,
+        _: Cx<'a>,
+        change: &'a NodeChange,
+    ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
+        match change {
+            NodeChange::Access { .. } => {}
+        }
+        Box::pin(async { Ok(Box::new(()) as Box<dyn Prepared>) })
+    }
+
+    fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn describe(&self, _: &Node) -> Description {
+        Description::default()
+    }
+}
