@@ -3,11 +3,14 @@
 use std::sync::Arc;
 
 use dolmen_graph::{
-    AccessRule, Driver, GraphOwner, Implicit, Node, NodeDef, NodeFlags, NodeOpener, OpInfo, OpenPolicy,
-    Prealloc, Registry, Token, UserEdge, protocol_name,
+    AccessRule, ChildEdge, CreateCx, Draft, Driver, DriverKind, GraphOwner, Implicit, Node, NodeDef,
+    NodeFlags, NodeOpener, OpInfo, OpenPolicy, Prealloc, Registry, Token, UserEdge, protocol_name,
 };
 use dolmen_rt::{Memory, Rt};
-use dolmen_types::{Actions, Claim, NodeName, OpId, Options, ReadFlags, Result, Span, Value, WriteFlags};
+use dolmen_types::{
+    Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, ReadFlags, Result, Span, Value,
+    WriteFlags,
+};
 
 /// A leaf that a test adds to the graph under a name.
 #[derive(Debug)]
@@ -30,6 +33,42 @@ impl Leaf {
     pub fn read_only(name: &'static str, driver: impl Driver) -> Leaf {
         Leaf { name, driver: Arc::new(driver), read_only: true }
     }
+}
+
+/// A draft with nothing but these leaves.
+fn with_leaves(rt: &Rt, leaves: Vec<Leaf>) -> Result<(GraphOwner, Draft)> {
+    let owner = GraphOwner::new(rt.clone());
+    let mut draft = owner.draft();
+    for leaf in leaves {
+        let name = NodeName::parse(leaf.name)?;
+        draft.add_node(NodeDef {
+            name: name.clone(),
+            anonymous: false,
+            kind: leaf.driver.kind(),
+            rule: AccessRule::Leaf,
+            flags: NodeFlags { read_only: leaf.read_only, unmap: true, ..NodeFlags::default() },
+            owner: None,
+            monitor: true,
+            options: Value::Null,
+        })?;
+        draft.set_driver(&name, leaf.driver, false);
+    }
+    Ok((owner, draft))
+}
+
+/// Makes an image on an empty leaf.
+///
+/// # Errors
+/// `Unsupported` when the driver can't make images, or what it says.
+pub async fn create(rt: &Rt, kind: &DriverKind, leaf: Leaf, options: Options) -> Result<()> {
+    let Some(create) = kind.create else {
+        return Err(Error::new(ErrorKind::Unsupported, format!("'{}' can't make images", kind.name)));
+    };
+    let harness = Harness::on_leaf(rt, leaf, Actions::DATA).await?;
+    let claim = harness.edge.claim();
+    let file = ChildEdge { name: "file", role: ChildRole::Metadata, node: harness.top(), claim };
+    create(CreateCx { file: Some(&file), rt }, options).await?;
+    harness.close().await
 }
 
 /// A graph with one user, and the requests of that user.
@@ -55,22 +94,7 @@ impl Harness {
         options: Options,
         needs: Actions,
     ) -> Result<Harness> {
-        let mut owner = GraphOwner::new(rt.clone());
-        let mut draft = owner.draft();
-        for leaf in leaves {
-            let name = NodeName::parse(leaf.name)?;
-            draft.add_node(NodeDef {
-                name: name.clone(),
-                anonymous: false,
-                kind: leaf.driver.kind(),
-                rule: AccessRule::Leaf,
-                flags: NodeFlags { read_only: leaf.read_only, unmap: true, ..NodeFlags::default() },
-                owner: None,
-                monitor: true,
-                options: Value::Null,
-            })?;
-            draft.set_driver(&name, leaf.driver, false);
-        }
+        let (owner, mut draft) = with_leaves(rt, leaves)?;
         let policy = OpenPolicy {
             implicit: Implicit::Deny,
             probe: false,
@@ -79,6 +103,26 @@ impl Harness {
         };
         let opener = NodeOpener { registry, policy, names: protocol_name, rt };
         let top = opener.open(&mut draft, options, true).await?;
+        Harness::attach(rt, owner, draft, &top, needs).await
+    }
+
+    /// Attaches a user to a leaf itself.
+    ///
+    /// # Errors
+    /// What the access control says.
+    pub async fn on_leaf(rt: &Rt, leaf: Leaf, needs: Actions) -> Result<Harness> {
+        let name = NodeName::parse(leaf.name)?;
+        let (owner, draft) = with_leaves(rt, vec![leaf])?;
+        Harness::attach(rt, owner, draft, &name, needs).await
+    }
+
+    async fn attach(
+        rt: &Rt,
+        mut owner: GraphOwner,
+        mut draft: Draft,
+        node: &NodeName,
+        needs: Actions,
+    ) -> Result<Harness> {
         let op = OpId::internal("test");
         draft.add_op(OpInfo {
             id: op.clone(),
@@ -88,7 +132,7 @@ impl Harness {
             ends_with: None,
             instead_of_writing: None,
         })?;
-        draft.add_user(&op, &top, Claim { needs, allows: Actions::EVERY })?;
+        draft.add_user(&op, node, Claim { needs, allows: Actions::EVERY })?;
         owner.commit(draft).await?;
         let edge = owner.edges(&op).next().expect("just attached").clone();
         Ok(Harness { owner, edge, rt: rt.clone() })

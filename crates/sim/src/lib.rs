@@ -31,7 +31,7 @@ mod tests;
 pub use crash::CrashPoints;
 pub use disk::{Change, DiskConfig, Event, Fault, FaultAction, SECTOR, SimDisk};
 pub use drivers::{MEMORY, MemoryDisk, SIM_DISK};
-pub use harness::{Harness, Leaf, User};
+pub use harness::{Harness, Leaf, User, create};
 pub use image::Image;
 pub use oracle::{GuestOp, Oracle, ReadMark, TagPattern, Violation, ZERO_TAG};
 pub use random::Random;

@@ -194,6 +194,12 @@ impl Oracle {
         self.check("a read", first, bytes, |r| r.done.is_some_and(|d| d.count < mark.0), |_| true)
     }
 
+    /// Whether a crash at `position` comes after a flush: whether it could lose anything that
+    /// it must not.
+    pub fn has_flushed(&self, position: usize) -> bool {
+        self.flushes.iter().any(|f| f.done.is_some_and(|d| d.position <= position))
+    }
+
     /// Judges the whole content after a crash at `position`.
     ///
     /// # Errors

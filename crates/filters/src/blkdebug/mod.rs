@@ -113,7 +113,7 @@ impl Opener for Open {
             // The sections of the file come first, as if its rules had been given before.
             let mut rules = Rules::default();
             if let Some(path) = self.config.take() {
-                let text = read_config(&cx, &path)?;
+                let text = read_config(&cx, &path).await?;
                 config::parse(&text, &mut rules).context(|| path)?;
             }
             rules.append(self.rules);
@@ -124,20 +124,26 @@ impl Opener for Open {
     }
 }
 
-fn read_config(cx: &OpenCx<'_>, path: &str) -> Result<String> {
-    use std::io::Read as _;
+/// Reads the configuration file, off the core: opening a file may wait for the file system.
+async fn read_config(cx: &OpenCx<'_>, path: &str) -> Result<String> {
     let what = || format!("Could not read blkdebug config file '{path}'");
-    if cx.rt.io().is_none() {
+    let Some(io) = cx.rt.io() else {
         return Err(Error::new(ErrorKind::Unsupported, "the simulation has no files").context(what()));
-    }
-    let file = std::fs::File::open(path).context(what)?;
-    let mut text = String::new();
-    file.take(CONFIG_MAX + 1).read_to_string(&mut text).context(what)?;
+    };
+    let name = path.to_owned();
+    let text = io.blocking(move || read_at_most(&name, CONFIG_MAX + 1)).await.context(what)?;
     if text.len() as u64 > CONFIG_MAX {
         return Err(
             Error::new(ErrorKind::Limit, format!("it is longer than {CONFIG_MAX} bytes")).context(what())
         );
     }
+    Ok(text)
+}
+
+fn read_at_most(path: &str, max: u64) -> std::io::Result<String> {
+    use std::io::Read as _;
+    let mut text = String::new();
+    std::fs::File::open(path)?.take(max).read_to_string(&mut text)?;
     Ok(text)
 }
 
