@@ -296,6 +296,14 @@ impl Draft {
         Ok(())
     }
 
+    /// Gives an operation its start time: until then it is worded as one that is being tried.
+    pub fn mark_started(&mut self, op: &OpId) {
+        let now = self.now;
+        if let Some(o) = self.state.ops.iter_mut().find(|o| o.id == *op) {
+            o.since = Some(now);
+        }
+    }
+
     /// Ends an operation: its edges and claims go, and filters that it interposed and has
     /// not taken out yet are taken out.
     pub fn remove_op(&mut self, op: &OpId) {

@@ -14,6 +14,9 @@ use crate::{Buf, CoreIo, IoVec, Result};
 const BACKLOG: i32 = 128;
 /// Writing at most this much to a pipe or a terminal that is ready does not block (PIPE_BUF).
 const PIPE_CHUNK: usize = 4096;
+/// How often we look whether the socket of a dead process is gone, and the pause in between.
+const LINGER_TRIES: usize = 200;
+const LINGER_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
 
 /// A connected or listening socket that belongs to no core. Cheap to clone; operations in flight keep it open.
 #[derive(Clone)]
@@ -184,22 +187,34 @@ impl CoreIo {
         let addr = SockAddr::unix(path)?;
         let socket = match listen_at(&addr) {
             Err(e) if e.errno() == libc::EADDRINUSE => {
-                let probe = new_socket(libc::AF_UNIX)?;
-                match self.submit(Op::Connect { socket: probe, addr: Box::new(addr) }).await {
-                    Err(e) if e.errno() == libc::ECONNREFUSED && crate::sys::is_socket(path) => {
-                        std::fs::remove_file(path).context(context)?;
-                        listen_at(&addr).context(context)?
-                    }
-                    _ => {
-                        return Err(Error::new(ErrorKind::Busy, "another process listens there already")
-                            .context(context()));
-                    }
+                if self.is_live(addr).await || !crate::sys::is_socket(path) {
+                    return Err(Error::new(ErrorKind::Busy, "another process listens there already")
+                        .context(context()));
                 }
+                std::fs::remove_file(path).context(context)?;
+                listen_at(&addr).context(context)?
             }
             other => other.context(context)?,
         };
         let id = crate::sys::file_id(path).ok();
         Ok(Listener { io: self.clone(), socket, path: id.map(|id| (path.to_owned(), id)) })
+    }
+
+    /// Whether somebody listens at a Unix address. The kernel ends the ring of a killed process a little after the
+    /// process, and until then its sockets accept connections: where the process that began to listen is dead, we look
+    /// again for a while. (It may be dead and the socket live, when a child has inherited it.)
+    async fn is_live(&self, addr: SockAddr) -> bool {
+        for _ in 0..LINGER_TRIES {
+            let Ok(probe) = new_socket(libc::AF_UNIX) else { return true };
+            match self.submit(Op::Connect { socket: probe.clone(), addr: Box::new(addr) }).await {
+                Err(e) if e.errno() == libc::ECONNREFUSED => return false,
+                Ok(_) if listener_is_dead(&probe) => {}
+                _ => return true,
+            }
+            let deadline = self.core().now() + LINGER_PAUSE;
+            crate::core::Sleep { core: self.core().clone(), deadline, key: None }.await;
+        }
+        true
     }
 
     async fn resolve(&self, host: &str, port: u16) -> Result<Vec<SockAddr>> {
@@ -455,6 +470,29 @@ fn listen_at(addr: &SockAddr) -> Result<Socket> {
         return Err(std::io::Error::last_os_error().into());
     }
     Ok(socket)
+}
+
+/// Whether the process that began to listen at the other end of a connected Unix socket has ended. False when it is
+/// not visible from here.
+fn listener_is_dead(socket: &Socket) -> bool {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = size_of_val(&peer) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes into `peer`, which is as large.
+    let r = unsafe {
+        libc::getsockopt(
+            socket.raw(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut len,
+        )
+    };
+    if r != 0 || peer.pid <= 0 {
+        return false;
+    }
+    // SAFETY: signal 0 only asks whether the process exists.
+    let r = unsafe { libc::kill(peer.pid, 0) };
+    r != 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::ESRCH)
 }
 
 fn no_delay(socket: &Socket, family: i32) {
