@@ -37,6 +37,7 @@ pub(crate) struct Ring {
     ring: IoUring,
     /// Entries that did not fit into the submission queue.
     backlog: VecDeque<squeue::Entry>,
+    #[expect(clippy::vec_box, reason = "they go in and out of slots, where they must not move")]
     spare: Vec<Box<Vecs>>,
     bell_fd: i32,
     bell_armed: bool,

@@ -222,6 +222,19 @@ impl Error {
         self.0.conflict.as_ref()
     }
 
+    /// For a lock of another process: the words that the established tools use and scripts look for, such as
+    /// `Failed to get "write" lock`, and their hint on a second line. `None` for other errors.
+    pub fn lock_text(&self) -> Option<String> {
+        let c = self.conflict().filter(|_| self.0.kind == ErrorKind::Locked)?;
+        let word = c.actions.iter().find_map(crate::Action::qmp_word)?;
+        // "Shared" when somebody needs what we do not allow.
+        let shared = if c.asks.kind == "process" { "shared " } else { "" };
+        Some(format!(
+            "Failed to get {shared}\"{word}\" lock\nIs another process using the image [{}]?",
+            c.node
+        ))
+    }
+
     /// A second error with the same kind and text, for every request that waited for
     /// the same thing. The source is kept as text.
     #[must_use]
@@ -394,6 +407,9 @@ mod tests {
                 "export 'base' read-only".into(),
             ],
         };
+        assert_eq!(Error::refused(c.clone()).lock_text(), None);
+        let lock = Error::locked(c.clone()).lock_text().unwrap();
+        assert_eq!(lock, "Failed to get \"write\" lock\nIs another process using the image [base]?");
         assert_eq!(
             Error::refused(c).to_string(),
             "node 'base': export 'exp0' (nbd, writable) needs to write data, but job 'mir0' (mirror of 'top', ready, \

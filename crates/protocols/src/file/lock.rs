@@ -252,6 +252,15 @@ impl Locks {
     }
 }
 
+impl Drop for Locks {
+    /// Closing the file would do it too, but not while a child process that is just being started still has a copy
+    /// of the descriptor.
+    fn drop(&mut self) {
+        let held = self.state().held;
+        self.give_back(held, Stance::default());
+    }
+}
+
 fn stance_of(h: &LockHolder) -> Stance {
     let set = |first: u64| {
         LOCKED

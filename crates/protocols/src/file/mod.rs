@@ -1,8 +1,8 @@
 //! `file` and `host_device`: images in files and on block devices of this host.
 //!
-//! - [`options`]: options, opening; `create`: making new files.
-//! - [`lock`]: image locks between processes and between nodes.
-//! - [`driver`]: requests.
+//! - `options`: options and opening; `create`: making new files.
+//! - `lock`: image locks between processes and between nodes.
+//! - `driver`: requests.
 
 mod create;
 mod driver;

@@ -38,15 +38,21 @@ fn a_dropped_write_keeps_its_memory() {
     });
 }
 
+/// Memory that somebody else owns, which tells when it is let go.
+struct Told(
+    std::sync::mpsc::Sender<()>,
+    #[expect(dead_code, reason = "the memory lives as long as this")] Box<[u8]>,
+);
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        let _ = self.0.send(());
+    }
+}
+
 /// The owner lets go as well: the memory lives until the kernel is done, then it is freed.
 #[test]
 fn memory_is_freed_by_the_completion() {
-    struct Told(std::sync::mpsc::Sender<()>, #[expect(dead_code, reason = "keeps the memory")] Memory);
-    impl Drop for Told {
-        fn drop(&mut self) {
-            self.0.send(()).unwrap();
-        }
-    }
     on_both(async |rt, io| {
         let dir = tempfile::tempdir().unwrap();
         let addr = Addr::Unix(dir.path().join("s"));
@@ -54,30 +60,23 @@ fn memory_is_freed_by_the_completion() {
         let client = io.connect(&addr).await.unwrap();
         let server = listener.accept().await.unwrap();
 
-        let memory = Memory::zeroed(64);
-        let window = memory.share();
+        let mut bytes = vec![0u8; 64].into_boxed_slice();
+        let ptr = std::ptr::NonNull::new(bytes.as_mut_ptr()).unwrap();
         let (tx, rx) = std::sync::mpsc::channel();
-        let ptr = std::ptr::NonNull::new(window_address(&window)).unwrap();
-        // SAFETY: `Told` keeps the memory, and nobody borrows it.
-        let foreign = unsafe { dolmen_rt::Buf::foreign(ptr, 64, Box::new(Told(tx, memory))) };
-        drop(window);
+        // SAFETY: `Told` keeps the bytes, and nobody borrows them.
+        let foreign = unsafe { dolmen_rt::Buf::foreign(ptr, 64, Box::new(Told(tx, bytes))) };
         assert!(once(server.recv_buf(&foreign)).await.is_none());
         drop(foreign);
+        assert!(rx.try_recv().is_err(), "the operation holds the memory");
         // Cancelled: the kernel gives the memory back without any data having come.
         while rx.try_recv().is_err() {
-            rt.sleep(std::time::Duration::from_micros(100)).await;
+            rt.yield_now().await;
         }
         client.send_bytes(b"after").await.unwrap();
         let buf = Memory::zeroed(5);
         server.recv_exact(&buf.iovec()).await.unwrap();
         assert_eq!(buf.to_vec(), b"after");
     });
-}
-
-/// The address of a window, by way of the debug-free public API: a byte is found by writing through it.
-fn window_address(_: &dolmen_rt::Buf) -> *mut u8 {
-    // A separate page is as good: the foreign window need not be the same memory.
-    Box::leak(vec![0u8; 64].into_boxed_slice()).as_mut_ptr()
 }
 
 /// A cancelled accept loses no connection.
