@@ -789,7 +789,7 @@ fn driver_op(node: &NodeName) -> OpId {
 }
 
 pub(crate) fn no_such_node(name: &str) -> Error {
-    Error::new(ErrorKind::NotFound, format!("Cannot find node with node-name='{name}'"))
+    Error::new(ErrorKind::NotFound, format!("Cannot find device='{name}' nor node-name='{name}'"))
         .remedy("query-named-block-nodes lists the nodes there are")
 }
 

@@ -17,7 +17,7 @@ use dolmen_graph::{
 };
 use dolmen_rt::sys::{self, FileFacts, FileKind};
 use dolmen_rt::{CoreIo, Fallocate, File, IoVec, LocalFuture, Memory, Seek};
-use dolmen_types::{Actions, BlkEvent, Error, ErrorKind, Result, ResultExt, Span, WriteFlags};
+use dolmen_types::{Actions, BlkEvent, Error, ErrorKind, Result, ResultExt, Span, Value, WriteFlags};
 
 use super::lock::{Locks, Stance};
 use super::options::{EINVAL, no_files};
@@ -504,6 +504,11 @@ impl Driver for FileDriver {
             filename: Some(self.filename.clone()),
             read_only: self.read_only,
             actual_size: sys::facts(&self.file).ok().map(|f| f.allocated),
+            // Nothing to tell, but clients look for the object.
+            format_specific: Some(Value::Map(vec![
+                ("type".into(), "file".into()),
+                ("data".into(), Value::Map(Vec::new())),
+            ])),
             ..Description::default()
         }
     }
