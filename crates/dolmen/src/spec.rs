@@ -1,0 +1,167 @@
+//! Image specifications: what a user types to name an image, as driver options.
+//!
+//! Three notations, as the established tools have them: a file name (with an optional
+//! protocol: `nbd://host/export`), a `json:{...}` pseudo name, and an option string
+//! (`driver=qcow2,file.filename=...`, with `--image-opts`). All end as [`Options`];
+//! nothing is opened here, so nothing here needs to trust anybody.
+
+use dolmen_graph::{Class, Registry, has_protocol, protocol_name};
+use dolmen_qmp::keyval;
+use dolmen_types::{Error, ErrorKind, Options, Result, Value};
+
+/// The options that a name with a protocol or a `json:` pseudo name stands for.
+///
+/// This is also how names found inside images are read, once the policy permits them.
+///
+/// # Errors
+/// `InvalidInput` when it can't be parsed, `Unsupported` for an unknown protocol.
+pub fn protocol_options(name: &str) -> Result<Options> {
+    if let Some(value) = keyval::json_name(name) {
+        let mut options = Options::from_value(value?)?;
+        file_driver(&mut options);
+        return Ok(options);
+    }
+    if let Some(rest) = name.strip_prefix("nbd:") {
+        if !rest.starts_with("//") {
+            return legacy_nbd(rest);
+        }
+    }
+    protocol_name(&name.replacen("nbd+tcp://", "nbd://", 1))
+}
+
+/// `unix:PATH[:exportname=NAME]` and `HOST:PORT[:exportname=NAME]`.
+fn legacy_nbd(rest: &str) -> Result<Options> {
+    let (address, export) = rest.split_once(":exportname=").unwrap_or((rest, ""));
+    let server = match address.strip_prefix("unix:") {
+        Some(path) => Options::new().with("type", "unix").with("path", path),
+        None => {
+            let (host, port) = address.rsplit_once(':').ok_or_else(|| {
+                Error::new(ErrorKind::InvalidInput, format!("'nbd:{rest}' has no port"))
+                    .remedy("write nbd:HOST:PORT, nbd:unix:PATH or nbd://HOST/EXPORT")
+            })?;
+            Options::new().with("type", "inet").with("host", host).with("port", port)
+        }
+    };
+    Ok(Options::new().with("driver", "nbd").with("server", server.into_value()).with("export", export))
+}
+
+/// The options that `name` stands for. `format` is what `-f` said. Without one, and
+/// without a driver in the name, the result has no `driver`: the format has to be
+/// probed, if the policy permits that.
+///
+/// # Errors
+/// As [`protocol_options`]; `InvalidInput` when the format is given twice.
+pub fn image(registry: Registry, name: &str, format: Option<&str>) -> Result<Options> {
+    let file = if has_protocol(name) {
+        protocol_options(name)?
+    } else {
+        Options::new().with("driver", "file").with("filename", name)
+    };
+    let driver = match file.get("driver") {
+        Some(Value::Str(d)) => Some(d.clone()),
+        _ => None,
+    };
+    let is_json = name.starts_with("json:");
+    let is_protocol =
+        |d: &str| registry.find(d).is_ok_and(|k| k.class == Class::Protocol) && format != Some(d);
+    match (driver, format) {
+        // A whole image in JSON, or a protocol that is to be opened as it is.
+        (Some(d), None) if is_json && !is_protocol(&d) => Ok(file),
+        (Some(d), Some(f)) if d == f => Ok(file),
+        (Some(d), Some(f)) if !is_protocol(&d) => Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("Driver specified twice: '{f}' with -f, and '{d}' in '{name}'"),
+        )),
+        (Some(_), None) => Ok(Options::new().with("file", file.into_value())),
+        (Some(_), Some(f)) => Ok(Options::new().with("driver", f).with("file", file.into_value())),
+        // A JSON object without a driver: its `file` is probed.
+        (None, Some(f)) => Ok(file.with("driver", f)),
+        (None, None) => Ok(file),
+    }
+}
+
+/// The options of an option string (`--image-opts`).
+///
+/// # Errors
+/// What the parser says.
+pub fn image_opts(text: &str) -> Result<Options> {
+    Options::from_value(keyval::parse_value(text, None)?).map(with_file_drivers)
+}
+
+/// Adds the `driver` of children that have a `filename` and say no driver.
+#[must_use]
+pub fn with_file_drivers(mut options: Options) -> Options {
+    file_driver(&mut options);
+    options
+}
+
+/// Users write `file.filename=x` and leave `file.driver` out: only the file driver has a
+/// file name.
+fn file_driver(options: &mut Options) {
+    if options.has("filename") && !options.has("driver") {
+        options.set("driver", "file");
+    }
+    for child in ["file", "backing", "image", "data-file"] {
+        if let Some(Value::Map(_)) = options.get(child) {
+            if let Ok(Some(mut inner)) = options.take_map(child) {
+                file_driver(&mut inner);
+                options.set(child, inner.into_value());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(o: Result<Options>) -> String {
+        match o {
+            Ok(o) => o.into_value().to_string(),
+            Err(e) => format!("error: {e}"),
+        }
+    }
+
+    #[test]
+    fn nbd_names() {
+        for (name, expected) in [
+            (
+                "nbd:unix:/tmp/s:exportname=e",
+                r#"{"driver": "nbd", "server": {"type": "unix", "path": "/tmp/s"}, "export": "e"}"#,
+            ),
+            (
+                "nbd:localhost:10809",
+                r#"{"driver": "nbd", "server": {"type": "inet", "host": "localhost", "port": "10809"}, "export": ""}"#,
+            ),
+            (
+                "nbd+unix:///e?socket=/tmp/s",
+                r#"{"driver": "nbd", "server": {"type": "unix", "path": "/tmp/s"}, "export": "e"}"#,
+            ),
+            (
+                "nbd+tcp://h:5/e",
+                r#"{"driver": "nbd", "server": {"type": "inet", "host": "h", "port": "5"}, "export": "e"}"#,
+            ),
+        ] {
+            assert_eq!(text(protocol_options(name)), expected);
+        }
+        assert!(protocol_options("nbd:nonsense").is_err());
+        assert!(protocol_options("gopher://x").is_err());
+    }
+
+    #[test]
+    fn json_names_may_be_flat() {
+        assert_eq!(
+            text(protocol_options(r#"json:{"driver":"qcow2","file.filename":"x","file":{"driver":"file"}}"#)),
+            r#"{"driver": "qcow2", "file": {"filename": "x", "driver": "file"}}"#
+        );
+        assert!(protocol_options(r#"json:{"a":1"#).is_err());
+    }
+
+    #[test]
+    fn option_strings_know_the_file_driver() {
+        assert_eq!(
+            text(image_opts("driver=qcow2,file.filename=a.qcow2,backing.driver=raw,backing.file.filename=b")),
+            r#"{"driver": "qcow2", "file": {"filename": "a.qcow2", "driver": "file"}, "backing": {"driver": "raw", "file": {"filename": "b", "driver": "file"}}}"#
+        );
+    }
+}
