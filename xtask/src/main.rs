@@ -1,6 +1,7 @@
 //! Developer tasks: `cargo xtask TASK`.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod deps;
 mod sim;
 mod test;
@@ -13,6 +14,7 @@ Usage: cargo xtask TASK
   test    what a change has to pass: packages, format, lints, documentation, tests
   deps    only the test of who depends on whom
   sim     the long simulation: random work, crashes, an oracle
+  bench   measures against the installed tools ('bench --help' for options)
 ";
 
 fn main() -> ExitCode {
@@ -20,6 +22,7 @@ fn main() -> ExitCode {
     let done = match args.first().map(String::as_str) {
         Some("test") => test::run(),
         Some("deps") => deps::run(),
+        Some("bench") => return bench::main(&args[1..]),
         Some("sim") => sim::run(&args[1..]),
         _ => {
             eprint!("{HELP}");
