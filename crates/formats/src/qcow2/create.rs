@@ -1,0 +1,310 @@
+//! Making an image, and changing its backing file without looking at the data.
+
+use std::sync::Arc;
+
+use dolmen_graph::{CreateCx, Io, NodeState, Prealloc, Read, Write};
+use dolmen_rt::LocalFuture;
+use dolmen_types::{Error, ErrorKind, OptionSpec, OptionType, Options, Result, Span, WriteFlags};
+
+use super::driver::Core;
+use super::entry::refcount_set;
+use super::header::{COMPAT_LAZY_REFCOUNTS, CompressionType, EXT_BACKING_FORMAT, Header};
+use super::image::{Env, File, load_header};
+use super::layout::{Geometry, HostOffset, put64};
+
+const PREALLOCATION: &[&str] = &["off", "metadata", "falloc", "full"];
+const COMPAT: &[&str] = &["0.10", "1.1", "v2", "v3"];
+
+/// The options for making an image.
+pub const CREATE_OPTIONS: &[OptionSpec] = &[
+    OptionSpec::required("size", OptionType::Size, "virtual size in bytes, rounded up to 512"),
+    OptionSpec::optional("compat", OptionType::Enum(COMPAT), "version: 0.10 or v2, 1.1 or v3 (default 1.1)"),
+    OptionSpec::optional("version", OptionType::Enum(&["v2", "v3"]), "the same as compat"),
+    OptionSpec::optional("backing_file", OptionType::Str, "name of the backing file, stored as it is"),
+    OptionSpec::optional("backing_fmt", OptionType::Str, "format of the backing file"),
+    OptionSpec::optional("cluster_size", OptionType::Size, "power of two from 512 to 2M (default 64k)"),
+    OptionSpec::optional(
+        "preallocation",
+        OptionType::Enum(PREALLOCATION),
+        "off, metadata (mapping only), falloc (reserve space), full (write zeroes); default off",
+    ),
+    OptionSpec::optional(
+        "lazy_refcounts",
+        OptionType::Bool,
+        "let other programs postpone refcounts (default off)",
+    ),
+    OptionSpec::optional(
+        "refcount_bits",
+        OptionType::Int,
+        "width of a refcount: 1 to 64, power of two (default 16)",
+    ),
+];
+
+/// What the options mean.
+#[derive(Debug)]
+struct Wanted {
+    geo: Geometry,
+    size: u64,
+    backing: Option<(String, Option<String>)>,
+    lazy: bool,
+    prealloc: Prealloc,
+}
+
+fn invalid(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidInput, message)
+}
+
+/// Options come with underscores from image tools and with hyphens from QMP.
+fn either(options: &mut Options, name: &str) -> String {
+    let hyphened = name.replace('_', "-");
+    if options.has(&hyphened) { hyphened } else { name.to_owned() }
+}
+
+fn understand(mut o: Options) -> Result<Wanted> {
+    let size = o.take_size("size")?.ok_or_else(|| invalid("Image creation needs a size parameter"))?;
+    let compat = o.take_enum("compat", COMPAT)?.or(o.take_enum("version", &["v2", "v3"])?);
+    let version = match compat {
+        Some("0.10" | "v2") => 2,
+        _ => 3,
+    };
+    let key = either(&mut o, "backing_file");
+    let name = o.take_str(&key)?.filter(|n| !n.is_empty());
+    let key = either(&mut o, "backing_fmt");
+    let format = o.take_str(&key)?;
+    let key = either(&mut o, "cluster_size");
+    let cluster = o.take_size(&key)?.unwrap_or(65536);
+    if !cluster.is_power_of_two() || !(512..=2 << 20).contains(&cluster) {
+        return Err(invalid("Cluster size must be a power of two between 512 and 2048k"));
+    }
+    let prealloc = match o.take_enum("preallocation", PREALLOCATION)? {
+        Some("metadata") => Prealloc::Metadata,
+        Some("falloc") => Prealloc::Falloc,
+        Some("full") => Prealloc::Full,
+        _ => Prealloc::Off,
+    };
+    let key = either(&mut o, "lazy_refcounts");
+    let lazy = o.take_bool(&key)?.unwrap_or(false);
+    if lazy && version < 3 {
+        return Err(invalid(
+            "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+        ));
+    }
+    let key = either(&mut o, "refcount_bits");
+    let bits = o.take_size(&key)?.unwrap_or(16);
+    if !bits.is_power_of_two() || bits > 64 {
+        return Err(invalid("Refcount width must be a power of two and may not exceed 64 bits"));
+    }
+    if bits != 16 && version < 3 {
+        return Err(invalid(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or \
+             greater)",
+        ));
+    }
+    if format.is_some() && name.is_none() {
+        return Err(invalid("Backing format cannot be used without backing file"));
+    }
+    if name.is_some() && prealloc != Prealloc::Off {
+        return Err(invalid("Backing file and preallocation cannot be used at the same time"));
+    }
+    o.finish("format 'qcow2'")?;
+    let geo =
+        Geometry { version, cluster_bits: cluster.trailing_zeros(), refcount_order: bits.trailing_zeros() };
+    let size = size.checked_next_multiple_of(512).filter(|s| *s <= geo.max_size()).ok_or_else(|| {
+        Error::new(ErrorKind::Limit, format!("the image can't have {size} bytes"))
+            .remedy("use a larger cluster size")
+    })?;
+    Ok(Wanted { geo, size, backing: name.map(|n| (n, format)), lazy, prealloc })
+}
+
+/// Where the tables of a new image go: header, refcount table, refcount blocks, L1 table.
+#[derive(Debug, PartialEq, Eq)]
+struct Plan {
+    reftable: u64,
+    blocks: u64,
+    l1: u64,
+}
+
+impl Plan {
+    fn new(geo: Geometry, size: u64) -> Plan {
+        let l1 = geo.clusters_for(geo.l1_entries_for(size) * 8);
+        let mut p = Plan { reftable: 1, blocks: 1, l1 };
+        loop {
+            let blocks = p.clusters().div_ceil(geo.refblock_entries());
+            let reftable = geo.clusters_for(blocks * 8);
+            if blocks <= p.blocks && reftable <= p.reftable {
+                return p;
+            }
+            p.blocks = p.blocks.max(blocks);
+            p.reftable = p.reftable.max(reftable);
+        }
+    }
+
+    fn clusters(&self) -> u64 {
+        1 + self.reftable + self.blocks + self.l1
+    }
+}
+
+/// Makes an image in an empty file. See `DriverKind::create`.
+pub(super) fn create(cx: CreateCx<'_>, options: Options) -> LocalFuture<'_, Result<()>> {
+    Box::pin(async move {
+        let wanted = understand(options)?;
+        write_image(cx, &wanted).await?;
+        if wanted.prealloc != Prealloc::Off {
+            preallocate(cx, &wanted).await?;
+        }
+        Ok(())
+    })
+}
+
+async fn write_image(cx: CreateCx<'_>, w: &Wanted) -> Result<()> {
+    let geo = w.geo;
+    let bits = geo.cluster_bits;
+    let plan = Plan::new(geo, w.size);
+    let mut header = Header {
+        version: geo.version,
+        cluster_bits: bits,
+        size: w.size,
+        crypt_method: 0,
+        l1_entries: u32::try_from(geo.l1_entries_for(w.size)).expect("below the limit"),
+        l1_table: HostOffset((1 + plan.reftable + plan.blocks) << bits),
+        reftable: HostOffset(1 << bits),
+        reftable_clusters: u32::try_from(plan.reftable).expect("small"),
+        snapshots: 0,
+        snapshot_table: HostOffset(0),
+        incompatible: 0,
+        compatible: if w.lazy { COMPAT_LAZY_REFCOUNTS } else { 0 },
+        autoclear: 0,
+        refcount_order: geo.refcount_order,
+        compression: CompressionType::Zlib,
+        backing_file: None,
+        unknown_fields: Vec::new(),
+        extensions: Vec::new(),
+    };
+    if let Some((name, format)) = &w.backing {
+        header.set_backing(Some(name), format.as_deref())?;
+    }
+    let header = encode_with_names(&mut header)?;
+    let io = cx.write()?;
+    let end = plan.clusters() << bits;
+    if io.size() < end {
+        cx.resize()?.resize(end, Prealloc::Off).await?;
+    }
+    let mut reftable = vec![0u8; (plan.reftable << bits) as usize];
+    for b in 0..plan.blocks {
+        let at = (1 + plan.reftable + b) << bits;
+        put64(&mut reftable, b as usize * 8, at);
+        let mut block = vec![0u8; geo.cluster_len()];
+        let base = b * geo.refblock_entries();
+        for i in 0..geo.refblock_entries().min(plan.clusters().saturating_sub(base)) {
+            refcount_set(&mut block, geo.refcount_order, i as usize, 1);
+        }
+        io.write_bytes(at, &block, WriteFlags::NONE).await?;
+    }
+    io.write_bytes(1 << bits, &reftable, WriteFlags::NONE).await?;
+    let l1_at = (1 + plan.reftable + plan.blocks) << bits;
+    if plan.l1 > 0 {
+        io.write_zeroes(Span::new(l1_at, plan.l1 << bits), WriteFlags::NONE).await?;
+    }
+    io.flush().await?;
+    // Last, so that a file with a header is a complete image.
+    io.write_bytes(0, &header, WriteFlags::NONE).await?;
+    io.flush().await
+}
+
+/// Encodes a header with the table of feature names, or without where that does not fit the cluster.
+fn encode_with_names(header: &mut Header) -> Result<Vec<u8>> {
+    if header.version < 3 {
+        return header.encode();
+    }
+    header.extensions.push(Header::feature_names());
+    if let Ok(b) = header.encode() {
+        return Ok(b);
+    }
+    header.extensions.retain(|e| e.id != super::header::EXT_FEATURE_NAMES);
+    header.encode()
+}
+
+async fn preallocate(cx: CreateCx<'_>, w: &Wanted) -> Result<()> {
+    let Some(edge) = cx.file else { return Err(invalid("a format is created in a file")) };
+    let file = File::new(edge, cx.rt);
+    let core = Core::open(file, true, false).await?;
+    let state = Arc::new(NodeState::default());
+    let env = Env::alone(file, &state);
+    core.preallocate(env, Span::new(0, w.size), w.prealloc).await?;
+    core.close(env).await
+}
+
+/// Changes the name and format of the backing file in an image's header; `None` removes them. The data are not
+/// looked at: the caller says that the new backing file has the same content. Nobody else may be using the image.
+///
+/// # Errors
+/// `NoSpace` when the name does not fit the first cluster, or what the file says.
+pub async fn change_backing(
+    read: Io<'_, Read>,
+    write: Io<'_, Write>,
+    name: Option<&str>,
+    format: Option<&str>,
+) -> Result<()> {
+    let (mut header, _) = load_header(read).await?;
+    header.check_supported()?;
+    header.set_backing(name, format)?;
+    if name.is_none() {
+        header.extensions.retain(|e| e.id != EXT_BACKING_FORMAT);
+    }
+    let bytes = match header.encode() {
+        Ok(b) => b,
+        // The names of features are only there for messages; make room.
+        Err(_) => {
+            header.extensions.retain(|e| e.id != super::header::EXT_FEATURE_NAMES);
+            header.encode()?
+        }
+    };
+    write.write_bytes(0, &bytes, WriteFlags::NONE).await?;
+    write.flush().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ok(o: Options) -> Wanted {
+        understand(o.with("size", "1M")).unwrap()
+    }
+
+    #[test]
+    fn options() {
+        let w = ok(Options::new());
+        assert_eq!((w.geo.version, w.geo.cluster_bits, w.geo.refcount_order, w.size), (3, 16, 4, 1 << 20));
+        let w = ok(Options::new().with("compat", "0.10").with("cluster-size", "4k"));
+        assert_eq!((w.geo.version, w.geo.cluster_bits), (2, 12));
+        for bad in [
+            Options::new().with("cluster_size", "1000"),
+            Options::new().with("cluster_size", "4M"),
+            Options::new().with("refcount_bits", "3"),
+            Options::new().with("refcount_bits", "8").with("compat", "v2"),
+            Options::new().with("lazy_refcounts", true).with("compat", "v2"),
+            Options::new().with("nonsense", "1"),
+            Options::new().with("backing_fmt", "raw"),
+        ] {
+            assert!(understand(bad.with("size", "1M")).is_err());
+        }
+        assert!(understand(Options::new()).is_err());
+        assert_eq!(understand(Options::new().with("size", "1000")).unwrap().size, 1024);
+        let e = understand(Options::new().with("size", "1E").with("cluster_size", "512")).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Limit);
+    }
+
+    #[test]
+    fn tables_count_themselves() {
+        for bits in [9, 12, 16, 21] {
+            for order in 0..=6 {
+                let geo = Geometry { version: 3, cluster_bits: bits, refcount_order: order };
+                for size in [0, 512, 1 << 30, geo.max_size().min(1 << 40)] {
+                    let p = Plan::new(geo, size);
+                    assert!(p.blocks * geo.refblock_entries() >= p.clusters());
+                    assert!(p.reftable * geo.cluster_size() >= p.blocks * 8);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,433 @@
+//! The driver: plans from memory, and what its node says about itself.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+
+use dolmen_graph::{
+    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent,
+    ImplicitChild, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock,
+    Request, SnapshotInfo, Where,
+};
+use dolmen_rt::LocalFuture;
+use dolmen_types::{
+    BlkEvent, ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, ReadFlags, Result, Span, Value,
+    WriteFlags,
+};
+use event_listener::Event;
+
+use super::bitmap::BitmapEntry;
+use super::check::{Repair, check_and_repair};
+use super::create;
+use super::header::{
+    COMPAT_LAZY_REFCOUNTS, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2, looks_like_qcow2,
+};
+use super::image::{self, Env, File};
+use super::layout::Geometry;
+use super::meta::{Meta, Place, Run, Try};
+
+/// The registry row of qcow2.
+pub static QCOW2: DriverKind = DriverKind {
+    name: "qcow2",
+    class: Class::Format,
+    help: "copy-on-write image with backing file, snapshots and compression (versions 2 and 3)",
+    options: OPTIONS,
+    create_options: create::CREATE_OPTIONS,
+    maps: true,
+    parse,
+    probe: Some(|header, _| if looks_like_qcow2(header) { 100 } else { 0 }),
+    create: Some(create::create),
+};
+
+const OPTIONS: &[OptionSpec] = &[
+    OptionSpec::required("file", OptionType::Node, "the image file"),
+    OptionSpec::optional(
+        "backing",
+        OptionType::NodeOrNull,
+        "the backing node, or null for none (default: as the image says)",
+    ),
+    OptionSpec::optional(
+        "lazy-refcounts",
+        OptionType::Bool,
+        "accepted for compatibility; refcounts are always kept up to date at each flush",
+    ),
+    OptionSpec::optional(
+        "pass-discard-request",
+        OptionType::Bool,
+        "discard freed clusters in the file (default: as the node's discard option)",
+    ),
+    OptionSpec::optional(
+        "overlap-check",
+        OptionType::Enum(&["none", "constant", "cached", "all"]),
+        "accepted for compatibility; writes are always checked against all active metadata",
+    ),
+    OptionSpec::optional("l2-cache-size", OptionType::Size, "accepted for compatibility (32 MiB)"),
+    OptionSpec::optional("cache-size", OptionType::Size, "accepted for compatibility"),
+    OptionSpec::optional("refcount-cache-size", OptionType::Size, "accepted for compatibility (4 MiB)"),
+];
+
+fn parse(options: &mut Options, common: &Common) -> Result<Parsed> {
+    let file = ChildDef::take(options, "file")?;
+    let backing = match options.take("backing") {
+        None => ChildDef::FromImage,
+        Some(v) => ChildDef::from_value("backing", v, true)?,
+    };
+    options.take_bool("lazy-refcounts")?;
+    options.take_enum("overlap-check", &["none", "constant", "cached", "all"])?;
+    for name in ["l2-cache-size", "cache-size", "refcount-cache-size"] {
+        options.take_size(name)?;
+    }
+    let pass_discard = options.take_bool("pass-discard-request")?.unwrap_or(common.flags.unmap);
+    Ok(Parsed {
+        children: vec![
+            ChildSpec { name: "file", role: ChildRole::Metadata, def: file },
+            ChildSpec { name: "backing", role: ChildRole::Backing, def: backing.clone() },
+        ],
+        rule: AccessRule::Format,
+        relies_down_to: None,
+        open: Box::new(Open { pass_discard, backing_from_image: backing == ChildDef::FromImage }),
+    })
+}
+
+struct Open {
+    pass_discard: bool,
+    backing_from_image: bool,
+}
+
+impl Opener for Open {
+    fn open<'a>(self: Box<Self>, cx: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
+        Box::pin(async move {
+            let writable = !cx.common.flags.read_only;
+            let core = Core::open(File::new(cx.child("file")?, cx.rt), writable, self.pass_discard).await?;
+            let mut implicit = Vec::new();
+            let m = core.meta();
+            if let (Some(name), true) = (&m.header.backing_file, self.backing_from_image) {
+                implicit.push(ImplicitChild {
+                    child: "backing",
+                    role: ChildRole::Backing,
+                    filename: name.clone(),
+                    format: m.header.backing_format(),
+                });
+            }
+            drop(m);
+            Ok(Opened { driver: Arc::new(Qcow2 { core }), implicit })
+        })
+    }
+}
+
+/// The state of an open image.
+pub(super) struct Core {
+    /// Protects all metadata in memory. Never held across an await.
+    meta: Mutex<Meta>,
+    /// Virtual size in bytes.
+    pub size: AtomicU64,
+    /// Numbers that never change, at hand without the lock.
+    pub(super) geo: Geometry,
+    /// Opened for writing.
+    pub writable: bool,
+    /// Autoclear bits of features that Dolmen does not keep up have been cleared on disk.
+    pub write_ready: AtomicBool,
+    /// Discard freed clusters in the file.
+    pub pass_discard: bool,
+    /// Guest ranges of requests that change mappings. Waited for asynchronously.
+    pub ranges: RangeLock,
+    /// One round at a time, and the header belongs to who holds it.
+    pub rounds: RangeLock,
+    /// Tables being loaded, by host offset: nobody loads what another one is loading.
+    pub loads: RangeLock,
+    /// Growing the file.
+    pub growing: RangeLock,
+    /// The file was made longer than its clusters need, to be cut on close.
+    pub grown: AtomicBool,
+    /// A round has ended.
+    pub round_ended: Event,
+    /// Itself, for tasks that outlive a request.
+    pub me: Weak<Core>,
+    bitmaps: Vec<BitmapEntry>,
+}
+
+impl Core {
+    /// Opens an image. A writable one that is marked dirty is repaired first.
+    pub(super) async fn open(file: File<'_>, writable: bool, pass_discard: bool) -> Result<Arc<Core>> {
+        let io = file.read()?;
+        let (mut header, mut sector) = image::load_header(io).await?;
+        header.check_supported()?;
+        if writable && header.incompatible & INCOMPAT_CORRUPT != 0 {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                "qcow2: Image is corrupt; cannot be opened read/write",
+            )
+            .remedy("repair it with 'img check -r all', or open it with read-only=on"));
+        }
+        if writable && header.incompatible & INCOMPAT_DIRTY != 0 {
+            check_and_repair(io, file.write()?, file.resize()?, Repair::All).await?;
+            (header, sector) = image::load_header(io).await?;
+        }
+        let l1 = image::load_l1(io, &header).await?;
+        let reftable = if writable { image::load_reftable(io, &header).await? } else { Vec::new() };
+        let (snapshots, table_bytes) = image::load_snapshots(io, &header).await?;
+        // Damaged bitmaps do not keep anybody from the data.
+        let bitmaps = image::load_bitmaps(io, &header).await.unwrap_or_default();
+        let (size, geo) = (header.size, header.geometry());
+        let ready = header.autoclear == 0;
+        let mut meta = Meta::new(header, sector, l1, reftable, io.size());
+        if writable && !snapshots.is_empty() {
+            meta.own(meta.header.snapshot_table, table_bytes);
+            for s in &snapshots {
+                meta.own(s.l1_table, u64::from(s.l1_entries) * 8);
+            }
+        }
+        meta.snapshots = snapshots;
+        Ok(Arc::new_cyclic(|me| Core {
+            meta: Mutex::new(meta),
+            size: AtomicU64::new(size),
+            geo,
+            writable,
+            write_ready: AtomicBool::new(ready),
+            pass_discard,
+            ranges: RangeLock::new(),
+            rounds: RangeLock::new(),
+            loads: RangeLock::new(),
+            growing: RangeLock::new(),
+            grown: AtomicBool::new(false),
+            round_ended: Event::new(),
+            me: me.clone(),
+            bitmaps,
+        }))
+    }
+
+    /// The metadata. Not to be held across an await.
+    pub(super) fn meta(&self) -> MutexGuard<'_, Meta> {
+        self.meta.lock().expect("no panic while metadata were changed")
+    }
+
+    /// Virtual size in bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.size.load(SeqCst)
+    }
+
+    fn plan_read(&self, node: &Node, flags: ReadFlags, span: Span) -> Plan {
+        let run = match self.meta().lookup(span.offset(), span.len()) {
+            Ok(Try::Done(run)) => run,
+            Ok(Try::Load(_)) | Err(_) => return Plan::Slow,
+        };
+        match run.place {
+            Place::Unallocated if flags.has(ReadFlags::POPULATE) => Plan::Slow,
+            Place::Unallocated => {
+                let Some(child) = node.children.iter().position(|c| c.role == ChildRole::Backing) else {
+                    return Plan::Zeroes { len: run.len };
+                };
+                match node.children[child].node.size().saturating_sub(span.offset()) {
+                    0 => Plan::Zeroes { len: run.len },
+                    rest => Plan::Forward {
+                        child: child as u8,
+                        at: span.offset(),
+                        len: run.len.min(rest),
+                        request: Request::Read(flags),
+                    },
+                }
+            }
+            Place::Zero { .. } => Plan::Zeroes { len: run.len },
+            Place::Data { .. } if flags.has(ReadFlags::POPULATE | ReadFlags::PREFETCH) => {
+                Plan::Done { len: run.len }
+            }
+            Place::Data { host, .. } => {
+                // The last cluster may lie partly beyond the end of the file.
+                match node.children[0].node.size().saturating_sub(host.0) {
+                    0 => Plan::Slow,
+                    rest => Plan::Forward {
+                        child: 0,
+                        at: host.0,
+                        len: run.len.min(rest),
+                        request: Request::Read(flags.without(ReadFlags::POPULATE)),
+                    },
+                }
+            }
+            Place::Compressed { .. } => Plan::Slow,
+        }
+    }
+
+    fn plan_write(&self, node: &Node, flags: WriteFlags, span: Span) -> Plan {
+        if flags.has(WriteFlags::FUA) || !self.write_ready.load(SeqCst) {
+            return Plan::Slow;
+        }
+        let mut m = self.meta();
+        let Ok(Try::Done(Run { place: Place::Data { host, copied: true }, len })) =
+            m.lookup(span.offset(), span.len())
+        else {
+            return Plan::Slow;
+        };
+        let rest = node.children[0].node.size().saturating_sub(host.0);
+        if m.broken.is_some() || rest == 0 || m.check_overlap(host, len).is_err() {
+            return Plan::Slow;
+        }
+        // For the file this is a change of its data, whatever it is for the disk.
+        Plan::Forward { child: 0, at: host.0, len: len.min(rest), request: Request::Write(WriteFlags::NONE) }
+    }
+
+    /// Where the start of a span lives, as the graph wants to hear it.
+    async fn extent(&self, env: Env<'_>, span: Span) -> Result<Extent> {
+        let run = self.find(env, span.offset(), span.len()).await?;
+        let place = match run.place {
+            Place::Unallocated => Where::Unallocated,
+            Place::Zero { kept } => Where::Zero { at: kept.map(|(h, _)| (0, h.0)) },
+            Place::Data { host, .. } => Where::Data { child: 0, at: Some(host.0), compressed: false },
+            Place::Compressed { .. } => Where::Data { child: 0, at: None, compressed: true },
+        };
+        Ok(Extent { len: run.len, place })
+    }
+
+    fn describe(&self) -> Description {
+        let m = self.meta();
+        let h = &m.header;
+        let mut data = vec![("compat".to_owned(), Value::from(if h.version >= 3 { "1.1" } else { "0.10" }))];
+        let mut put = |name: &str, v: Value| data.push((name.to_owned(), v));
+        put("compression-type", h.compression.as_str().into());
+        if h.version >= 3 {
+            put("lazy-refcounts", (h.compatible & COMPAT_LAZY_REFCOUNTS != 0).into());
+        }
+        put("refcount-bits", (1u64 << h.refcount_order).into());
+        if h.version >= 3 {
+            put("corrupt", (h.incompatible & INCOMPAT_CORRUPT != 0).into());
+            put("extended-l2", (h.incompatible & INCOMPAT_EXTENDED_L2 != 0).into());
+        }
+        if !self.bitmaps.is_empty() {
+            let list = self.bitmaps.iter().map(|b| {
+                Value::Map(vec![
+                    ("flags".into(), Value::List(b.flag_words().into_iter().map(Value::from).collect())),
+                    ("name".into(), b.name.as_str().into()),
+                    ("granularity".into(), (1u64 << b.granularity_bits).into()),
+                ])
+            });
+            put("bitmaps", Value::List(list.collect()));
+        }
+        Description {
+            cluster_size: Some(m.geo.cluster_size()),
+            dirty: h.incompatible & INCOMPAT_DIRTY != 0,
+            corrupt: h.incompatible & INCOMPAT_CORRUPT != 0,
+            backing: h.backing_file.clone().map(|name| (name, h.backing_format())),
+            format_specific: Some(Value::Map(vec![
+                ("type".into(), "qcow2".into()),
+                ("data".into(), Value::Map(data)),
+            ])),
+            snapshots: m
+                .snapshots
+                .iter()
+                .map(|s| SnapshotInfo {
+                    id: s.id.clone(),
+                    name: s.name.clone(),
+                    vm_state_size: s.vm_state_bytes,
+                    date_sec: s.date_secs,
+                    date_nsec: s.date_nanos,
+                    vm_clock_nsec: s.vm_clock_nanos,
+                    icount: s.icount,
+                })
+                .collect(),
+            ..Description::default()
+        }
+    }
+}
+
+/// The driver of a qcow2 node.
+pub(super) struct Qcow2 {
+    core: Arc<Core>,
+}
+
+impl fmt::Debug for Qcow2 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Qcow2({} bytes)", self.core.size())
+    }
+}
+
+impl Driver for Qcow2 {
+    fn kind(&self) -> &'static DriverKind {
+        &QCOW2
+    }
+
+    fn size(&self, _node: &Node) -> u64 {
+        self.core.size()
+    }
+
+    fn limits(&self, node: &Node) -> Limits {
+        let file = &node.children[0].node;
+        let below = file.driver.limits(file);
+        let geo = self.core.geo;
+        let cluster = 1u32 << geo.cluster_bits;
+        Limits {
+            request_alignment: below.request_alignment.max(1),
+            max_transfer: 0,
+            opt_discard: cluster,
+            cluster_size: cluster,
+            fast_zeroes: geo.version >= 3,
+            discards: true,
+        }
+    }
+
+    fn access_rule(&self) -> AccessRule {
+        AccessRule::Format
+    }
+
+    fn plan(&self, node: &Node, request: Request, span: Span) -> Plan {
+        match request {
+            // An empty span and what would lie beyond the end have no mapping to look at.
+            Request::Read(_) | Request::Write(_) if span.is_empty() || span.end() > self.core.size() => {
+                Plan::Slow
+            }
+            Request::Read(flags) => self.core.plan_read(node, flags, span),
+            Request::Write(flags) => self.core.plan_write(node, flags, span),
+            Request::Discard(_) if !node.flags.unmap => Plan::Done { len: span.len() },
+            Request::WriteZeroes(_) | Request::Discard(_) | Request::Flush | Request::Resize => Plan::Slow,
+        }
+    }
+
+    fn run<'a>(&'a self, cx: Cx<'a>, op: Op<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let env = Env::of(cx);
+            let core = &self.core;
+            match op {
+                Op::Read { span, to, flags } => core.read(env, span, to, flags).await,
+                Op::Write { span, from, flags } => {
+                    core.write(env, span, from).await?;
+                    core.after_write(env, flags).await
+                }
+                Op::WriteZeroes { span, flags } => {
+                    core.write_zeroes(env, span, flags).await?;
+                    core.after_write(env, flags).await
+                }
+                Op::Discard { span, flags } => {
+                    core.discard(env, span).await?;
+                    core.after_write(env, flags).await
+                }
+                Op::Flush => core.flush(env).await,
+                Op::Resize { size, prealloc } => core.resize(env, size, prealloc).await,
+            }
+        })
+    }
+
+    fn status<'a>(&'a self, cx: Cx<'a>, span: Span) -> LocalFuture<'a, Result<Extent>> {
+        Box::pin(self.core.extent(Env::of(cx), span))
+    }
+
+    fn event(&self, _node: &Node, _event: BlkEvent) -> Result<()> {
+        Ok(())
+    }
+
+    fn prepare<'a>(
+        &'a self,
+        _cx: Cx<'a>,
+        change: &'a NodeChange,
+    ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
+        match change {
+            // Locks are the leaf's business.
+            NodeChange::Access { .. } => Box::pin(async { Ok(Box::new(()) as Box<dyn Prepared>) }),
+        }
+    }
+
+    fn close<'a>(&'a self, cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.core.close(Env::of(cx)))
+    }
+
+    fn describe(&self, _node: &Node) -> Description {
+        self.core.describe()
+    }
+}
