@@ -1,0 +1,127 @@
+//! What is exported under a name, and what is true about it.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use dolmen_graph::UserEdge;
+use dolmen_nbd::consts::TransmissionFlags;
+use dolmen_nbd::{Catalog, ExportInfo, limits};
+use dolmen_types::{Actions, Error, ErrorKind, Result};
+
+use super::conn::Conn;
+
+/// Block size that clients should prefer, in bytes: a page, which every node handles
+/// well. Larger clusters do not make small requests slow enough to say more.
+const PREFERRED_BLOCK: u32 = 4096;
+
+/// An export to be offered.
+#[derive(Debug)]
+pub struct NbdExport {
+    /// The name that clients ask for; at most 4096 bytes, may be empty.
+    pub name: String,
+    /// For humans; at most 4096 bytes, empty for none.
+    pub description: String,
+    /// The edge that its requests go over. Needs D, and V when `writable`.
+    pub edge: Arc<UserEdge>,
+    /// Clients may change it.
+    pub writable: bool,
+    /// Every write is durable before its reply.
+    pub writethrough: bool,
+}
+
+impl NbdExport {
+    /// Checks names and grants.
+    pub(crate) fn check(&self) -> Result<()> {
+        for (what, text) in [("name", &self.name), ("description", &self.description)] {
+            if text.len() > limits::MAX_STRING || text.contains('\0') {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    format!(
+                        "the {what} of an NBD export has at most {} bytes and no NUL",
+                        limits::MAX_STRING
+                    ),
+                ));
+            }
+        }
+        let needs = if self.writable { Actions::D | Actions::V } else { Actions::D };
+        if !self.edge.claim().needs.contains(needs) {
+            return Err(Error::new(
+                ErrorKind::PermissionDenied,
+                format!("'{}' was not granted what an NBD export needs", self.edge.op()),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// An export that is offered.
+#[derive(Debug)]
+pub(crate) struct Export {
+    pub(crate) config: NbdExport,
+    /// Connections in the transmission phase.
+    pub(crate) connections: RefCell<Vec<Rc<Conn>>>,
+    /// No longer offered.
+    pub(crate) removed: Cell<bool>,
+}
+
+impl Export {
+    pub(crate) fn new(config: NbdExport) -> Export {
+        Export { config, connections: RefCell::default(), removed: Cell::new(false) }
+    }
+
+    /// What the handshake says about it, true at this moment.
+    fn info(&self) -> ExportInfo {
+        use TransmissionFlags as T;
+        let node = self.config.edge.node();
+        let facts = node.driver.limits(&node);
+        let w = self.config.writable;
+        // All connections go to one node, so a flush covers what any of them wrote.
+        let flags = T::HAS_FLAGS
+            .with(T::CAN_MULTI_CONN)
+            .with(T::SEND_FLUSH)
+            .with_if(!w, T::READ_ONLY)
+            .with_if(w, T::SEND_FUA)
+            .with_if(w, T::SEND_TRIM)
+            .with_if(w, T::SEND_WRITE_ZEROES)
+            .with_if(w && facts.fast_zeroes, T::SEND_FAST_ZERO);
+        ExportInfo {
+            name: self.config.name.clone(),
+            description: self.config.description.clone(),
+            size: node.size(),
+            flags,
+            min_block: 1,
+            preferred_block: facts.request_alignment.clamp(PREFERRED_BLOCK, 1 << 20),
+            max_block: limits::MAX_PAYLOAD,
+        }
+    }
+}
+
+/// The exports of a server.
+#[derive(Debug, Default)]
+pub(crate) struct Exports {
+    pub(crate) all: RefCell<Vec<Rc<Export>>>,
+    pub(crate) closing: Cell<bool>,
+}
+
+impl Exports {
+    pub(crate) fn get(&self, name: &str) -> Option<Rc<Export>> {
+        self.all.borrow().iter().find(|e| e.config.name == name).cloned()
+    }
+}
+
+impl Catalog for Exports {
+    fn list(&self, each: &mut dyn FnMut(&str, &str)) {
+        for e in self.all.borrow().iter() {
+            each(&e.config.name, &e.config.description);
+        }
+    }
+
+    fn find(&self, name: &str) -> Option<ExportInfo> {
+        self.get(name).map(|e| e.info())
+    }
+
+    fn shutting_down(&self) -> bool {
+        self.closing.get()
+    }
+}
