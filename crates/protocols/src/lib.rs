@@ -2,12 +2,14 @@
 #![forbid(unsafe_code)]
 
 mod file;
+mod nbd;
 mod null;
 
 use dolmen_graph::DriverKind;
 
 pub use file::{FILE, HOST_DEVICE};
+pub use nbd::NBD;
 pub use null::NULL_CO;
 
 /// The registry rows of this crate.
-pub static DRIVERS: &[&DriverKind] = &[&FILE, &HOST_DEVICE, &NULL_CO];
+pub static DRIVERS: &[&DriverKind] = &[&FILE, &HOST_DEVICE, &NULL_CO, &NBD];

@@ -1,0 +1,561 @@
+//! The `nbd` driver: a disk on an NBD server, over one connection.
+//!
+//! - `mod` (here): options, the driver, and how graph requests become NBD requests;
+//! - `link`: the connection: many requests in flight, replies in any order;
+//! - `address`: the `server` option.
+//!
+//! What the server does not offer is done without, or done in the driver: a write that
+//! must be durable becomes write and flush, zeroes become data, unaligned requests are
+//! widened when the server insists on a block size.
+//!
+//! When the connection breaks, the requests in flight fail with `Disconnected`. With
+//! `reconnect-delay` they wait instead and are sent again once a new connection stands;
+//! every NBD request may be repeated. Without it, the next request tries to connect once.
+
+mod address;
+mod link;
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use dolmen_graph::{
+    AccessRule, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op,
+    OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock, Request as GraphRequest, SELF, Where,
+};
+use dolmen_nbd::consts::{STATE_HOLE, STATE_ZERO, cmd};
+use dolmen_nbd::{CommandFlags, TransmissionFlags};
+use dolmen_rt::{Instant, IoVec, LocalFuture, Memory, Rt};
+use dolmen_types::{
+    Actions, BlkEvent, Error, ErrorKind, OptionSpec, OptionType, Options, ReadFlags, Result, ResultExt, Span,
+    WriteFlags,
+};
+
+use address::Address;
+use link::{Ask, Link};
+
+/// Longest zero write, discard or status request: the largest power of two that fits 32
+/// bits with room for any alignment.
+const MAX_RANGE: u64 = 1 << 30;
+
+/// Zeroes that are sent as data go in pieces of this size.
+const ZERO_PIECE: u64 = 1 << 20;
+
+/// How long connecting and negotiating may take when `open-timeout` does not say.
+const CONNECT_MAX: Duration = Duration::from_secs(30);
+
+/// Pause between two attempts to connect.
+const RETRY_PAUSE: Duration = Duration::from_millis(250);
+
+/// The registry row.
+pub static NBD: DriverKind = DriverKind {
+    name: "nbd",
+    class: Class::Protocol,
+    help: "a disk on an NBD server",
+    options: &[
+        OptionSpec::required("server", OptionType::SocketAddress, "where the server listens"),
+        OptionSpec::optional("export", OptionType::Str, "name of the export (default: the empty name)"),
+        OptionSpec::optional(
+            "reconnect-delay",
+            OptionType::Int,
+            "seconds that requests wait for a new connection when the old one breaks (default 0)",
+        ),
+        OptionSpec::optional(
+            "open-timeout",
+            OptionType::Int,
+            "seconds for which connecting is tried again when opening (default 0: once)",
+        ),
+    ],
+    create_options: &[],
+    maps: false,
+    parse,
+    probe: None,
+    create: None,
+};
+
+#[derive(Clone, Debug)]
+struct Config {
+    address: Address,
+    export: String,
+    reconnect_delay: Duration,
+    open_timeout: Duration,
+}
+
+fn parse(options: &mut Options, _common: &Common) -> Result<Parsed> {
+    let address = Address::take(options)?;
+    let export = options.take_str("export")?.unwrap_or_default();
+    let seconds = |o: &mut Options, name| -> Result<Duration> {
+        Ok(Duration::from_secs(o.take_size(name)?.unwrap_or(0).min(u32::MAX.into())))
+    };
+    let reconnect_delay = seconds(options, "reconnect-delay")?;
+    let open_timeout = seconds(options, "open-timeout")?;
+    let config = Config { address, export, reconnect_delay, open_timeout };
+    Ok(Parsed {
+        children: Vec::new(),
+        rule: AccessRule::Leaf,
+        relies_down_to: None,
+        open: Box::new(OpenNbd(config)),
+    })
+}
+
+struct OpenNbd(Config);
+
+impl Opener for OpenNbd {
+    fn open<'a>(self: Box<Self>, cx: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
+        Box::pin(async move {
+            let config = self.0;
+            let deadline = cx.rt.now() + config.open_timeout;
+            let link = connect_until(cx.rt, &config, deadline).await?;
+            let read_only = link.offers(TransmissionFlags::READ_ONLY);
+            let flags = cx.common.flags;
+            if read_only && !flags.read_only && !cx.common.auto_read_only {
+                link.close();
+                return Err(Error::new(
+                    ErrorKind::ReadOnly,
+                    format!("the export '{}' at {} is read-only", config.export, config.address),
+                )
+                .remedy("open it with read-only=on"));
+            }
+            let e = &link.session.export;
+            let driver = Nbd {
+                size: e.size,
+                min_block: e.min_block,
+                max_block: e.max_block,
+                flags: e.flags,
+                status: link.session.base_allocation.is_some(),
+                read_only: read_only || flags.read_only,
+                unmap: flags.unmap,
+                no_flush: flags.no_flush,
+                config,
+                current: Mutex::new(Current { link, broken_since: None }),
+                connecting: async_lock::Mutex::new(()),
+                unaligned: RangeLock::new(),
+            };
+            Ok(Opened { driver: Arc::new(driver), implicit: Vec::new() })
+        })
+    }
+}
+
+async fn connect(rt: &Rt, config: &Config) -> Result<Arc<Link>> {
+    let limit = if config.open_timeout.is_zero() { CONNECT_MAX } else { config.open_timeout };
+    rt.timeout(limit, Link::open(rt, &config.address, &config.export))
+        .await
+        .unwrap_or_else(|| {
+            Err(Error::new(ErrorKind::TimedOut, format!("no answer within {} s", limit.as_secs())))
+        })
+        .context(|| format!("Failed to connect to NBD server at {}", config.address))
+}
+
+/// Connects; tries again until `deadline` as long as nobody answers. A server that
+/// answers and refuses is not asked again.
+async fn connect_until(rt: &Rt, config: &Config, deadline: Instant) -> Result<Arc<Link>> {
+    loop {
+        let e = match connect(rt, config).await {
+            Ok(link) => return Ok(link),
+            Err(e) => e,
+        };
+        let hopeless = matches!(
+            e.kind(),
+            ErrorKind::InvalidInput
+                | ErrorKind::Unsupported
+                | ErrorKind::Corrupt
+                | ErrorKind::PermissionDenied
+        );
+        if hopeless || rt.now() + RETRY_PAUSE >= deadline {
+            return Err(e);
+        }
+        rt.sleep(RETRY_PAUSE).await;
+    }
+}
+
+/// The connection in use. The lock is held for the time of a look or an exchange.
+#[derive(Debug)]
+struct Current {
+    link: Arc<Link>,
+    broken_since: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Nbd {
+    config: Config,
+    size: u64,
+    min_block: u32,
+    max_block: u32,
+    flags: TransmissionFlags,
+    status: bool,
+    read_only: bool,
+    unmap: bool,
+    no_flush: bool,
+    current: Mutex<Current>,
+    /// One task at a time makes a new connection. Nothing else is locked meanwhile.
+    connecting: async_lock::Mutex<()>,
+    /// Writes that have to read first exclude each other where they meet.
+    unaligned: RangeLock,
+}
+
+impl Nbd {
+    fn link(&self) -> Arc<Link> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).link.clone()
+    }
+
+    /// A connection that works, or an error that says why there is none.
+    async fn working_link(&self, rt: &Rt) -> Result<Arc<Link>> {
+        let link = self.link();
+        if link.broken().is_none() {
+            return Ok(link);
+        }
+        let _turn = self.connecting.lock().await;
+        let (link, since) = {
+            let mut c = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+            if c.link.broken().is_none() {
+                return Ok(c.link.clone());
+            }
+            (c.link.clone(), *c.broken_since.get_or_insert(rt.now()))
+        };
+        if link.is_closing() {
+            return Err(Error::new(ErrorKind::Disconnected, "the NBD node is being closed"));
+        }
+        let new =
+            connect_until(rt, &self.config, since + self.config.reconnect_delay).await.map_err(|e| {
+                let why = link.broken().map_or_else(String::new, |b| format!(" ({b})"));
+                Error::new(
+                    ErrorKind::Disconnected,
+                    format!("the connection to the NBD server is lost{why}, and there is no new one"),
+                )
+                .source(e)
+            })?;
+        let (old, now) = (&link.session.export, &new.session.export);
+        if now.size != old.size || now.min_block > old.min_block || now.flags != old.flags {
+            new.close();
+            return Err(Error::new(
+                ErrorKind::Disconnected,
+                format!("the NBD server at {} now serves something else", self.config.address),
+            )
+            .remedy("close the node and open it again"));
+        }
+        let mut c = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        c.link = new.clone();
+        c.broken_since = None;
+        Ok(new)
+    }
+
+    /// Sends a request, again over a new connection if there may be one.
+    async fn ask(&self, rt: &Rt, ask: Ask) -> Result<Option<dolmen_nbd::Extent>> {
+        let mut link = self.working_link(rt).await?;
+        loop {
+            match link.request(ask.clone()).await {
+                Err(e) if e.kind() == ErrorKind::Disconnected && link.broken().is_some() => {
+                    if self.config.reconnect_delay.is_zero() {
+                        return Err(e);
+                    }
+                    link = self.working_link(rt).await?;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn offers(&self, flag: TransmissionFlags) -> bool {
+        self.flags.has(flag)
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        if self.read_only {
+            return Err(Error::new(ErrorKind::ReadOnly, "the NBD export is read-only"));
+        }
+        Ok(())
+    }
+
+    async fn read(&self, rt: &Rt, span: Span, to: &IoVec) -> Result<()> {
+        let block = u64::from(self.min_block);
+        if !self.fits(span) {
+            // The server insists on whole blocks.
+            let wide = self.widen(span)?;
+            let memory = Memory::zeroed(usize_of(wide.len()));
+            self.read_blocks(rt, wide, &memory.iovec()).await?;
+            debug_assert!(block > 1);
+            to.copy_from(&memory.iovec().slice(usize_of(span.offset() - wide.offset()), to.len()));
+            return Ok(());
+        }
+        self.read_blocks(rt, span, to).await
+    }
+
+    async fn read_blocks(&self, rt: &Rt, span: Span, to: &IoVec) -> Result<()> {
+        let mut done = 0;
+        for piece in self.pieces(span, self.max_transfer()) {
+            let part = to.slice(done, usize_of(piece.len()));
+            done += usize_of(piece.len());
+            self.ask(rt, Ask::read(piece, part)).await?;
+        }
+        Ok(())
+    }
+
+    async fn write(&self, rt: &Rt, span: Span, from: &IoVec, fua: bool) -> Result<()> {
+        if self.fits(span) {
+            // Whoever widens a write nearby must not put old data over these.
+            let _guard =
+                if self.min_block > 1 { Some(self.unaligned.lock(self.widen(span)?).await) } else { None };
+            return self.write_blocks(rt, span, from, fua).await;
+        }
+        let wide = self.widen(span)?;
+        let _guard = self.unaligned.lock(wide).await;
+        let memory = Memory::zeroed(usize_of(wide.len()));
+        let all = memory.iovec();
+        let block = u64::from(self.min_block);
+        let first = wide.prefix(block);
+        let last = wide.skip(wide.len() - block);
+        self.read_blocks(rt, first, &all.slice(0, usize_of(block))).await?;
+        if last.offset() != first.offset() {
+            let at = usize_of(last.offset() - wide.offset());
+            self.read_blocks(rt, last, &all.slice(at, usize_of(block))).await?;
+        }
+        all.slice(usize_of(span.offset() - wide.offset()), from.len()).copy_from(from);
+        self.write_blocks(rt, wide, &all, fua).await
+    }
+
+    async fn write_blocks(&self, rt: &Rt, span: Span, from: &IoVec, fua: bool) -> Result<()> {
+        let mut done = 0;
+        for piece in self.pieces(span, self.max_transfer()) {
+            let part = from.slice(done, usize_of(piece.len()));
+            done += usize_of(piece.len());
+            let flags = self.fua_flag(fua);
+            self.ask(rt, Ask::write(piece, part, flags)).await?;
+        }
+        self.durable_otherwise(rt, fua).await
+    }
+
+    async fn write_zeroes(&self, rt: &Rt, span: Span, flags: WriteFlags) -> Result<()> {
+        let fua = flags.has(WriteFlags::FUA);
+        let offered = self.offers(TransmissionFlags::SEND_WRITE_ZEROES);
+        let fast = flags.has(WriteFlags::NO_FALLBACK);
+        if fast && !(offered && self.offers(TransmissionFlags::SEND_FAST_ZERO) && self.fits(span)) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "the NBD server does not offer zero writes that are faster than writes",
+            ));
+        }
+        if offered && self.fits(span) {
+            let _guard =
+                if self.min_block > 1 { Some(self.unaligned.lock(self.widen(span)?).await) } else { None };
+            let wire = self
+                .fua_flag(fua)
+                .with_if(!flags.has(WriteFlags::MAY_UNMAP), CommandFlags::NO_HOLE)
+                .with_if(fast, CommandFlags::FAST_ZERO);
+            for piece in self.pieces(span, MAX_RANGE) {
+                self.ask(rt, Ask::range(cmd::WRITE_ZEROES, piece, wire)).await?;
+            }
+            return self.durable_otherwise(rt, fua).await;
+        }
+        let zeroes = Memory::zeroed(usize_of(span.len().min(ZERO_PIECE)));
+        for piece in self.pieces(span, ZERO_PIECE) {
+            let part = zeroes.share().slice(0, usize_of(piece.len())).into();
+            self.write(rt, piece, &part, fua).await?;
+        }
+        Ok(())
+    }
+
+    async fn discard(&self, rt: &Rt, span: Span, flags: WriteFlags) -> Result<()> {
+        if !self.unmap || !self.offers(TransmissionFlags::SEND_TRIM) {
+            return Ok(());
+        }
+        // Parts of blocks are left alone.
+        let block = u64::from(self.min_block);
+        let start = span.offset().next_multiple_of(block);
+        let end = if span.end() == self.size { span.end() } else { span.end() / block * block };
+        if start >= end {
+            return Ok(());
+        }
+        let fua = flags.has(WriteFlags::FUA);
+        for piece in self.pieces(Span::from_range(start, end), MAX_RANGE) {
+            self.ask(rt, Ask::range(cmd::TRIM, piece, self.fua_flag(fua))).await?;
+        }
+        self.durable_otherwise(rt, fua).await
+    }
+
+    async fn flush(&self, rt: &Rt) -> Result<()> {
+        if self.no_flush || !self.offers(TransmissionFlags::SEND_FLUSH) {
+            return Ok(());
+        }
+        self.ask(rt, Ask::range(cmd::FLUSH, Span::new(0, 0), CommandFlags(0))).await.map(drop)
+    }
+
+    fn fua_flag(&self, fua: bool) -> CommandFlags {
+        CommandFlags(0).with_if(fua && self.offers(TransmissionFlags::SEND_FUA), CommandFlags::FUA)
+    }
+
+    /// What FUA means to a server that does not know it.
+    async fn durable_otherwise(&self, rt: &Rt, fua: bool) -> Result<()> {
+        if fua && !self.offers(TransmissionFlags::SEND_FUA) { self.flush(rt).await } else { Ok(()) }
+    }
+
+    /// Whether the server takes the span as it is.
+    fn fits(&self, span: Span) -> bool {
+        let block = u64::from(self.min_block);
+        block == 1
+            || (span.offset().is_multiple_of(block)
+                && (span.end().is_multiple_of(block) || span.end() == self.size))
+    }
+
+    /// The blocks that a span touches.
+    fn widen(&self, span: Span) -> Result<Span> {
+        let block = u64::from(self.min_block);
+        let wide = span.align_out(block);
+        if wide.end() > self.size {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "the NBD export ends with a part of a block, which its server does not let through",
+            ));
+        }
+        Ok(wide)
+    }
+
+    /// Largest read or write, a multiple of the block size.
+    fn max_transfer(&self) -> u64 {
+        u64::from(self.max_block / self.min_block * self.min_block)
+    }
+
+    /// The span in pieces of at most `max` bytes.
+    fn pieces(&self, span: Span, max: u64) -> impl Iterator<Item = Span> + use<> {
+        let mut rest = span;
+        std::iter::from_fn(move || {
+            let piece = rest.prefix(max);
+            rest = rest.skip(piece.len());
+            (!piece.is_empty()).then_some(piece)
+        })
+    }
+}
+
+fn usize_of(n: u64) -> usize {
+    usize::try_from(n).expect("a request's data fit into memory")
+}
+
+impl Driver for Nbd {
+    fn kind(&self) -> &'static DriverKind {
+        &NBD
+    }
+
+    fn size(&self, _node: &Node) -> u64 {
+        self.size
+    }
+
+    fn limits(&self, _node: &Node) -> Limits {
+        Limits {
+            request_alignment: self.min_block,
+            max_transfer: self.max_block,
+            opt_discard: 0,
+            cluster_size: 0,
+            fast_zeroes: self.offers(TransmissionFlags::SEND_FAST_ZERO),
+            discards: self.offers(TransmissionFlags::SEND_TRIM),
+        }
+    }
+
+    fn access_rule(&self) -> AccessRule {
+        AccessRule::Leaf
+    }
+
+    fn plan(&self, _node: &Node, _request: GraphRequest, _span: Span) -> Plan {
+        Plan::Slow
+    }
+
+    fn run<'a>(&'a self, cx: Cx<'a>, op: Op<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async move {
+            match op {
+                Op::Read { span, to, flags } => {
+                    if flags.has(ReadFlags::PREFETCH) {
+                        // A hint, and nothing here is cached.
+                        return Ok(());
+                    }
+                    self.read(cx.rt, span, to).await
+                }
+                Op::Write { span, from, flags } => {
+                    self.check_writable()?;
+                    self.write(cx.rt, span, from, flags.has(WriteFlags::FUA)).await
+                }
+                Op::WriteZeroes { span, flags } => {
+                    self.check_writable()?;
+                    self.write_zeroes(cx.rt, span, flags).await
+                }
+                Op::Discard { span, flags } => {
+                    self.check_writable()?;
+                    self.discard(cx.rt, span, flags).await
+                }
+                Op::Flush => self.flush(cx.rt).await,
+                Op::Resize { size, .. } if size == self.size => Ok(()),
+                Op::Resize { .. } => Err(Error::new(
+                    ErrorKind::Unsupported,
+                    "the size of an NBD export can't be changed by a client",
+                )),
+            }
+        })
+    }
+
+    fn status<'a>(&'a self, cx: Cx<'a>, span: Span) -> LocalFuture<'a, Result<Extent>> {
+        Box::pin(async move {
+            let data = |len| Extent {
+                len,
+                place: Where::Data { child: SELF, at: Some(span.offset()), compressed: false },
+            };
+            if !self.status || span.is_empty() {
+                return Ok(data(span.len()));
+            }
+            let asked = if self.fits(span) { span } else { self.widen(span)? };
+            let asked = asked.prefix(MAX_RANGE);
+            let found = self.ask(cx.rt, Ask::status(asked)).await?;
+            let Some(e) = found else { return Ok(data(span.len())) };
+            // The answer begins where the question did, which may be before the span.
+            let before = span.offset() - asked.offset();
+            let len = u64::from(e.len).saturating_sub(before).min(span.len());
+            if len == 0 {
+                return Ok(data(span.len().min(before.max(1))));
+            }
+            Ok(if e.flags & STATE_ZERO != 0 {
+                let kept = (e.flags & STATE_HOLE == 0).then_some((SELF, span.offset()));
+                Extent { len, place: Where::Zero { at: kept } }
+            } else {
+                data(len)
+            })
+        })
+    }
+
+    fn event(&self, _node: &Node, _event: BlkEvent) -> Result<()> {
+        Ok(())
+    }
+
+    fn prepare<'a>(
+        &'a self,
+        _cx: Cx<'a>,
+        change: &'a NodeChange,
+    ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
+        Box::pin(async move {
+            match change {
+                NodeChange::Access { needs, .. } => {
+                    if needs.intersects(Actions::V | Actions::M) {
+                        self.check_writable()?;
+                    }
+                    Ok(Box::new(()) as Box<dyn Prepared>)
+                }
+            }
+        })
+    }
+
+    fn close<'a>(&'a self, cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let link = self.link();
+            link.say_goodbye(cx.rt).await;
+            Ok(())
+        })
+    }
+
+    fn describe(&self, _node: &Node) -> Description {
+        Description {
+            filename: Some(self.config.address.url(&self.config.export)),
+            read_only: self.offers(TransmissionFlags::READ_ONLY),
+            ..Description::default()
+        }
+    }
+}
+
+impl Drop for Nbd {
+    fn drop(&mut self) {
+        self.link().close();
+    }
+}
