@@ -111,11 +111,15 @@ impl CoreIo {
         if iov.is_empty() {
             return Ok(0);
         }
-        if file.try_cache()
-            && self.core.take_inline()
-            && let Some(n) = self.read_cached(file, iov, offset)
-        {
-            return Ok(n);
+        if file.try_cache() {
+            if !self.core.take_inline() {
+                // Enough at once: the others have a turn first.
+                crate::executor::yield_now().await;
+                self.core.take_inline();
+            }
+            if let Some(n) = self.read_cached(file, iov, offset) {
+                return Ok(n);
+            }
         }
         let op = Op::Read { file: file.clone(), iov: iov.clone(), offset };
         Ok(self.submit(op).await? as usize)

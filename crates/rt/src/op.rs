@@ -16,6 +16,9 @@ pub(crate) const IOV_MAX: usize = 1024;
 /// The kernel moves no more bytes in one call.
 pub(crate) const MAX_TRANSFER: usize = 0x7fff_f000;
 
+/// How long the thread engine tries to connect.
+const CONNECT_SECONDS: i64 = 20;
+
 pub(crate) enum Op {
     Read {
         file: File,
@@ -194,10 +197,28 @@ impl Op {
     }
 }
 
+/// A blocking connect, which nobody can cancel: so it gives up after a while.
 fn connect(fd: RawFd, addr: &SockAddr) -> i64 {
+    let set_limit = |seconds: i64| {
+        let time = libc::timeval { tv_sec: seconds as libc::time_t, tv_usec: 0 };
+        // SAFETY: the value is one timeval. It limits connect(2) too; without it connecting only takes longer to fail.
+        unsafe {
+            libc::setsockopt(
+                fd,
+                libc::SOL_SOCKET,
+                libc::SO_SNDTIMEO,
+                (&raw const time).cast(),
+                size_of_val(&time) as libc::socklen_t,
+            )
+        };
+    };
+    set_limit(CONNECT_SECONDS);
     let (ptr, len) = addr.as_raw();
     // SAFETY: a valid address of that length.
-    retry(|| i64::from(unsafe { libc::connect(fd, ptr, len) }))
+    let result = retry(|| i64::from(unsafe { libc::connect(fd, ptr, len) }));
+    set_limit(0);
+    // What the kernel says when the limit was met.
+    if result == -i64::from(libc::EINPROGRESS) { -i64::from(libc::ETIMEDOUT) } else { result }
 }
 
 /// Repeats a call that a signal interrupted; `-errno` on errors.

@@ -274,8 +274,13 @@ impl Ring {
             return self.flush(core);
         }
         let start = Instant::now();
-        if self.spin_score >= SPIN_FROM && self.spin(core, start, deadline) {
-            return;
+        let mut missed = false;
+        if self.spin_score >= SPIN_FROM {
+            match self.spin(core, start, deadline) {
+                Some(true) => return,
+                Some(false) => missed = true,
+                None => {}
+            }
         }
         if !core.shared.mailbox.prepare_sleep() {
             return self.flush(core);
@@ -292,20 +297,21 @@ impl Ring {
             }
         }
         core.shared.mailbox.awake();
-        if self.spinners > 0 {
-            if start.elapsed() <= SPIN * 2 {
+        // Would spinning have helped?
+        if self.spinners > 0 && !missed {
+            if start.elapsed() <= SPIN {
                 self.spin_score = (self.spin_score + 1).min(SPIN_MAX);
             } else {
-                self.spin_score = self.spin_score.saturating_sub(2);
+                self.spin_score = self.spin_score.saturating_sub(1);
             }
         }
     }
 
-    /// Watches the completion queue for a moment. True when the loop has something to do.
-    fn spin(&mut self, core: &Core, start: Instant, deadline: Option<Instant>) -> bool {
+    /// Watches the completion queue for a moment. True when the loop has something to do; `None` when it did not watch.
+    fn spin(&mut self, core: &Core, start: Instant, deadline: Option<Instant>) -> Option<bool> {
         if SPINNING.fetch_add(1, Ordering::Relaxed) >= self.spinners {
             SPINNING.fetch_sub(1, Ordering::Relaxed);
-            return false;
+            return None;
         }
         self.flush(core);
         bump(&core.stats.spins);
@@ -325,8 +331,10 @@ impl Ring {
         if hit {
             bump(&core.stats.spin_hits);
             self.spin_score = (self.spin_score + 1).min(SPIN_MAX);
+        } else {
+            self.spin_score = self.spin_score.saturating_sub(2);
         }
-        hit
+        Some(hit)
     }
 
     fn reap(&mut self, core: &Core, done: &mut Completions) {

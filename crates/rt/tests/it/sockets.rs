@@ -123,3 +123,18 @@ fn shutdown_wakes_the_receiver() {
         drop(client);
     });
 }
+
+/// The signals come to the task and do not end the process.
+#[test]
+fn signals() {
+    on_both(async |rt, io| {
+        let mut signals = io.signals().unwrap();
+        let r = rt.clone();
+        rt.spawn(async move {
+            r.yield_now().await;
+            // SAFETY: a plain call; it goes to this thread, which has the signal blocked.
+            unsafe { libc::raise(libc::SIGHUP) };
+        });
+        assert_eq!(signals.next().await.unwrap(), dolmen_rt::Signal::Hangup);
+    });
+}
