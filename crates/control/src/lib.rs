@@ -1,2 +1,35 @@
-//! The control task of Dolmen: owner of graph, operations and exports; command table; QMP server.
+//! The control task of Dolmen.
+//!
+//! ```text
+//!   monitor --+                       +--> GraphOwner (nodes, operations)
+//!   monitor --+--> Control --jobs--> task --> exports, NBD server
+//!   command line                      |
+//!                 queries <-- Published (what the last change left)
+//! ```
+//!
+//! One task owns the graph, the operations and the exports, and applies changes one by
+//! one in the order in which they come. Everybody else holds a [`Control`]: it puts
+//! changes into the task's queue and answers queries from the last published state, so
+//! that a query never waits for a change. What takes time outside the graph
+//! (disconnecting clients) runs beside the task and comes back to it as a change.
+//!
+//! The invariant: an operation that is in the graph has its export in the table, and the
+//! other way round, at every point where the task waits for its next change.
 #![forbid(unsafe_code)]
+
+mod change;
+mod commands;
+mod export;
+mod handle;
+mod monitor;
+mod names;
+mod query;
+mod socket;
+mod task;
+
+pub use change::{Change, ExportAdd, NbdServerStart};
+pub use handle::{Config, Control, Log};
+pub use monitor::{MonitorOptions, serve_monitor};
+pub use names::image_name;
+pub use query::{block_graph, block_nodes, image_info, node_filename};
+pub use socket::{MonitorSocket, listen_monitor};

@@ -1,0 +1,176 @@
+//! Changes: what a command means, apart from how it was written.
+//!
+//! QMP commands and command-line options both become a [`Change`]; the task knows
+//! nothing of either.
+
+use std::time::Duration;
+
+use dolmen_qmp::{Request, SocketAddress};
+use dolmen_types::{Error, ErrorKind, Options, Result, Value};
+
+/// Clients that connect to the NBD server at one time, unless said otherwise.
+const MAX_CONNECTIONS: u32 = 100;
+
+/// How long the negotiation of an NBD client may take, unless said otherwise.
+const HANDSHAKE_SECONDS: u64 = 10;
+
+/// Something that the control task does.
+#[derive(Debug)]
+pub enum Change {
+    /// Opens a node with everything that is defined inside it.
+    BlockdevAdd(Options),
+    /// Closes a node.
+    BlockdevDel {
+        /// Its name.
+        node: String,
+    },
+    /// Starts the NBD server.
+    NbdServerStart(NbdServerStart),
+    /// Removes its exports and stops it.
+    NbdServerStop,
+    /// Adds an export.
+    ExportAdd(ExportAdd),
+    /// Removes an export.
+    ExportDel {
+        /// Its id.
+        id: String,
+        /// Disconnect its clients instead of refusing.
+        hard: bool,
+    },
+    /// Ends the program in an orderly way.
+    Quit,
+}
+
+/// How the NBD server is to run.
+#[derive(Debug)]
+pub struct NbdServerStart {
+    /// Where it listens.
+    pub address: SocketAddress,
+    /// Clients at one time; 0 for no limit.
+    pub max_connections: u32,
+    /// The longest negotiation; zero for no limit.
+    pub handshake_max: Duration,
+}
+
+/// An export to be made.
+#[derive(Debug)]
+pub struct ExportAdd {
+    /// Unique among all operations.
+    pub id: String,
+    /// The node to export.
+    pub node: String,
+    /// Whether clients may change it.
+    pub writable: bool,
+    /// Whether every write is durable before its reply.
+    pub writethrough: bool,
+    /// The name that clients ask for; the node's name if not given.
+    pub name: Option<String>,
+    /// For people; may be empty.
+    pub description: String,
+}
+
+impl Change {
+    /// The change that a request asks for; `None` for queries.
+    ///
+    /// # Errors
+    /// When arguments do not make sense together.
+    pub fn from_request(request: &Request) -> Result<Option<Change>> {
+        let mut o = Options::from_value(request.arguments.clone())?;
+        Ok(Some(match request.name {
+            "blockdev-add" => Change::BlockdevAdd(o),
+            "blockdev-del" => Change::BlockdevDel { node: o.require_str("node-name")? },
+            "nbd-server-start" => Change::NbdServerStart(NbdServerStart::from_options(o)?),
+            "nbd-server-stop" => Change::NbdServerStop,
+            "block-export-add" => Change::ExportAdd(ExportAdd::from_options(o)?),
+            "block-export-del" => {
+                let hard = o.take_enum("mode", &["safe", "hard"])? == Some("hard");
+                Change::ExportDel { id: o.require_str("id")?, hard }
+            }
+            "quit" => Change::Quit,
+            _ => return Ok(None),
+        }))
+    }
+}
+
+impl NbdServerStart {
+    /// Reads checked options, of `nbd-server-start` or `--nbd-server`.
+    ///
+    /// # Errors
+    /// When a member is missing or out of range.
+    pub fn from_options(mut o: Options) -> Result<NbdServerStart> {
+        let address = SocketAddress::from_value(o.take("addr").unwrap_or(Value::Null))?;
+        let max_connections = match o.take_size("max-connections")? {
+            None => MAX_CONNECTIONS,
+            Some(n) => u32::try_from(n).map_err(|_| out_of_range("max-connections"))?,
+        };
+        let seconds = o.take_size("handshake-max-seconds")?.unwrap_or(HANDSHAKE_SECONDS);
+        if seconds > u32::MAX.into() {
+            return Err(out_of_range("handshake-max-seconds"));
+        }
+        o.finish("nbd-server-start")?;
+        Ok(NbdServerStart { address, max_connections, handshake_max: Duration::from_secs(seconds) })
+    }
+}
+
+impl ExportAdd {
+    /// Reads checked options, of `block-export-add` or `--export`.
+    ///
+    /// # Errors
+    /// When a member is missing.
+    pub fn from_options(mut o: Options) -> Result<ExportAdd> {
+        // The schema knows one type so far, so there is nothing to choose between.
+        o.take_enum("type", &["nbd"])?;
+        let out = ExportAdd {
+            id: o.require_str("id")?,
+            node: o.require_str("node-name")?,
+            writable: o.take_bool("writable")?.unwrap_or(false),
+            writethrough: o.take_bool("writethrough")?.unwrap_or(false),
+            name: o.take_str("name")?,
+            description: o.take_str("description")?.unwrap_or_default(),
+        };
+        o.finish("block-export-add")?;
+        Ok(out)
+    }
+}
+
+fn out_of_range(name: &str) -> Error {
+    Error::new(ErrorKind::InvalidInput, format!("Parameter '{name}' is too large"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(name: &'static str, members: &[(&str, Value)]) -> Request {
+        let arguments = Value::Map(members.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect());
+        Request { name, arguments, id: None }
+    }
+
+    #[test]
+    fn queries_change_nothing() {
+        assert!(Change::from_request(&request("query-version", &[])).expect("reads").is_none());
+    }
+
+    #[test]
+    fn removal_is_safe_by_default() {
+        let id = ("id", Value::from("e"));
+        let change =
+            Change::from_request(&request("block-export-del", std::slice::from_ref(&id))).expect("reads");
+        assert!(matches!(change, Some(Change::ExportDel { hard: false, .. })));
+        let hard = request("block-export-del", &[id, ("mode", "hard".into())]);
+        assert!(matches!(
+            Change::from_request(&hard).expect("reads"),
+            Some(Change::ExportDel { hard: true, .. })
+        ));
+    }
+
+    #[test]
+    fn limits_of_the_server() {
+        let addr = Value::Map(vec![("type".into(), "unix".into()), ("path".into(), "/x".into())]);
+        let o = Options::new().with("addr", addr);
+        let start = NbdServerStart::from_options(o.clone()).expect("reads");
+        assert_eq!(start.max_connections, MAX_CONNECTIONS);
+        assert_eq!(start.handshake_max, Duration::from_secs(HANDSHAKE_SECONDS));
+        assert!(NbdServerStart::from_options(o.with("max-connections", 1u64 << 32)).is_err());
+    }
+}

@@ -1,0 +1,178 @@
+//! The commands that change something.
+
+use std::rc::Rc;
+
+use dolmen_exports::{NbdExport, NbdServer, NbdServerConfig};
+use dolmen_graph::{NodeOpener, OpInfo};
+use dolmen_qmp::QmpError;
+use dolmen_rt::Addr;
+use dolmen_types::{Actions, Claim, OpId, Options};
+
+use crate::export::{Export, stop_server};
+use crate::task::{Gone, Reply, Task, answer};
+use crate::{ExportAdd, NbdServerStart};
+
+type Done = Result<(), QmpError>;
+
+/// Opens a node and what is defined inside it: all of it, or nothing.
+pub(crate) async fn blockdev_add(task: &mut Task, options: Options) -> Done {
+    if !options.has("node-name") {
+        return Err(QmpError::generic("'node-name' must be specified for the root node"));
+    }
+    let mut draft = task.owner.draft();
+    let rt = task.shared.rt.clone();
+    let opener = NodeOpener {
+        registry: task.config.registry,
+        policy: task.config.policy,
+        names: crate::image_name,
+        rt: &rt,
+    };
+    // Dropping the draft on the way out closes what was opened.
+    opener.open(&mut draft, options, true).await?;
+    task.owner.commit(draft).await?;
+    Ok(())
+}
+
+/// Closes a node and those below it that nobody else holds.
+pub(crate) async fn blockdev_del(task: &mut Task, name: &str) -> Done {
+    let mut draft = task.owner.draft();
+    if !draft.has_node(name) {
+        return Err(QmpError::generic(format!("Failed to find node with node-name='{name}'")));
+    }
+    if !task.owner.is_monitor_owned(name) {
+        return Err(QmpError::generic(format!("Node {name} is not owned by the monitor")));
+    }
+    draft.remove_node(name)?;
+    task.owner.commit(draft).await?;
+    // The node is gone either way, but who removed it wants to know that data are missing.
+    task.report_events().map_or(Ok(()), Err)
+}
+
+/// Starts the NBD server.
+pub(crate) async fn nbd_server_start(task: &mut Task, start: NbdServerStart) -> Done {
+    if task.server.is_some() {
+        return Err(QmpError::generic("NBD server already running"));
+    }
+    let address = match start.address {
+        dolmen_qmp::SocketAddress::Unix { path } => Addr::Unix(path.into()),
+        dolmen_qmp::SocketAddress::Inet { host, port } => {
+            let port = port.parse().map_err(|_| {
+                QmpError::generic(format!("Parameter 'port' expects a number up to 65535, not '{port}'"))
+            })?;
+            Addr::Inet { host, port }
+        }
+    };
+    let config =
+        NbdServerConfig { max_connections: start.max_connections, handshake_max: start.handshake_max };
+    let server = NbdServer::listen(&task.shared.rt, &address, config).await?;
+    task.server = Some(Rc::new(server));
+    Ok(())
+}
+
+/// Disconnects everybody and stops the server. Answers when that is done.
+pub(crate) fn nbd_server_stop(task: &mut Task, reply: &Reply) -> Done {
+    let Some(server) = task.server.take() else {
+        return Err(QmpError::generic("NBD server not running"));
+    };
+    task.exports.iter_mut().for_each(|e| e.shutting_down = true);
+    let ids = task.exports.iter().map(|e| e.id.clone()).collect();
+    let names: Vec<String> = task.exports.iter().map(|e| e.name.clone()).collect();
+    let (gone, reply) = (task.gone.clone(), Some(reply.clone()));
+    task.shared.rt.spawn(async move {
+        stop_server(server, &names).await;
+        // The task ends only with the program.
+        let _ = gone.send(Gone { ids, reply }).await;
+    });
+    Ok(())
+}
+
+/// Adds an export: an operation with an edge in the graph, and a name at the server.
+pub(crate) async fn export_add(task: &mut Task, add: ExportAdd) -> Done {
+    let id = OpId::parse(&add.id).map_err(|e| QmpError::from(e.context("Invalid block export id")))?;
+    if task.owner.ops().iter().any(|o| o.id == id) {
+        return Err(QmpError::generic(format!("Block export id '{id}' is already in use")));
+    }
+    let mut draft = task.owner.draft();
+    if !draft.has_node(&add.node) {
+        return Err(QmpError::generic(format!("Cannot find device='' nor node-name='{}'", add.node)));
+    }
+    let Some(server) = task.server.clone() else {
+        return Err(QmpError::generic("NBD server not running"));
+    };
+    let name = add.name.unwrap_or_else(|| add.node.clone());
+    if task.exports.iter().any(|e| e.name == name) {
+        return Err(QmpError::generic(format!("NBD server already has export named '{name}'")));
+    }
+    let read_only = task.owner.graph().node(&add.node).is_some_and(|n| n.flags.read_only);
+    if add.writable && read_only {
+        return Err(QmpError::generic("Cannot export read-only node as writable"));
+    }
+    let detail = if add.writable { "nbd, writable" } else { "nbd, read-only" };
+    draft.add_op(OpInfo {
+        id: id.clone(),
+        kind: "export".into(),
+        detail: detail.into(),
+        since: None,
+        ends_with: Some(format!("remove the export (block-export-del '{id}')")),
+        instead_of_writing: Some(format!("export '{}' read-only", add.node)),
+    })?;
+    let needs = if add.writable { Actions::D | Actions::V } else { Actions::D };
+    draft.add_user(&id, &add.node, Claim { needs, allows: Actions::EVERY - Actions::S })?;
+    // Refusals are worded for a newcomer; from here on it has a start time.
+    draft.solve()?;
+    draft.mark_started(&id);
+    task.owner.commit(draft).await?;
+    let edge = task.owner.edges(&id).next().cloned();
+    let offered = match edge {
+        None => Err(QmpError::generic(format!("Export '{id}' has lost its node"))),
+        Some(edge) => server
+            .add_export(NbdExport {
+                name: name.clone(),
+                description: add.description,
+                edge,
+                writable: add.writable,
+                writethrough: add.writethrough,
+            })
+            .map_err(QmpError::from),
+    };
+    if let Err(e) = offered {
+        let mut draft = task.owner.draft();
+        draft.remove_op(&id);
+        task.owner.commit(draft).await?;
+        return Err(e);
+    }
+    task.exports.push_front(Export { id, node: add.node, name, shutting_down: false });
+    Ok(())
+}
+
+/// Removes an export. Answers when its clients are gone, or at once when they are not
+/// to be disturbed.
+pub(crate) fn export_del(task: &mut Task, id: &str, hard: bool, reply: &Reply) -> Done {
+    let Some(export) = task.exports.iter_mut().find(|e| e.id.as_str() == id) else {
+        return Err(QmpError::generic(format!("Export '{id}' is not found")));
+    };
+    if export.shutting_down {
+        return Err(QmpError::generic(format!("Export '{id}' is already shutting down")));
+    }
+    let clients = task.server.as_ref().and_then(|s| s.clients(&export.name)).unwrap_or(0);
+    if !hard && clients > 0 {
+        return Err(QmpError::generic(format!(
+            "export '{id}' still in use by {clients} client(s) (disconnect them first, or use mode='hard' to disconnect them)"
+        )));
+    }
+    export.shutting_down = true;
+    let (server, name, op) = (task.server.clone(), export.name.clone(), export.id.clone());
+    let (gone, reply) = (task.gone.clone(), reply.clone());
+    task.shared.rt.spawn(async move {
+        if let Some(server) = server {
+            // `clients` was 0 a moment ago if the removal is not hard, and nothing has run
+            // since: an error means that the server has no such export any more.
+            let _ = server.remove_export(&name, hard).await;
+        }
+        let failed = gone.send(Gone { ids: vec![op], reply: Some(reply.clone()) }).await.is_err();
+        if failed {
+            answer(&reply, Ok(serde_json::json!({})));
+        }
+    });
+    Ok(())
+}

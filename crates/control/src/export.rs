@@ -1,0 +1,57 @@
+//! The types of exports and the table of those that exist.
+
+use std::rc::Rc;
+
+use dolmen_exports::NbdServer;
+use dolmen_qmp::model::BlockExportInfo;
+use dolmen_qmp::schema::Branch;
+use dolmen_types::{OpId, OptionSpec, OptionType};
+
+/// The types of exports, with the options that each has besides the common ones.
+pub(crate) const TYPES: &[Branch] = &[Branch {
+    name: "nbd",
+    options: &[
+        OptionSpec::optional("name", OptionType::Str, "name that clients ask for (default: node-name)"),
+        OptionSpec::optional("description", OptionType::Str, "free text for people, at most 4096 bytes"),
+    ],
+    features: &[],
+}];
+
+/// An export that is in the graph.
+#[derive(Debug)]
+pub(crate) struct Export {
+    /// The operation.
+    pub(crate) id: OpId,
+    /// The node that was named.
+    pub(crate) node: String,
+    /// The name that clients ask for.
+    pub(crate) name: String,
+    /// Somebody is waiting for its clients to go.
+    pub(crate) shutting_down: bool,
+}
+
+impl Export {
+    pub(crate) fn info(&self) -> BlockExportInfo {
+        BlockExportInfo {
+            id: self.id.as_str().to_owned(),
+            kind: "nbd".into(),
+            node_name: self.node.clone(),
+            shutting_down: self.shutting_down,
+        }
+    }
+}
+
+/// Ends a server: its clients are disconnected once their requests are answered.
+pub(crate) async fn stop_server(server: Rc<NbdServer>, exports: &[String]) {
+    match Rc::try_unwrap(server) {
+        Ok(server) => server.shut_down().await,
+        // An export is being removed right now and holds the server; it ends when that
+        // removal lets go of it. Its exports have to be gone before their edges are.
+        Err(server) => {
+            for name in exports {
+                // An error means that it is gone already.
+                let _ = server.remove_export(name, true).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! The handle that everybody but the task holds.
+
+use std::cell::{Cell, RefCell};
+use std::fmt;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use async_channel::{Receiver, Sender};
+use dolmen_graph::{Graph, OpInfo, OpenPolicy, Registry, common_options};
+use dolmen_qmp::model::{self, BlockExportInfo};
+use dolmen_qmp::schema::{Branch, Sources};
+use dolmen_qmp::{Event, QmpError, Request, Schema, Timestamp, Version};
+use dolmen_rt::Rt;
+use dolmen_types::Value;
+use serde_json::{Value as Json, json};
+
+use crate::monitor::Outgoing;
+use crate::{Change, export, query};
+
+/// Receives lines about what goes wrong without anybody waiting for it.
+pub type Log = fn(&str);
+
+/// What a control task is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// The drivers.
+    pub registry: Registry,
+    /// What may be opened because an image names it.
+    pub policy: OpenPolicy,
+    /// Where warnings go.
+    pub log: Log,
+}
+
+/// What the last change left: the answer to every query.
+#[derive(Debug)]
+pub(crate) struct Published {
+    pub(crate) graph: Arc<Graph>,
+    pub(crate) ops: Vec<OpInfo>,
+    pub(crate) exports: Vec<BlockExportInfo>,
+}
+
+/// A change on its way to the task, and where its result goes.
+pub(crate) struct Job {
+    pub(crate) change: Change,
+    pub(crate) reply: Sender<Result<Json, QmpError>>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) rt: Rt,
+    pub(crate) schema: Schema,
+    pub(crate) version: Version,
+    pub(crate) published: RefCell<Rc<Published>>,
+    pub(crate) monitors: RefCell<Vec<Rc<Outgoing>>>,
+    pub(crate) log: Log,
+    /// Somebody asked for the end.
+    pub(crate) quitting: Cell<bool>,
+    /// The task has ended: everything is closed.
+    pub(crate) ended: Cell<bool>,
+    /// Raised when either changes.
+    pub(crate) progress: event_listener::Event,
+    introspection: Json,
+}
+
+impl Shared {
+    /// Sends an event to every monitor that has finished its negotiation.
+    pub(crate) fn event(&self, name: &'static str, data: Json) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let timestamp = Timestamp { seconds: now.as_secs(), microseconds: now.subsec_micros() };
+        let event = model::to_json(&Event { timestamp, event: name, data });
+        for m in self.monitors.borrow().iter() {
+            m.event(&event);
+        }
+    }
+}
+
+/// The handle of a control task. Cheap to clone; stays on the task's core.
+#[derive(Clone)]
+pub struct Control {
+    pub(crate) shared: Rc<Shared>,
+    jobs: Sender<Job>,
+}
+
+impl Control {
+    /// Starts a control task with an empty graph. It runs until [`Change::Quit`].
+    pub fn start(rt: &Rt, config: Config) -> Control {
+        let drivers: Vec<Branch> = config
+            .registry
+            .rows()
+            .iter()
+            .map(|d| Branch { name: d.name, options: d.options, features: &[] })
+            .collect();
+        let schema = Schema::new(Sources {
+            node_options: common_options(),
+            drivers: &drivers,
+            exports: export::TYPES,
+        });
+        let introspection = schema.introspection();
+        let published = Published { graph: Arc::new(Graph::empty()), ops: Vec::new(), exports: Vec::new() };
+        let shared = Rc::new(Shared {
+            rt: rt.clone(),
+            schema,
+            version: Version::current(),
+            published: RefCell::new(Rc::new(published)),
+            monitors: RefCell::default(),
+            log: config.log,
+            quitting: Cell::new(false),
+            ended: Cell::new(false),
+            progress: event_listener::Event::new(),
+            introspection,
+        });
+        // As many jobs wait as there are monitors and removals: each waits for its own.
+        let (jobs, queue): (Sender<Job>, Receiver<Job>) = async_channel::unbounded();
+        rt.spawn(crate::task::run(shared.clone(), config, queue));
+        Control { shared, jobs }
+    }
+
+    /// The commands and types of this program.
+    pub fn schema(&self) -> &Schema {
+        &self.shared.schema
+    }
+
+    /// The runtime that the task runs on.
+    pub fn rt(&self) -> &Rt {
+        &self.shared.rt
+    }
+
+    /// The snapshot that the last change left.
+    pub fn graph(&self) -> Arc<Graph> {
+        self.shared.published.borrow().graph.clone()
+    }
+
+    /// Executes a checked command: a query at once, a change when its turn comes.
+    ///
+    /// # Errors
+    /// As the command says.
+    pub async fn execute(&self, request: &Request) -> Result<Json, QmpError> {
+        match Change::from_request(request)? {
+            Some(change) => self.change(change).await,
+            None => self.query(request),
+        }
+    }
+
+    /// Makes a change and waits for its result.
+    ///
+    /// # Errors
+    /// As the change says; `GenericError` when the program is ending.
+    pub async fn change(&self, change: Change) -> Result<Json, QmpError> {
+        let ending = || QmpError::generic("The daemon is shutting down");
+        let (reply, result) = async_channel::bounded(1);
+        self.jobs.send(Job { change, reply }).await.map_err(|_| ending())?;
+        result.recv().await.map_err(|_| ending())?
+    }
+
+    /// Whether the end has been asked for.
+    pub fn is_quitting(&self) -> bool {
+        self.shared.quitting.get()
+    }
+
+    /// Completes when the end has been asked for.
+    pub async fn quitting(&self) {
+        while !self.shared.quitting.get() {
+            let listener = self.shared.progress.listen();
+            if !self.shared.quitting.get() {
+                listener.await;
+            }
+        }
+    }
+
+    /// Completes when everything is closed.
+    pub async fn ended(&self) {
+        while !self.shared.ended.get() {
+            let listener = self.shared.progress.listen();
+            if !self.shared.ended.get() {
+                listener.await;
+            }
+        }
+    }
+
+    fn query(&self, request: &Request) -> Result<Json, QmpError> {
+        let published = self.shared.published.borrow().clone();
+        Ok(match request.name {
+            "query-version" => self.shared.version.to_json(),
+            "query-commands" => {
+                self.shared.schema.command_names().map(|name| json!({ "name": name })).collect()
+            }
+            "query-qmp-schema" => self.shared.introspection.clone(),
+            "query-named-block-nodes" => {
+                let flat = matches!(&request.arguments, Value::Map(m)
+                    if m.iter().any(|(k, v)| k == "flat" && *v == Value::Bool(true)));
+                model::to_json(&query::block_nodes(&published.graph, flat))
+            }
+            "x-debug-query-block-graph" => {
+                model::to_json(&query::block_graph(&published.graph, &published.ops))
+            }
+            "query-block-exports" => model::to_json(&published.exports),
+            // A row of the command table without code here: a test finds it.
+            other => {
+                return Err(QmpError::command_not_found(format!("The command {other} has not been found")));
+            }
+        })
+    }
+}
+
+impl fmt::Debug for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Control({:?})", self.shared.published.borrow().graph)
+    }
+}

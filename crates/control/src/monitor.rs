@@ -1,0 +1,194 @@
+//! One monitor: a connection that speaks QMP.
+//!
+//! Two parts share a queue of lines: the reader executes commands one after the other
+//! and queues their replies; the writer sends what is queued. Events go into the same
+//! queue, so that an event raised by a command comes before the command's reply.
+//!
+//! A client that does not read is no danger to others: commands wait until its replies
+//! are below [`HIGH_WATER`], and when its events reach [`MAX_QUEUED`] it is disconnected.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use dolmen_qmp::{Session, Step, json, reply_error, reply_ok};
+use dolmen_rt::{Memory, Stream};
+use dolmen_types::Result;
+use event_listener::Event;
+use serde_json::Value as Json;
+
+use crate::Control;
+
+/// Bytes of replies that may wait before the next command is looked at.
+const HIGH_WATER: usize = 1 << 20;
+
+/// Bytes that may wait at all.
+const MAX_QUEUED: usize = 16 << 20;
+
+/// Bytes received at a time.
+const RECEIVE: usize = 64 << 10;
+
+/// How a monitor behaves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MonitorOptions {
+    /// Replies over several lines, for people.
+    pub pretty: bool,
+}
+
+/// Lines on their way to a client.
+pub(crate) struct Outgoing {
+    lines: RefCell<VecDeque<String>>,
+    /// Bytes in `lines`, and in the piece that is being sent.
+    bytes: Cell<usize>,
+    /// A command is being executed: its reply is still to come.
+    busy: Cell<bool>,
+    /// Events may be sent.
+    negotiated: Cell<bool>,
+    /// Nothing more is taken in.
+    closed: Cell<bool>,
+    options: MonitorOptions,
+    changed: Event,
+}
+
+impl Outgoing {
+    fn new(options: MonitorOptions) -> Rc<Outgoing> {
+        Rc::new(Outgoing {
+            lines: RefCell::default(),
+            bytes: Cell::new(0),
+            busy: Cell::new(false),
+            negotiated: Cell::new(false),
+            closed: Cell::new(false),
+            options,
+            changed: Event::new(),
+        })
+    }
+
+    fn push(&self, value: &Json) {
+        if self.closed.get() {
+            return;
+        }
+        let mut line = json::to_text(value, self.options.pretty);
+        line.push_str("\r\n");
+        self.bytes.set(self.bytes.get() + line.len());
+        self.lines.borrow_mut().push_back(line);
+        self.changed.notify(usize::MAX);
+    }
+
+    pub(crate) fn event(&self, event: &Json) {
+        if !self.negotiated.get() {
+            return;
+        }
+        if self.bytes.get() > MAX_QUEUED {
+            self.close();
+            return;
+        }
+        self.push(event);
+    }
+
+    fn close(&self) {
+        self.closed.set(true);
+        self.changed.notify(usize::MAX);
+    }
+
+    async fn until(&self, ready: impl Fn(&Outgoing) -> bool) {
+        while !ready(self) {
+            let listener = self.changed.listen();
+            if !ready(self) {
+                listener.await;
+            }
+        }
+    }
+
+    /// Completes when every reply has been sent, or never will be.
+    pub(crate) async fn emptied(&self) {
+        self.until(|o| (o.bytes.get() == 0 && !o.busy.get()) || o.closed.get()).await;
+    }
+
+    /// Sends lines until the queue is closed.
+    async fn send_all(&self, stream: &Stream) -> Result<()> {
+        loop {
+            self.until(|o| o.closed.get() || !o.lines.borrow().is_empty()).await;
+            let batch: String = self.lines.borrow_mut().drain(..).collect();
+            if batch.is_empty() {
+                return Ok(());
+            }
+            stream.send_bytes(batch.as_bytes()).await?;
+            self.bytes.set(self.bytes.get() - batch.len());
+            self.changed.notify(usize::MAX);
+        }
+    }
+}
+
+/// Takes a monitor off the list when its connection ends, however it ends.
+struct Registered<'a>(&'a Control, Rc<Outgoing>);
+
+impl Drop for Registered<'_> {
+    fn drop(&mut self) {
+        self.1.close();
+        self.0.shared.monitors.borrow_mut().retain(|m| !Rc::ptr_eq(m, &self.1));
+    }
+}
+
+/// Serves one connection until the client goes away or everything has ended.
+///
+/// # Errors
+/// What the connection says.
+pub async fn serve_monitor(control: &Control, stream: Stream, options: MonitorOptions) -> Result<()> {
+    let out = Outgoing::new(options);
+    control.shared.monitors.borrow_mut().push(out.clone());
+    let registered = Registered(control, out.clone());
+    let ended = async {
+        control.ended().await;
+        Ok(())
+    };
+    let reader = read_commands(control, &stream, &out);
+    let served = futures_lite::future::or(
+        futures_lite::future::or(reader, ended),
+        // Ends first only when sending fails or the client does not read.
+        out.send_all(&stream),
+    )
+    .await;
+    drop(registered);
+    stream.shutdown();
+    served
+}
+
+async fn read_commands(control: &Control, stream: &Stream, out: &Outgoing) -> Result<()> {
+    let mut session = Session::new(control.shared.version.clone());
+    out.push(&session.greeting());
+    let mut memory = Memory::zeroed(RECEIVE);
+    loop {
+        let n = stream.recv_buf(&memory.share()).await?;
+        if n == 0 {
+            // The client may have ended its direction only, and wait for its replies.
+            out.emptied().await;
+            return Ok(());
+        }
+        let received = match memory.bytes() {
+            Some(b) => b[..n].to_vec(),
+            None => memory.to_vec()[..n].to_vec(),
+        };
+        let mut rest = &received[..];
+        loop {
+            let fed = session.feed(rest);
+            rest = &rest[fed..];
+            while let Some(step) = session.next_step(control.schema()) {
+                out.busy.set(true);
+                let reply = match step {
+                    Step::Reply(reply) => reply,
+                    Step::Execute(request) => match control.execute(&request).await {
+                        Ok(value) => reply_ok(value, request.id.as_ref()),
+                        Err(e) => reply_error(&e, request.id.as_ref()),
+                    },
+                };
+                out.push(&reply);
+                out.busy.set(false);
+                out.negotiated.set(session.is_negotiated());
+                out.until(|o| o.bytes.get() < HIGH_WATER || o.closed.get()).await;
+            }
+            if rest.is_empty() {
+                break;
+            }
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! Queries: pure functions from a snapshot to what a client sees.
+
+use std::sync::Arc;
+
+use dolmen_graph::{Class, Description, Graph, Node, OpInfo, join};
+use dolmen_qmp::json;
+use dolmen_qmp::model::{
+    BlockDeviceInfo, BlockGraph, BlockGraphEdge, BlockGraphNode, BlockGraphNodeType, CacheInfo, ImageInfo,
+    NoThrottling, SnapshotInfo, permission_words,
+};
+use dolmen_types::{ChildRole, Value};
+use serde_json::{Map, Value as Json};
+
+/// The reply of `query-named-block-nodes`: parents before children.
+pub fn block_nodes(graph: &Graph, flat: bool) -> Vec<BlockDeviceInfo> {
+    graph.nodes.iter().rev().map(|n| block_node(n, flat)).collect()
+}
+
+fn block_node(node: &Arc<Node>, flat: bool) -> BlockDeviceInfo {
+    let image = image_info(node, !flat);
+    let mut depth = 0;
+    let mut below = image.backing_image.as_deref();
+    while let Some(i) = below {
+        depth += 1;
+        below = i.backing_image.as_deref();
+    }
+    BlockDeviceInfo {
+        file: image.filename.clone(),
+        node_name: node.name.as_str().to_owned(),
+        ro: node.flags.read_only,
+        drv: node.driver.kind().name.to_owned(),
+        backing_file: node.backing().map(node_filename),
+        backing_file_depth: depth,
+        active: true,
+        encrypted: image.encrypted.unwrap_or(false),
+        detect_zeroes: detect_zeroes(&node.options),
+        throttling: NoThrottling::default(),
+        image,
+        cache: CacheInfo { writeback: true, direct: node.flags.direct, no_flush: node.flags.no_flush },
+        write_threshold: 0,
+    }
+}
+
+fn detect_zeroes(options: &Value) -> String {
+    match member(options, "detect-zeroes") {
+        Some(Value::Str(s)) => s.clone(),
+        _ => "off".to_owned(),
+    }
+}
+
+fn member<'a>(options: &'a Value, name: &str) -> Option<&'a Value> {
+    match options {
+        Value::Map(m) => m.iter().find(|(k, _)| k == name).map(|(_, v)| v),
+        _ => None,
+    }
+}
+
+/// What is known about the image of a node; with `chain` also about those below it.
+pub fn image_info(node: &Arc<Node>, chain: bool) -> ImageInfo {
+    let d = describe(node);
+    // A filter shows the image below it, but under its own name.
+    let image = through_filters(node);
+    let of_image = if Arc::ptr_eq(image, node) { d.clone() } else { describe(image) };
+    let is_image = of_image.filename.is_some() || image.driver.kind().class == Class::Format;
+    let backing = d.backing.as_ref().filter(|_| node.driver.kind().class == Class::Format);
+    ImageInfo {
+        backing_image: if chain { next_image(node).map(|n| Box::new(image_info(n, true))) } else { None },
+        virtual_size: node.size(),
+        filename: node_filename(node),
+        cluster_size: of_image.cluster_size,
+        format: node.driver.kind().name.to_owned(),
+        actual_size: actual_size(node),
+        encrypted: d.encrypted.then_some(true),
+        compressed: None,
+        backing_filename: backing.map(|(name, _)| name.clone()),
+        full_backing_filename: backing.map(|(name, _)| join(&own_file(node), name)),
+        backing_filename_format: backing.and_then(|(_, format)| format.clone()),
+        snapshots: d.snapshots.iter().map(snapshot).collect(),
+        format_specific: d.format_specific.as_ref().map(json::from_value),
+        dirty_flag: is_image.then_some(of_image.dirty),
+    }
+}
+
+fn describe(node: &Arc<Node>) -> Description {
+    node.driver.describe(node)
+}
+
+fn snapshot(s: &dolmen_graph::SnapshotInfo) -> SnapshotInfo {
+    const SECOND: u64 = 1_000_000_000;
+    SnapshotInfo {
+        id: s.id.clone(),
+        name: s.name.clone(),
+        vm_state_size: s.vm_state_size,
+        date_sec: s.date_sec.into(),
+        date_nsec: s.date_nsec.into(),
+        vm_clock_sec: s.vm_clock_nsec / SECOND,
+        vm_clock_nsec: s.vm_clock_nsec % SECOND,
+        icount: s.icount,
+    }
+}
+
+/// The first node at or below this one that is not a filter.
+fn through_filters(node: &Arc<Node>) -> &Arc<Node> {
+    let mut at = node;
+    while at.driver.kind().class == Class::Filter
+        && let Some(next) = at.filtered()
+    {
+        at = next;
+    }
+    at
+}
+
+/// The next image of the chain, as the established daemon counts them: what a filter
+/// stands on, or the backing node.
+fn next_image(node: &Arc<Node>) -> Option<&Arc<Node>> {
+    match node.driver.kind().class {
+        Class::Filter => node.filtered(),
+        Class::Format | Class::Protocol => node.backing(),
+    }
+}
+
+/// Host bytes of a node: its own, or those of its children that are not backing files.
+fn actual_size(node: &Arc<Node>) -> Option<u64> {
+    if let Some(n) = describe(node).actual_size {
+        return Some(n);
+    }
+    let own = node.children.iter().filter(|c| c.role != ChildRole::Backing);
+    own.map(|c| actual_size(&c.node)).reduce(|a, b| Some(a?.saturating_add(b?))).flatten()
+}
+
+/// The file that a format keeps its metadata in, as its leaf names it.
+fn own_file(node: &Arc<Node>) -> String {
+    let mut at = node;
+    while let Some(c) = at.child("file").or_else(|| at.children.first()) {
+        at = &c.node;
+    }
+    describe(at).filename.unwrap_or_default()
+}
+
+/// Options that say how a node is used rather than what it is.
+const USE_OPTIONS: &[&str] = &[
+    "node-name",
+    "read-only",
+    "auto-read-only",
+    "force-share",
+    "discard",
+    "detect-zeroes",
+    "cache",
+    "cache.direct",
+    "cache.no-flush",
+    "active",
+];
+
+/// A text that opens the same image again: a file name where that says it all,
+/// otherwise `json:` with every option that matters.
+pub fn node_filename(node: &Arc<Node>) -> String {
+    match plain_name(node) {
+        Some(name) => name,
+        None => format!("json:{}", json::to_text(&definition(node), false)),
+    }
+}
+
+/// The file name, if it is enough to find the image (and the driver, by looking at it).
+fn plain_name(node: &Arc<Node>) -> Option<String> {
+    let allowed: &[&str] = match node.driver.kind().class {
+        Class::Protocol => return describe(node).filename,
+        Class::Format => &["driver", "file"],
+        Class::Filter => return None,
+    };
+    let Value::Map(options) = &node.options else { return None };
+    let says_more = options.iter().any(|(k, _)| !allowed.contains(&k.as_str()) && !is_use(k));
+    match node.child("file") {
+        Some(file) if !says_more => plain_name(&file.node),
+        _ => None,
+    }
+}
+
+fn is_use(name: &str) -> bool {
+    USE_OPTIONS.contains(&name) || name.starts_with("x-")
+}
+
+/// The options that matter, with children spelled out; keys in alphabetical order, so
+/// that equal definitions are equal texts.
+fn definition(node: &Arc<Node>) -> Json {
+    let mut keys: Vec<(String, Json)> = vec![("driver".into(), node.driver.kind().name.into())];
+    if let Value::Map(options) = &node.options {
+        for (k, v) in options {
+            let value = match node.child(k) {
+                Some(c) => definition(&c.node),
+                None => json::from_value(v),
+            };
+            if k != "driver" && !is_use(k) {
+                keys.push((k.clone(), value));
+            }
+        }
+    }
+    keys.sort_by(|a, b| a.0.cmp(&b.0));
+    Json::Object(keys.into_iter().collect::<Map<_, _>>())
+}
+
+/// The reply of `x-debug-query-block-graph`.
+pub fn block_graph(graph: &Graph, ops: &[OpInfo]) -> BlockGraph {
+    // Children first in the snapshot, so numbers grow towards the users.
+    let number =
+        |n: &Arc<Node>| graph.nodes.iter().position(|o| o.name == n.name).map_or(0, |i| i as u64 + 1);
+    let mut out = BlockGraph::default();
+    for node in graph.nodes.iter().rev() {
+        out.nodes.push(BlockGraphNode {
+            name: node.name.as_str().to_owned(),
+            kind: BlockGraphNodeType::BlockDriver,
+            id: number(node),
+        });
+        out.edges.extend(node.children.iter().map(|c| BlockGraphEdge {
+            name: c.name.to_owned(),
+            parent: number(node),
+            shared_perm: permission_words(c.claim.allows),
+            perm: permission_words(c.claim.needs),
+            child: number(&c.node),
+        }));
+    }
+    for (i, user) in graph.users.iter().enumerate() {
+        let id = (graph.nodes.len() + i) as u64 + 1;
+        let is_job = ops.iter().any(|o| o.id == *user.op() && o.kind == "job");
+        out.nodes.push(BlockGraphNode {
+            name: user.op().as_str().to_owned(),
+            kind: if is_job { BlockGraphNodeType::BlockJob } else { BlockGraphNodeType::BlockBackend },
+            id,
+        });
+        let claim = user.claim();
+        out.edges.push(BlockGraphEdge {
+            name: "root".into(),
+            parent: id,
+            shared_perm: permission_words(claim.allows),
+            perm: permission_words(claim.needs),
+            child: number(&user.node()),
+        });
+    }
+    out
+}

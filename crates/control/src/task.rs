@@ -1,0 +1,190 @@
+//! The task: takes changes one by one, and ends everything in the right order.
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::time::Duration;
+
+use async_channel::{Receiver, Sender};
+use dolmen_exports::NbdServer;
+use dolmen_graph::{GraphEvent, GraphOwner};
+use dolmen_qmp::QmpError;
+use dolmen_types::OpId;
+use serde_json::{Value as Json, json};
+
+use crate::export::{Export, stop_server};
+use crate::handle::{Config, Job, Published, Shared};
+use crate::{Change, commands};
+
+/// How long the last replies may take to leave, once everything is closed. A client
+/// that does not read must not keep the program alive.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Where the result of a change goes.
+pub(crate) type Reply = Sender<Result<Json, QmpError>>;
+
+/// Exports whose clients are gone: their operations can end.
+pub(crate) struct Gone {
+    pub(crate) ids: Vec<OpId>,
+    pub(crate) reply: Option<Reply>,
+}
+
+/// Everything that only the task touches.
+pub(crate) struct Task {
+    pub(crate) shared: Rc<Shared>,
+    pub(crate) config: Config,
+    pub(crate) owner: GraphOwner,
+    /// Newest first, as queries list them.
+    pub(crate) exports: VecDeque<Export>,
+    pub(crate) server: Option<Rc<NbdServer>>,
+    /// Comes back from what runs beside the task.
+    pub(crate) gone: Sender<Gone>,
+}
+
+enum Next {
+    Job(Job),
+    Gone(Gone),
+}
+
+/// Runs until the end is asked for, then closes everything.
+pub(crate) async fn run(shared: Rc<Shared>, config: Config, jobs: Receiver<Job>) {
+    let (gone, gone_queue) = async_channel::unbounded();
+    let owner = GraphOwner::new(shared.rt.clone());
+    let mut task =
+        Task { shared: shared.clone(), config, owner, exports: VecDeque::new(), server: None, gone };
+    // The handle may be dropped without asking for the end; that is an end, too.
+    while let Some(next) = next(&jobs, &gone_queue).await {
+        match next {
+            Next::Gone(g) => task.forget_exports(g).await,
+            Next::Job(Job { change: Change::Quit, reply }) => {
+                // The reply first: the connection it goes over is closed on the way.
+                answer(&reply, Ok(json!({})));
+                break;
+            }
+            Next::Job(job) => task.apply(job).await,
+        }
+    }
+    shared.quitting.set(true);
+    shared.progress.notify(usize::MAX);
+    task.close(&gone_queue).await;
+    // Whoever still waits gets its refusal now, not at the end of the program.
+    jobs.close();
+    while let Ok(job) = jobs.try_recv() {
+        drop(job);
+    }
+    let last: Vec<_> = shared.monitors.borrow().iter().cloned().collect();
+    let said = async {
+        for m in last {
+            m.emptied().await;
+        }
+    };
+    futures_lite::future::or(said, shared.rt.sleep(LAST_WORDS)).await;
+    shared.ended.set(true);
+    shared.progress.notify(usize::MAX);
+}
+
+async fn next(jobs: &Receiver<Job>, gone: &Receiver<Gone>) -> Option<Next> {
+    let job = async { jobs.recv().await.ok().map(Next::Job) };
+    let gone = async { gone.recv().await.ok().map(Next::Gone) };
+    futures_lite::future::or(gone, job).await
+}
+
+/// Whoever asked may have gone away; the change stands all the same.
+pub(crate) fn answer(reply: &Reply, result: Result<Json, QmpError>) {
+    let _ = reply.try_send(result);
+}
+
+impl Task {
+    async fn apply(&mut self, Job { change, reply }: Job) {
+        let result = match change {
+            Change::BlockdevAdd(options) => commands::blockdev_add(self, options).await,
+            Change::BlockdevDel { node } => commands::blockdev_del(self, &node).await,
+            Change::NbdServerStart(start) => commands::nbd_server_start(self, start).await,
+            Change::ExportAdd(add) => commands::export_add(self, add).await,
+            // These answer when the clients are gone.
+            Change::NbdServerStop => match commands::nbd_server_stop(self, &reply) {
+                Ok(()) => return self.publish(),
+                Err(e) => Err(e),
+            },
+            Change::ExportDel { id, hard } => match commands::export_del(self, &id, hard, &reply) {
+                Ok(()) => return self.publish(),
+                Err(e) => Err(e),
+            },
+            // Taken before it comes here; the end has begun already.
+            Change::Quit => Ok(()),
+        };
+        self.publish();
+        answer(&reply, result.map(|()| json!({})));
+    }
+
+    /// Ends the operations of exports whose clients are gone.
+    pub(crate) async fn forget_exports(&mut self, gone: Gone) {
+        let mut draft = self.owner.draft();
+        gone.ids.iter().for_each(|id| draft.remove_op(id));
+        let result = match self.owner.commit(draft).await {
+            Ok(_) => {
+                self.exports.retain(|e| !gone.ids.contains(&e.id));
+                self.publish();
+                for id in &gone.ids {
+                    self.shared.event("BLOCK_EXPORT_DELETED", json!({"id": id.as_str()}));
+                }
+                Ok(json!({}))
+            }
+            // The clients are gone but the operation stands: removing it again tries again.
+            Err(e) => {
+                self.exports
+                    .iter_mut()
+                    .filter(|e| gone.ids.contains(&e.id))
+                    .for_each(|e| e.shutting_down = false);
+                self.publish();
+                Err(QmpError::from(e))
+            }
+        };
+        self.report_events();
+        if let Some(reply) = gone.reply {
+            answer(&reply, result);
+        }
+    }
+
+    /// Makes the state of things visible to queries.
+    pub(crate) fn publish(&self) {
+        *self.shared.published.borrow_mut() = Rc::new(Published {
+            graph: self.owner.graph().clone(),
+            ops: self.owner.ops().to_vec(),
+            exports: self.exports.iter().map(Export::info).collect(),
+        });
+    }
+
+    /// Tells the log what went wrong while the graph changed; the first one is returned.
+    pub(crate) fn report_events(&mut self) -> Option<QmpError> {
+        let mut first = None;
+        for event in self.owner.take_events() {
+            match event {
+                GraphEvent::CloseFailed { node, error } => {
+                    let error = error.context(format!("Node '{node}' is closed, but closing it failed"));
+                    (self.shared.log)(&error.to_string());
+                    first = first.or(Some(QmpError::from(error)));
+                }
+            }
+        }
+        first
+    }
+
+    /// Clients first, then the nodes: what clients wrote is in the nodes when they close.
+    async fn close(&mut self, gone_queue: &Receiver<Gone>) {
+        let names: Vec<String> = self.exports.iter().map(|e| e.name.clone()).collect();
+        if let Some(server) = self.server.take() {
+            stop_server(server, &names).await;
+        }
+        // Removals that were under way when the end was asked for.
+        while let Ok(g) = gone_queue.try_recv() {
+            self.forget_exports(g).await;
+        }
+        let ids = self.exports.iter().map(|e| e.id.clone()).collect();
+        self.forget_exports(Gone { ids, reply: None }).await;
+        if let Err(e) = self.owner.close().await {
+            (self.shared.log)(&e.context("closing the images").to_string());
+        }
+        self.exports.clear();
+        self.publish();
+    }
+}

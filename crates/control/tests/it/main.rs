@@ -1,0 +1,5 @@
+//! Tests of the control task through its monitors: real sockets, nodes in memory.
+
+mod commands;
+mod monitors;
+mod rig;
