@@ -15,6 +15,7 @@
 mod cli;
 mod img;
 mod io;
+mod serve;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
     let code = match program.as_str() {
         "qemu-img" | "dolmen img" => img::main(&program, persona, args),
         "qemu-io" | "dolmen io" => io::main(&program, persona, args),
+        "qemu-storage-daemon" | "dolmen serve" => serve::main(&program, persona, args),
         "dolmen --help" | "dolmen -h" | "dolmen help" => {
             cli::say(format_args!("{HELP}"));
             0

@@ -1,1 +1,4 @@
 //! Integration tests of the tools.
+
+mod daemon;
+mod serve;

@@ -1,0 +1,180 @@
+//! Daemons as processes, and QMP clients for them: ours and the established one.
+
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value as Json, json};
+use tempfile::TempDir;
+
+/// Nothing here takes longer than this unless it hangs.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until `ready` gives something. Gives way to others rather than sleeping a fixed time.
+pub(crate) fn eventually<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(v) = ready() {
+            return v;
+        }
+        assert!(Instant::now() < deadline, "waited too long: {what}");
+        std::thread::yield_now();
+    }
+}
+
+/// The storage daemon under a name: `dolmen serve`, or the established name by a symbolic link.
+pub(crate) fn serve() -> Command {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_dolmen"));
+    c.arg("serve");
+    c
+}
+
+/// Our daemon, called as the established one.
+pub(crate) fn by_established_name(dir: &Path) -> Command {
+    let link = dir.join("qemu-storage-daemon");
+    if !link.exists() {
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_dolmen"), &link).expect("a link");
+    }
+    Command::new(link)
+}
+
+/// The established daemon itself; `None` where it is not installed.
+pub(crate) fn established() -> Option<Command> {
+    let found = Command::new("qemu-storage-daemon").arg("--version").output();
+    match found {
+        Ok(o) if o.status.success() => Some(Command::new("qemu-storage-daemon")),
+        _ => {
+            eprintln!("qemu-storage-daemon is not installed: nothing to compare with");
+            None
+        }
+    }
+}
+
+/// Runs a command that ends by itself; status, standard output, standard error.
+pub(crate) fn run(mut command: Command, args: &[impl AsRef<OsStr>]) -> (ExitStatus, String, String) {
+    let out = command.args(args).stdin(Stdio::null()).output().expect("runs");
+    let text = |b: Vec<u8>| String::from_utf8_lossy(&b).into_owned();
+    (out.status, text(out.stdout), text(out.stderr))
+}
+
+/// A running daemon with a monitor socket in a directory of its own.
+pub(crate) struct Daemon {
+    pub(crate) child: Child,
+    pub(crate) dir: TempDir,
+}
+
+impl Daemon {
+    /// Starts it with a monitor and more arguments, in which `DIR` stands for its directory.
+    pub(crate) fn start(command: impl FnOnce(&Path) -> Command, args: &[&str]) -> Daemon {
+        let dir = tempfile::tempdir().expect("a directory");
+        Daemon::start_in(dir, command, args)
+    }
+
+    pub(crate) fn start_in(dir: TempDir, command: impl FnOnce(&Path) -> Command, args: &[&str]) -> Daemon {
+        let at = dir.path().display().to_string();
+        let mut c = command(dir.path());
+        c.arg("--chardev").arg(format!("socket,path={at}/m.sock,server=on,wait=off,id=m"));
+        c.args(["--monitor", "chardev=m"]).args(args.iter().map(|a| a.replace("DIR", &at)));
+        let child = c.current_dir(dir.path()).stdin(Stdio::null()).spawn().expect("starts");
+        Daemon { child, dir }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A monitor that is ready for commands.
+    pub(crate) fn monitor(&mut self) -> Monitor {
+        let path = self.path("m.sock");
+        eventually("monitor socket", || {
+            if let Some(status) = self.child.try_wait().expect("a child") {
+                panic!("the daemon ended with {status}");
+            }
+            Monitor::new(UnixStream::connect(&path).ok()?)
+        })
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, signal).expect("signalled");
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        eventually("end of the daemon", || self.child.try_wait().expect("a child"))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A QMP client on a raw socket.
+pub(crate) struct Monitor {
+    lines: BufReader<UnixStream>,
+    /// Events met on the way.
+    pub(crate) events: Vec<Json>,
+}
+
+impl Monitor {
+    /// `None` when there is no greeting: the socket of a daemon that was killed may accept
+    /// connections for a moment longer.
+    fn new(stream: UnixStream) -> Option<Monitor> {
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        let mut m = Monitor { lines: BufReader::new(stream), events: Vec::new() };
+        assert!(m.receive()?["QMP"].is_object());
+        assert_eq!(m.ask(&json!({"execute": "qmp_capabilities"})), json!({"return": {}}));
+        Some(m)
+    }
+
+    /// The next object; `None` when the daemon has hung up.
+    pub(crate) fn receive(&mut self) -> Option<Json> {
+        let mut line = String::new();
+        match self.lines.read_line(&mut line) {
+            Ok(0) => None,
+            Ok(_) => Some(serde_json::from_str(&line).expect("JSON")),
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => None,
+            Err(e) => panic!("{e}"),
+        }
+    }
+
+    pub(crate) fn ask(&mut self, command: &Json) -> Json {
+        self.lines.get_mut().write_all(command.to_string().as_bytes()).expect("sent");
+        loop {
+            let v = self.receive().expect("a reply");
+            if v.get("event").is_none() {
+                return v;
+            }
+            self.events.push(v);
+        }
+    }
+
+    pub(crate) fn ok(&mut self, name: &str, arguments: Json) -> Json {
+        let reply = self.ask(&json!({"execute": name, "arguments": arguments}));
+        assert!(reply.get("error").is_none(), "{name} {arguments}: {reply}");
+        reply["return"].clone()
+    }
+
+    /// Everything until the daemon hangs up.
+    pub(crate) fn rest(mut self) -> Vec<Json> {
+        let mut out = std::mem::take(&mut self.events);
+        while let Some(v) = self.receive() {
+            out.push(v);
+        }
+        out
+    }
+}
+
+/// Reads a stream to its end.
+pub(crate) fn read_all(mut from: impl Read) -> String {
+    let mut out = String::new();
+    from.read_to_string(&mut out).expect("text");
+    out
+}

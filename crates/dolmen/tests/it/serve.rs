@@ -1,0 +1,358 @@
+//! The daemon from outside: command line, monitors, signals, files it leaves.
+
+use std::io::Write;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use serde_json::{Value as Json, json};
+
+use crate::daemon::{Daemon, by_established_name, established, eventually, read_all, run, serve};
+
+const ONE_EXPORT: &[&str] = &[
+    "--blockdev",
+    "null-co,node-name=n,size=1048576",
+    "--nbd-server",
+    "addr.type=unix,addr.path=DIR/nbd.sock",
+    "--export",
+    "nbd,id=e,node-name=n,writable=on",
+    "--pidfile",
+    "DIR/pid",
+];
+
+#[test]
+fn options_are_executed_and_everything_is_cleaned_up() {
+    for signal in [Some(Signal::TERM), Some(Signal::INT), None] {
+        let mut d = Daemon::start(by_established_name, ONE_EXPORT);
+        let mut m = d.monitor();
+        let exports = m.ok("query-block-exports", json!({}));
+        assert_eq!(exports, json!([{"id": "e", "type": "nbd", "node-name": "n", "shutting-down": false}]));
+        let pid = eventually("pid file", || {
+            let text = std::fs::read_to_string(d.path("pid")).ok()?;
+            text.trim().parse::<u32>().ok()
+        });
+        assert_eq!(pid, d.child.id());
+        assert!(UnixStream::connect(d.path("nbd.sock")).is_ok());
+        match signal {
+            Some(s) => d.signal(s),
+            None => assert_eq!(m.ask(&json!({"execute": "quit", "id": 1})), json!({"return": {}, "id": 1})),
+        }
+        let status = d.wait();
+        assert!(status.success(), "{signal:?}: {status}");
+        let last = m.rest();
+        assert!(last.iter().any(|v| v["event"] == "BLOCK_EXPORT_DELETED"), "{last:?}");
+        for file in ["m.sock", "nbd.sock", "pid"] {
+            assert!(!d.path(file).exists(), "{signal:?} leaves {file}");
+        }
+    }
+}
+
+/// Killed, the daemon leaves its sockets; the next one takes their place. A live one is
+/// not harmed.
+#[test]
+fn stale_sockets_are_replaced_and_live_ones_are_not() {
+    let mut d = Daemon::start(|_| serve(), ONE_EXPORT);
+    d.monitor();
+    eventually("pid file", || d.path("pid").exists().then_some(()));
+    let at = d.dir.path().display().to_string();
+    let chardev = format!("socket,path={at}/m.sock,server=on,wait=off,id=m");
+    let (status, _, stderr) = run(serve(), &["--chardev", &chardev]);
+    assert_eq!(status.code(), Some(1));
+    assert!(stderr.contains("m.sock"), "{stderr}");
+    let server = format!("addr.type=unix,addr.path={at}/nbd.sock");
+    let (status, _, stderr) = run(serve(), &["--nbd-server", &server]);
+    assert_eq!(status.code(), Some(1));
+    assert!(stderr.contains("nbd.sock"), "{stderr}");
+    let (status, _, stderr) = run(serve(), &["--pidfile", &format!("{at}/pid")]);
+    assert_eq!(status.code(), Some(1));
+    assert!(stderr.contains(&format!("process {}", d.child.id())), "{stderr}");
+    d.monitor();
+
+    d.signal(Signal::KILL);
+    d.wait();
+    assert!(d.path("m.sock").exists() && d.path("nbd.sock").exists() && d.path("pid").exists());
+    let dir = std::mem::replace(&mut d.dir, tempfile::tempdir().expect("a directory"));
+    let mut d = Daemon::start_in(dir, |_| serve(), ONE_EXPORT);
+    d.monitor();
+    assert!(eventually("server", || UnixStream::connect(d.path("nbd.sock")).ok()).peer_addr().is_ok());
+}
+
+/// Wrong command lines end with code 1 and, after the program's name, the same words as
+/// the established daemon's.
+#[test]
+fn mistakes_in_the_words_of_the_established_daemon() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let lines: &[&[&str]] = &[
+        &["--bogus"],
+        &["extra"],
+        &["--blockdev"],
+        &["--blockdev", ""],
+        &["--blockdev", "null-co,node-name=a,zork=1"],
+        &["--blockdev", "null-co,node-name"],
+        &["--blockdev", "null-co,=3"],
+        &["--blockdev", "null-co,node-name=a,read-only=maybe"],
+        &["--blockdev", "nonsense,node-name=a"],
+        &["--blockdev", "{\"driver\":\"null-co\",\"node-name\":\"a\",\"size\":\"5\"}"],
+        &["--blockdev", "{\"driver\":\"null-co\""],
+        &["--blockdev", "null-co,size=512"],
+        &["--blockdev", "null-co,node-name=a", "--blockdev", "null-co,node-name=a"],
+        &["--export", "nbd,id=e"],
+        &["--export", "e"],
+        &["--export", "nbd,id=e,node-name=nothing"],
+        &["--blockdev", "null-co,node-name=a", "--export", "nbd,id=e,node-name=a"],
+        &["--nbd-server", "path=x"],
+        &["--nbd-server", "addr.type=unix,addr.data.path=x"],
+        &["--nbd-server", "addr.type=inet,addr.host=127.0.0.1"],
+        &["--chardev", "socket,path=DIR/q.sock,server=on,wait=off,id=m", "--monitor", "chardev=n"],
+        &["--chardev", "socket,path=DIR/q.sock,server=on,wait=off"],
+        &["--chardev", "nonsense,id=m"],
+        &["--monitor", "pretty=on"],
+        &["--pidfile", "/nonexistent/pid"],
+    ];
+    let at = dir.path().display().to_string();
+    for line in lines {
+        let line: Vec<String> = line.iter().map(|a| a.replace("DIR", &at)).collect();
+        let (status, _, ours) = run(by_established_name(dir.path()), &line);
+        assert_eq!(status.code(), Some(1), "{line:?}: {ours}");
+        let Some(peer) = established() else { return };
+        let (status, _, theirs) = run(peer, &line);
+        assert_eq!(status.code(), Some(1), "{line:?}: {theirs}");
+        // Ours may go on with a remedy in parentheses.
+        let theirs = theirs.trim_end();
+        assert!(ours.starts_with(theirs), "{line:?}\n  ours: {ours}  theirs: {theirs}");
+    }
+}
+
+#[test]
+fn help_and_version() {
+    for flag in ["--help", "-h"] {
+        let (status, out, _) = run(serve(), &[flag]);
+        assert!(status.success());
+        assert!(out.contains("--blockdev") && out.contains("--daemonize"), "{out}");
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let (status, out, _) = run(by_established_name(dir.path()), &["--version"]);
+    assert!(status.success());
+    assert!(out.starts_with("qemu-storage-daemon version 10.0.2"), "{out}");
+    let (status, _, err) = run(serve(), &["--object", "secret,id=s,data=x"]);
+    assert_eq!(status.code(), Some(1));
+    assert!(err.contains("object type 'secret' is not supported"), "{err}");
+}
+
+#[test]
+fn a_monitor_on_standard_input_and_output() {
+    let mut child = serve()
+        .args(["--chardev", "stdio,id=s", "--monitor", "chardev=s,pretty=on"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let mut input = child.stdin.take().expect("a pipe");
+    input.write_all(b"{'execute':'qmp_capabilities'}{'execute':'quit','id':7}\n").expect("sent");
+    let text = read_all(child.stdout.take().expect("a pipe"));
+    assert!(child.wait().expect("a child").success());
+    assert!(text.contains("\"id\": 7"), "{text}");
+    assert!(text.contains("{\n    \"return\""), "not pretty: {text}");
+}
+
+/// With `wait=on` nothing after the chardev happens before the first client is there.
+#[test]
+fn waiting_for_the_first_client() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let at = dir.path().display().to_string();
+    let mut child = serve()
+        .args(["--chardev", &format!("socket,id=m,path={at}/m.sock,server=on"), "--monitor", "m"])
+        .args(["--pidfile", &format!("{at}/pid")])
+        .stdin(Stdio::null())
+        .spawn()
+        .expect("starts");
+    let stream = eventually("socket", || UnixStream::connect(dir.path().join("m.sock")).ok());
+    eventually("pid file", || dir.path().join("pid").exists().then_some(()));
+    (&stream).write_all(b"{'execute':'qmp_capabilities'}{'execute':'quit'}").expect("sent");
+    let text = read_all(&stream);
+    assert_eq!(text.matches("{\"return\": {}}").count(), 2, "{text}");
+    assert!(child.wait().expect("a child").success());
+}
+
+/// The daemon is a client of somebody else's socket.
+#[test]
+fn a_monitor_that_connects() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("m.sock");
+    let listener = UnixListener::bind(&path).expect("bound");
+    let mut child = serve()
+        .args(["--chardev", &format!("socket,id=m,path={}", path.display()), "--monitor", "m"])
+        .stdin(Stdio::null())
+        .spawn()
+        .expect("starts");
+    let (stream, _) = listener.accept().expect("a connection");
+    (&stream).write_all(b"{'execute':'qmp_capabilities'}{'execute':'quit'}").expect("sent");
+    assert!(read_all(&stream).contains("QMP"));
+    assert!(child.wait().expect("a child").success());
+    assert!(path.exists(), "somebody else's socket was removed");
+}
+
+#[test]
+fn in_the_background() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let at = dir.path().display().to_string();
+    let (pid_file, socket) = (format!("{at}/pid"), format!("{at}/m.sock"));
+    let chardev = format!("socket,id=m,path={socket},server=on,wait=off");
+    let args = ["--daemonize", "--chardev", &chardev, "--monitor", "m", "--pidfile", &pid_file];
+    let (status, out, err) = run(serve(), &args);
+    assert!(status.success(), "{out}{err}");
+    // Ready means ready: no waiting from here on.
+    let pid: i32 = std::fs::read_to_string(&pid_file).expect("a pid file").trim().parse().expect("a pid");
+    let pid = Pid::from_raw(pid).expect("a pid");
+    assert!(UnixStream::connect(&socket).is_ok());
+    kill_process(pid, Signal::TERM).expect("alive");
+    eventually("end", || test_kill_process(pid).is_err().then_some(()));
+    assert!(!std::path::Path::new(&socket).exists());
+
+    let (status, _, err) = run(serve(), &["--daemonize", "--blockdev", "nonsense,node-name=a"]);
+    assert_eq!(status.code(), Some(1));
+    assert!(err.contains("--blockdev nonsense,node-name=a: Parameter 'driver'"), "{err}");
+}
+
+/// The same commands give the same replies as in the established daemon.
+#[test]
+fn the_same_replies() {
+    let Some(_) = established() else { return };
+    let mut ours = Daemon::start(by_established_name, &[]);
+    let mut theirs = Daemon::start(|_| established().expect("was there"), &[]);
+    for d in [&ours, &theirs] {
+        std::fs::write(d.path("disk.img"), [7; 65536]).expect("written");
+    }
+    let (mut a, mut b) = (ours.monitor(), theirs.monitor());
+    let add = |arguments: Json| json!({"execute": "blockdev-add", "arguments": arguments});
+    let export = |arguments: Json| json!({"execute": "block-export-add", "arguments": arguments});
+    let start = json!({"execute": "nbd-server-start",
+        "arguments": {"addr": {"type": "unix", "data": {"path": "nbd.sock"}}}});
+    let commands = [
+        add(json!({"driver": "null-co", "size": 1_048_576})),
+        add(json!({"driver": "null-co", "node-name": "1st"})),
+        add(json!({"driver": "null-co", "node-name": "n", "size": 1_048_576})),
+        add(json!({"driver": "null-co", "node-name": "n"})),
+        add(json!({"driver": "copy-on-read", "node-name": "r", "file": "nothing"})),
+        add(json!({"driver": "copy-on-read", "node-name": "r", "file": "n"})),
+        add(json!({"driver": "copy-on-read", "node-name": "ro", "file": "n", "read-only": true})),
+        json!({"execute": "x-debug-query-block-graph"}),
+        json!({"execute": "query-named-block-nodes", "arguments": {"flat": true}}),
+        json!({"execute": "query-named-block-nodes"}),
+        add(json!({"driver": "file", "node-name": "f", "filename": "nothing.img"})),
+        add(json!({"driver": "file", "node-name": "f", "filename": "disk.img", "locking": "on",
+            "cache": {"direct": false, "no-flush": true}})),
+        add(json!({"driver": "file", "node-name": "f-ro", "filename": "disk.img", "read-only": true})),
+        json!({"execute": "x-debug-query-block-graph"}),
+        json!({"execute": "query-named-block-nodes", "arguments": {"flat": true}}),
+        json!({"execute": "blockdev-del", "arguments": {"node-name": "f-ro"}}),
+        json!({"execute": "blockdev-del", "arguments": {"node-name": "f"}}),
+        json!({"execute": "blockdev-del", "arguments": {"node-name": "nothing"}}),
+        json!({"execute": "query-block-exports"}),
+        export(json!({"type": "nbd", "id": "e0", "node-name": "r"})),
+        json!({"execute": "nbd-server-stop"}),
+        start.clone(),
+        start,
+        export(json!({"type": "nbd", "id": "e0", "node-name": "nothing"})),
+        export(json!({"type": "nbd", "id": "1st", "node-name": "r"})),
+        export(json!({"type": "nbd", "id": "e0", "node-name": "ro", "writable": true})),
+        export(json!({"type": "nbd", "id": "e0", "node-name": "r", "writable": true})),
+        export(json!({"type": "nbd", "id": "e0", "node-name": "r", "name": "x"})),
+        export(json!({"type": "nbd", "id": "e1", "node-name": "r"})),
+        export(json!({"type": "nbd", "id": "e1", "node-name": "r", "name": "x"})),
+        json!({"execute": "query-block-exports"}),
+        json!({"execute": "x-debug-query-block-graph"}),
+        json!({"execute": "blockdev-del", "arguments": {"node-name": "r"}}),
+        json!({"execute": "block-export-del", "arguments": {"id": "nothing"}}),
+        json!({"execute": "block-export-del", "arguments": {"id": "e1"}}),
+        json!({"execute": "nbd-server-stop"}),
+        json!({"execute": "query-block-exports"}),
+        json!({"execute": "blockdev-del", "arguments": {"node-name": "ro"}}),
+        json!({"execute": "blockdev-del", "arguments": {"node-name": "r"}}),
+        json!({"execute": "blockdev-del", "arguments": {"node-name": "n"}}),
+        json!({"execute": "query-named-block-nodes"}),
+    ];
+    for command in &commands {
+        let (x, y) = (a.ask(command), b.ask(command));
+        same(command, &normal(x), &normal(y));
+    }
+    let events = |m: &crate::daemon::Monitor| -> Vec<Json> {
+        m.events.iter().map(|e| json!([e["event"], e["data"]])).collect()
+    };
+    assert_eq!(events(&a), events(&b));
+}
+
+/// Replies without what may differ: our errors have more to say, our users have names,
+/// and the numbers of graph points are arbitrary.
+fn normal(mut reply: Json) -> Json {
+    if let Some(e) = reply.get_mut("error").and_then(Json::as_object_mut) {
+        e.shift_remove("data");
+    }
+    if reply["return"].get("edges").is_some() {
+        let graph = reply["return"].clone();
+        let name = |id: &Json| {
+            let nodes = graph["nodes"].as_array().expect("nodes");
+            let n = nodes.iter().find(|n| n["id"] == *id).expect("edges lead to nodes");
+            match n["type"] == "block-driver" {
+                true => n["name"].clone(),
+                false => n["type"].clone(),
+            }
+        };
+        let edges = graph["edges"].as_array().expect("edges").iter();
+        let mut edges: Vec<_> = edges
+            .map(|e| {
+                json!([name(&e["parent"]), e["name"], name(&e["child"]), e["perm"], e["shared-perm"]])
+                    .to_string()
+            })
+            .collect();
+        edges.sort();
+        return json!(edges);
+    }
+    // Nodes come in no particular order, apart from parents before children.
+    if let Some(nodes) = reply["return"].as_array_mut() {
+        nodes.sort_by_key(|n| n["node-name"].to_string());
+    }
+    reply
+}
+
+fn same(command: &Json, ours: &Json, theirs: &Json) {
+    match (ours["error"]["desc"].as_str(), theirs["error"]["desc"].as_str()) {
+        (Some(a), Some(b)) => {
+            assert_eq!(ours["error"]["class"], theirs["error"]["class"], "{command}");
+            assert!(a.starts_with(b), "{command}\n  ours: {a}\n  theirs: {b}");
+        }
+        _ => assert_eq!(ours, theirs, "{command}"),
+    }
+}
+
+/// The public Python client drives the daemon. It is installed once into a directory
+/// under `target`.
+#[test]
+fn the_public_python_client() {
+    let venv = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("qemu-qmp-0.0.6");
+    let python = venv.join("bin/python3");
+    if !venv.join("ready").exists() {
+        // Two test runs may do this at the same time; both end with the same files.
+        let step = |mut c: Command| {
+            let out = c.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{c:?}: {e}"));
+            assert!(out.status.success(), "{c:?}: {}", String::from_utf8_lossy(&out.stderr));
+        };
+        let mut c = Command::new("python3");
+        c.args(["-m", "venv"]).arg(&venv);
+        step(c);
+        let mut c = Command::new(&python);
+        c.args(["-m", "pip", "install", "--quiet", "qemu.qmp==0.0.6"]);
+        step(c);
+        std::fs::write(venv.join("ready"), "").expect("written");
+    }
+    let mut d = Daemon::start(|_| serve(), &[]);
+    d.monitor();
+    let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/client.py");
+    let mut c = Command::new(&python);
+    c.arg(script).arg(d.path("m.sock")).arg(d.path("nbd.sock"));
+    let out = c.output().expect("runs");
+    let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
+    assert!(out.status.success(), "{}{}", text(&out.stdout), text(&out.stderr));
+    assert_eq!(text(&out.stdout).trim(), "all is well");
+    assert!(d.wait().success());
+}
