@@ -20,10 +20,10 @@ use super::bitmap::BitmapEntry;
 use super::check::{Repair, check_and_repair};
 use super::create;
 use super::header::{
-    COMPAT_LAZY_REFCOUNTS, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2, looks_like_qcow2,
+    COMPAT_LAZY_REFCOUNTS, Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2, looks_like_qcow2,
 };
 use super::image::{self, Env, File};
-use super::layout::Geometry;
+use super::layout::{Geometry, corrupt};
 use super::meta::{Meta, Place, Run, Try};
 
 /// The registry row of qcow2.
@@ -162,6 +162,9 @@ impl Core {
         if writable && header.incompatible & INCOMPAT_DIRTY != 0 {
             check_and_repair(io, file.write()?, file.resize()?, Repair::All).await?;
             (header, sector) = image::load_header(io).await?;
+        }
+        if writable {
+            tables_in_file(&header, io.size())?;
         }
         let l1 = image::load_l1(io, &header).await?;
         let reftable = if writable { image::load_reftable(io, &header).await? } else { Vec::new() };
@@ -326,6 +329,23 @@ impl Core {
             ..Description::default()
         }
     }
+}
+
+/// Fails when a table that is written back where it is lies beyond the end of the file: that is damage, and would
+/// grow the file to wherever the header says.
+fn tables_in_file(h: &Header, file_size: u64) -> Result<()> {
+    let geo = h.geometry();
+    let end = geo.clusters_for(file_size) << geo.cluster_bits;
+    for (what, at, bytes) in [
+        ("Active L1 table", h.l1_table, u64::from(h.l1_entries) * 8),
+        ("Refcount table", h.reftable, u64::from(h.reftable_clusters) << geo.cluster_bits),
+    ] {
+        if at.0 + bytes > end {
+            return Err(corrupt(format!("{what} at {at} lies beyond the end of the file"))
+                .remedy("open the image with read-only=on, or repair it with 'img check -r all'"));
+        }
+    }
+    Ok(())
 }
 
 /// The driver of a qcow2 node.

@@ -369,13 +369,13 @@ impl Header {
 
     /// Sets or removes the backing file and its format.
     pub fn set_backing(&mut self, name: Option<&str>, format: Option<&str>) -> Result<()> {
-        if let Some(name) = name {
-            if name.is_empty() || name.len() > MAX_BACKING_NAME as usize {
-                return Err(Error::new(
-                    ErrorKind::InvalidInput,
-                    format!("a backing file name has 1 to {MAX_BACKING_NAME} bytes, not {}", name.len()),
-                ));
-            }
+        if let Some(name) = name
+            && (name.is_empty() || name.len() > MAX_BACKING_NAME as usize)
+        {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("a backing file name has 1 to {MAX_BACKING_NAME} bytes, not {}", name.len()),
+            ));
         }
         self.backing_file = name.map(str::to_owned);
         self.extensions.retain(|e| e.id != EXT_BACKING_FORMAT);
@@ -671,13 +671,11 @@ mod tests {
             h.extensions.push(Header::feature_names());
             let mut b = h.encode().unwrap();
             b[at] = value;
-            if let Ok(h) = Header::decode(&b) {
-                if h.compatible == 0 {
-                    if let Ok(again) = h.encode() {
+            if let Ok(h) = Header::decode(&b)
+                && h.compatible == 0
+                    && let Ok(again) = h.encode() {
                         prop_assert_eq!(Header::decode(&again).unwrap(), h);
                     }
-                }
-            }
         }
     }
 }

@@ -224,11 +224,14 @@ impl Meta {
         }
     }
 
-    /// Fails when a write to the file would hit metadata.
+    /// Fails when a write to the file would hit metadata, or lie beyond everything that was ever allocated.
     pub(super) fn check_overlap(&self, host: HostOffset, len: u64) -> Result<()> {
         let first = self.geo.cluster_of(host).0;
         let last = self.geo.cluster_of(HostOffset(host.0 + len.max(1) - 1)).0;
         match self.owned.range(first..=last).next() {
+            None if last >= self.high => {
+                Err(corrupt(format!("Cluster allocation offset {host} lies beyond the end of the file")))
+            }
             None => Ok(()),
             Some(c) => Err(corrupt(format!(
                 "Preventing invalid write on metadata (overlaps with {}) at {:#x}",
@@ -392,7 +395,10 @@ impl Meta {
                 ("refcount block", (h.0 != 0 && geo.in_cluster(h.0) == 0).then_some(h))
             }
         };
-        found.ok_or_else(|| corrupt(format!("{what} {need:?} has a bad offset")))
+        // Tables are written back where they are: one far behind the end would grow the file to there.
+        found.filter(|h| geo.cluster_of(*h).0 < self.high).ok_or_else(|| {
+            corrupt(format!("{what} {need:?} has a bad offset, or lies beyond the end of the file"))
+        })
     }
 
     /// Whether a table is in memory.

@@ -277,10 +277,10 @@ impl Core {
         let data = Arc::new(data);
         let mut m = self.meta();
         // Only while the entry still names these data: freed space may hold others soon.
-        if let Ok(Try::Done(Run { place: Place::Compressed { raw: now, .. }, .. })) = m.lookup(at, 1) {
-            if now == raw {
-                m.unpacked = Some((raw, data.clone()));
-            }
+        if let Ok(Try::Done(Run { place: Place::Compressed { raw: now, .. }, .. })) = m.lookup(at, 1)
+            && now == raw
+        {
+            m.unpacked = Some((raw, data.clone()));
         }
         Ok(data)
     }
@@ -649,7 +649,14 @@ impl Core {
     /// Zeroes a part of one cluster.
     async fn zero_part(&self, env: Env<'_>, span: Span, flags: WriteFlags) -> Result<()> {
         self.begin_change(env).await?;
-        let _range = self.ranges.lock(span.align_out(self.geo.cluster_size())).await;
+        let cluster = span.align_out(self.geo.cluster_size());
+        let _range = self.ranges.lock(cluster).await;
+        if self.geo.version >= 3 {
+            let run = self.find(env, cluster.offset(), 1).await?;
+            if run.place == Place::Unallocated && cluster.offset() >= env.backing_size() {
+                return self.set_range(env, cluster, |_, _| L2Entry::Zero { kept: None }).await;
+            }
+        }
         self.zero_locked(env, span, flags).await
     }
 
@@ -880,11 +887,12 @@ impl Core {
             let m = self.meta();
             m.high << m.geo.cluster_bits
         };
-        if self.grown.load(SeqCst) && env.file.size() > end {
-            if let Ok(io) = env.file.resize() {
-                // A longer file is as valid.
-                let _ = io.resize(end, Prealloc::Off).await;
-            }
+        if self.grown.load(SeqCst)
+            && env.file.size() > end
+            && let Ok(io) = env.file.resize()
+        {
+            // A longer file is as valid.
+            let _ = io.resize(end, Prealloc::Off).await;
         }
         Ok(())
     }
