@@ -265,6 +265,18 @@ impl Rt {
         .await
     }
 
+    /// Runs a future as a task of its own: dropping the future that is returned does not stop it. For steps that must not
+    /// end half-way.
+    pub async fn shielded<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> T {
+        let (tx, rx) = oneshot();
+        self.spawn(async move { tx.send(future.await) });
+        match rx.await {
+            Some(out) => out,
+            // The runtime ends, and this future with it.
+            None => std::future::pending().await,
+        }
+    }
+
     /// Lets other tasks and completions have a turn.
     pub async fn yield_now(&self) {
         yield_now().await;

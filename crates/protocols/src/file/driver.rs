@@ -2,21 +2,23 @@
 //!
 //! Buffered files take any offset and length. With direct I/O everything must be aligned: what is not goes through a
 //! bounce buffer, and an unaligned write reads the blocks at its ends first. Such writes, and all writes and zeroings of a
-//! direct file, exclude each other where their *blocks* overlap, so that no half of a block is lost.
+//! direct file, exclude each other where their *blocks* overlap, so that no half of a block is lost. An unaligned write is
+//! a task of its own: if the request is cancelled, a write that the kernel still has must not bring back old bytes of
+//! its neighbours after they were written anew.
 //!
 //! The size is the one that this node knows: files do not shrink below their users. Reads past it give zeroes, writes
 //! past it make the file grow.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 
 use dolmen_graph::{
     AccessRule, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op, Plan, Prealloc,
     Prepared, RangeGuard, RangeLock, Request, SELF, Where,
 };
 use dolmen_rt::sys::{self, FileFacts, FileKind};
-use dolmen_rt::{CoreIo, Fallocate, File, IoVec, LocalFuture, Memory, Seek};
+use dolmen_rt::{CoreIo, Fallocate, File, IoVec, LocalFuture, Memory, Rt, Seek};
 use dolmen_types::{Actions, BlkEvent, Error, ErrorKind, Result, ResultExt, Span, Value, WriteFlags};
 
 use super::lock::{Locks, Stance};
@@ -38,6 +40,7 @@ pub(super) struct Made {
 
 /// A node's file.
 pub(super) struct FileDriver {
+    me: Weak<FileDriver>,
     kind: &'static DriverKind,
     filename: String,
     file: File,
@@ -57,6 +60,9 @@ pub(super) struct FileDriver {
     no_seek: AtomicBool,
     /// Written since the last flush.
     dirty: AtomicBool,
+    /// The errno of a flush of a buffered file that failed; 0 for none. The kernel reports a lost page once and forgets
+    /// it: a later flush would succeed although data are missing. So all later flushes fail, too.
+    lost: AtomicI32,
     status: StatusCache,
 }
 
@@ -66,7 +72,7 @@ impl FileDriver {
         filename: String,
         made: Made,
         read_only: bool,
-    ) -> FileDriver {
+    ) -> Arc<FileDriver> {
         let Made { file, facts, direct, writable: _, locking } = made;
         let known = |align: u32| if align == 0 { DIRECT_ALIGN } else { align };
         let (align, memory_align) = if direct {
@@ -74,7 +80,8 @@ impl FileDriver {
         } else {
             (1, 1)
         };
-        FileDriver {
+        Arc::new_cyclic(|me| FileDriver {
+            me: me.clone(),
             kind,
             locks: Arc::new(Locks::new(file.clone(), facts.id, filename.clone(), locking)),
             filename,
@@ -89,8 +96,9 @@ impl FileDriver {
             no_punch: AtomicBool::new(false),
             no_seek: AtomicBool::new(false),
             dirty: AtomicBool::new(false),
+            lost: AtomicI32::new(0),
             status: StatusCache::default(),
-        }
+        })
     }
 
     fn size_now(&self) -> u64 {
@@ -119,21 +127,26 @@ impl FileDriver {
         Ok(())
     }
 
-    async fn write(&self, io: &CoreIo, span: Span, from: &IoVec, dsync: bool) -> Result<()> {
-        let _changing = self.status.change(span, true);
+    async fn write(&self, rt: &Rt, io: &CoreIo, span: Span, from: &IoVec, dsync: bool) -> Result<()> {
+        if !self.is_aligned(span, from) {
+            let me = self.me.upgrade().expect("a driver that runs a request is alive");
+            let (io, from) = (io.clone(), from.clone());
+            return rt.shielded(async move { me.write_unaligned(&io, span, &from, dsync).await }).await;
+        }
+        let changing = self.status.change(span, true);
         self.dirty.store(true, Ordering::Relaxed);
         let _blocks = self.lock_blocks(span).await;
-        if self.is_aligned(span, from) {
-            io.write_all_at(&self.file, from, span.offset(), dsync).await?;
-        } else {
-            self.write_unaligned(io, span, from, dsync).await?;
-        }
+        io.write_all_at(&self.file, from, span.offset(), dsync).await?;
         self.size.fetch_max(span.end(), Ordering::AcqRel);
+        changing.done();
         Ok(())
     }
 
-    /// Writes whole blocks, with what the file has at both ends. The blocks are locked.
+    /// Writes whole blocks, with what the file has at both ends.
     async fn write_unaligned(&self, io: &CoreIo, span: Span, from: &IoVec, dsync: bool) -> Result<()> {
+        let changing = self.status.change(span, true);
+        self.dirty.store(true, Ordering::Relaxed);
+        let _blocks = self.lock_blocks(span).await;
         let align = u64::from(self.align);
         let outer = span.align_out(align);
         let memory = Memory::zeroed(outer.len() as usize);
@@ -154,6 +167,8 @@ impl FileDriver {
         if outer.end() > end && !self.is_device {
             io.truncate(&self.file, end).await?;
         }
+        self.size.fetch_max(span.end(), Ordering::AcqRel);
+        changing.done();
         Ok(())
     }
 
@@ -166,19 +181,22 @@ impl FileDriver {
 
     async fn write_zeroes(
         &self,
+        cx: Cx<'_>,
         io: &CoreIo,
         span: Span,
         flags: WriteFlags,
-        unmap: bool,
         fua: bool,
     ) -> Result<()> {
+        let unmap = flags.has(WriteFlags::MAY_UNMAP) && cx.node.flags.unmap;
         {
-            let _changing = self.status.change(span, false);
+            let changing = self.status.change(span, false);
             self.dirty.store(true, Ordering::Relaxed);
             let _blocks = self.lock_blocks(span).await;
-            if self.zero_by_kernel(io, span, unmap).await? {
+            let zeroed = self.zero_by_kernel(io, span, unmap).await?;
+            changing.done();
+            if zeroed {
                 self.size.fetch_max(span.end(), Ordering::AcqRel);
-                return if fua { io.sync_data(&self.file).await } else { Ok(()) };
+                return if fua { self.flush(io).await } else { Ok(()) };
             }
         }
         if flags.has(WriteFlags::NO_FALLBACK) {
@@ -186,7 +204,7 @@ impl FileDriver {
         }
         let zeroes = Memory::zeroed(span.len().min(ZERO_CHUNK) as usize).iovec();
         for piece in span.blocks(ZERO_CHUNK) {
-            self.write(io, piece, &zeroes.slice(0, piece.len() as usize), fua).await?;
+            self.write(cx.rt, io, piece, &zeroes.slice(0, piece.len() as usize), fua).await?;
         }
         Ok(())
     }
@@ -262,20 +280,32 @@ impl FileDriver {
         if span.is_empty() {
             return Ok(());
         }
-        let _changing = self.status.change(span, false);
+        let changing = self.status.change(span, false);
         self.dirty.store(true, Ordering::Relaxed);
         let _blocks = self.lock_blocks(span).await;
         // A file system that can't punch holes keeps the space: allowed for a discard.
         self.punch(io, span).await?;
-        if fua { io.sync_data(&self.file).await } else { Ok(()) }
+        changing.done();
+        if fua { self.flush(io).await } else { Ok(()) }
     }
 
     async fn flush(&self, io: &CoreIo) -> Result<()> {
+        let lost = self.lost.load(Ordering::Acquire);
+        if lost != 0 {
+            return Err(Error::from_errno(
+                lost,
+                "an earlier flush failed, so data that were written may be lost",
+            )
+            .remedy("check the storage, then open the image anew"));
+        }
         // Cleared first: what is written meanwhile makes it dirty again.
-        let dirty = self.dirty.swap(false, Ordering::AcqRel);
+        self.dirty.store(false, Ordering::Release);
         let result = io.sync_data(&self.file).await;
-        if result.is_err() && dirty {
-            self.dirty.store(true, Ordering::Relaxed);
+        if let Err(e) = &result {
+            self.dirty.store(true, Ordering::Release);
+            if self.align == 1 {
+                self.lost.store(e.errno(), Ordering::Release);
+            }
         }
         result
     }
@@ -295,11 +325,12 @@ impl FileDriver {
             ));
         }
         let (from, to) = (old.min(size), old.max(size));
-        let _changing = self.status.change(Span::from_range(from, to), false);
+        let changing = self.status.change(Span::from_range(from, to), false);
         let _blocks = self.lock_blocks(Span::from_range(from, to)).await;
         self.dirty.store(true, Ordering::Relaxed);
         grow(io, &self.file, old, size, prealloc).await?;
         self.size.store(size, Ordering::Release);
+        changing.done();
         Ok(())
     }
 
@@ -442,11 +473,10 @@ impl Driver for FileDriver {
             match op {
                 Op::Read { span, to, flags: _ } => self.read(io, span, to).await.context(|| self.name()),
                 Op::Write { span, from, flags: f } => {
-                    self.write(io, span, from, fua(f)).await.context(|| self.name())
+                    self.write(cx.rt, io, span, from, fua(f)).await.context(|| self.name())
                 }
                 Op::WriteZeroes { span, flags: f } => {
-                    let unmap = f.has(WriteFlags::MAY_UNMAP) && flags.unmap;
-                    self.write_zeroes(io, span, f, unmap, fua(f)).await.context(|| self.name())
+                    self.write_zeroes(cx, io, span, f, fua(f)).await.context(|| self.name())
                 }
                 Op::Discard { span, flags: f } => {
                     self.discard(io, span, fua(f)).await.context(|| self.name())
@@ -524,9 +554,11 @@ impl fmt::Debug for FileDriver {
 /// file system costs a thread switch.
 ///
 /// An entry is forgotten when a write or a zeroing might change it, and an answer is kept only when nothing changed
-/// while the file system was asked.
+/// while the file system was asked. After a change that was cancelled or failed nobody knows when the kernel is done
+/// with it: then answers are not kept any more.
 #[derive(Default)]
 struct StatusCache {
+    unsure: AtomicBool,
     /// Counts the beginnings and ends of changes.
     epoch: AtomicU64,
     /// Never held across an await.
@@ -534,11 +566,23 @@ struct StatusCache {
 }
 
 /// A change in progress; counts once more when it ends.
-struct Changing<'a>(&'a StatusCache);
+struct Changing<'a> {
+    cache: &'a StatusCache,
+    done: bool,
+}
+
+impl Changing<'_> {
+    fn done(mut self) {
+        self.done = true;
+    }
+}
 
 impl Drop for Changing<'_> {
     fn drop(&mut self) {
-        self.0.epoch.fetch_add(1, Ordering::AcqRel);
+        if !self.done {
+            self.cache.unsure.store(true, Ordering::Release);
+        }
+        self.cache.epoch.fetch_add(1, Ordering::AcqRel);
     }
 }
 
@@ -550,7 +594,7 @@ impl StatusCache {
         if last.is_some_and(|(s, data)| data != to_data && s.overlaps(span)) {
             *last = None;
         }
-        Changing(self)
+        Changing { cache: self, done: false }
     }
 
     fn epoch(&self) -> u64 {
@@ -564,7 +608,7 @@ impl StatusCache {
 
     fn put(&self, span: Span, data: bool, began: u64) {
         let mut last = self.last.lock().unwrap_or_else(|e| e.into_inner());
-        if self.epoch() == began {
+        if self.epoch() == began && !self.unsure.load(Ordering::Acquire) {
             *last = Some((span, data));
         }
     }
@@ -579,20 +623,26 @@ mod tests {
         let c = StatusCache::default();
         c.put(Span::new(0, 100), false, c.epoch());
         assert!(c.get(99).is_some() && c.get(100).is_none());
-        drop(c.change(Span::new(200, 10), true));
+        c.change(Span::new(200, 10), true).done();
         assert!(c.get(5).is_some());
         // Zeroing a hole leaves it one.
-        drop(c.change(Span::new(0, 10), false));
+        c.change(Span::new(0, 10), false).done();
         assert!(c.get(5).is_some());
-        drop(c.change(Span::new(99, 10), true));
+        c.change(Span::new(99, 10), true).done();
         assert!(c.get(5).is_none());
         // An answer that a write overtook is not kept.
         let began = c.epoch();
         let writing = c.change(Span::new(0, 1), true);
         c.put(Span::new(0, 100), false, began);
         let began = c.epoch();
-        drop(writing);
+        writing.done();
         c.put(Span::new(0, 100), false, began);
+        assert!(c.get(5).is_none());
+        c.put(Span::new(0, 100), false, c.epoch());
+        assert!(c.get(5).is_some());
+        // A cancelled change may still happen.
+        drop(c.change(Span::new(0, 1), true));
+        c.put(Span::new(0, 100), false, c.epoch());
         assert!(c.get(5).is_none());
     }
 }

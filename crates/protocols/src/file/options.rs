@@ -1,7 +1,6 @@
 //! Options of `file` and `host_device`, and how they open.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use dolmen_graph::{AccessRule, Class, Common, DriverKind, OpenCx, Opened, Opener, Parsed};
 use dolmen_rt::sys::{self, FileKind, OpenHow};
@@ -133,7 +132,7 @@ impl Opener for OpenFile {
                 .context(|| format!("Could not open '{}'", self.filename))?;
             let read_only = want.write && !made.writable;
             let driver = FileDriver::new(self.kind, self.filename, made, read_only);
-            Ok(Opened { driver: Arc::new(driver), implicit: Vec::new() })
+            Ok(Opened { driver, implicit: Vec::new() })
         })
     }
 }

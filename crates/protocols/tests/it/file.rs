@@ -1,6 +1,8 @@
 //! Requests to files, buffered and direct.
 
+use std::future::Future;
 use std::os::unix::fs::MetadataExt;
+use std::process::Command;
 
 use dolmen_graph::{Prealloc, Where};
 use dolmen_rt::Memory;
@@ -234,5 +236,116 @@ fn null_answers_from_memory() {
         assert!(m.iovec().is_zero());
         t.resize(&w.rt).unwrap().resize(2 << 20, Prealloc::Off).await.unwrap();
         assert_eq!(t.size(), 2 << 20);
+    });
+}
+
+/// A loop device, until it is dropped.
+struct Loop(String);
+
+impl Loop {
+    /// `None` where we may not make one.
+    fn over(path: &std::path::Path) -> Option<Loop> {
+        let out = Command::new("losetup").args(["--find", "--show"]).arg(path).output().ok()?;
+        let name = String::from_utf8(out.stdout).ok()?;
+        (out.status.success()).then(|| Loop(name.trim().to_owned()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn block_devices() {
+    for direct in [false, true] {
+        on_both(move |mut w| async move {
+            let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+            let path = dir.path().join("disk");
+            let mut model = pattern(1 << 20, 1);
+            std::fs::write(&path, &model).unwrap();
+            let Some(device) = Loop::over(&path) else {
+                eprintln!("skipped: no loop device can be made here");
+                return;
+            };
+            let options = Options::new()
+                .with("driver", "host_device")
+                .with("node-name", "disk")
+                .with("discard", "unmap")
+                .with("cache.direct", direct)
+                .with("filename", device.0.as_str());
+            w.open(options).await.unwrap();
+            let edge = w.attach("disk", RW, Actions::DATA).await.unwrap();
+            let t = token(&edge).await;
+            assert_eq!(t.size(), 1 << 20);
+            let io = t.write(&w.rt).unwrap();
+            for (at, len) in [(0, 4096), (4096, 512), (100, 1000), (70_000, 40_001), ((1 << 20) - 3, 3)] {
+                let span = Span::new(at as u64, len as u64);
+                let data = pattern(len, 7);
+                io.write(span, &Memory::from_slice(&data).iovec(), WriteFlags::FUA).await.unwrap();
+                model[at..at + len].copy_from_slice(&data);
+            }
+            for (at, len) in [(8192, 8192), (200_000, 1001), (300_000, 8192)] {
+                io.write_zeroes(Span::new(at as u64, len as u64), WriteFlags::NONE).await.unwrap();
+                model[at..at + len].fill(0);
+            }
+            io.discard(Span::new(65536, 1001), WriteFlags::NONE).await.unwrap();
+            io.flush().await.unwrap();
+            let back = Memory::zeroed(model.len());
+            t.read(&w.rt).unwrap().read(Span::new(0, 1 << 20), &back.iovec(), ReadFlags::NONE).await.unwrap();
+            let back = back.to_vec();
+            // What a discarded range reads as is not said.
+            model[65536..65536 + 1001].copy_from_slice(&back[65536..65536 + 1001]);
+            assert!(back == model);
+            t.resize(&w.rt).unwrap().resize(1 << 20, Prealloc::Off).await.unwrap();
+            let e = t.resize(&w.rt).unwrap().resize(2 << 20, Prealloc::Off).await.unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Unsupported);
+            drop(t);
+            w.owner.close().await.unwrap();
+        });
+    }
+}
+
+/// A cancelled write of a part of a block, and then a write of another part of it. If the first one's blocks went to the
+/// kernel after the second one had read them, it would bring back the old bytes of the second part, which was
+/// acknowledged.
+#[test]
+fn a_cancelled_write_spares_its_neighbours() {
+    on_both(async |mut w| {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, vec![0; 4096]).unwrap();
+        let options = Options::new()
+            .with("driver", "file")
+            .with("node-name", "disk")
+            .with("cache.direct", true)
+            .with("filename", path.to_str().unwrap());
+        if w.open(options).await.is_err() {
+            eprintln!("no direct I/O here");
+            return;
+        }
+        let edge = w.attach("disk", RW, Actions::DATA).await.unwrap();
+        for round in 1..=50u8 {
+            let t = token(&edge).await;
+            let io = t.write(&w.rt).unwrap();
+            let data = Memory::from_slice(&[round; 100]).iovec();
+            {
+                let mut first = std::pin::pin!(io.write(Span::new(0, 100), &data, WriteFlags::NONE));
+                let polled = std::future::poll_fn(|cx| std::task::Poll::Ready(first.as_mut().poll(cx))).await;
+                assert!(polled.is_pending());
+                // Dropped at different points of its life.
+                for _ in 0..round % 5 {
+                    w.rt.yield_now().await;
+                }
+            }
+            io.write(Span::new(200, 100), &data, WriteFlags::NONE).await.unwrap();
+            let back = Memory::zeroed(300);
+            t.read(&w.rt).unwrap().read(Span::new(0, 300), &back.iovec(), ReadFlags::NONE).await.unwrap();
+            assert_eq!(back.to_vec()[200..], [round; 100]);
+        }
+        w.owner.close().await.unwrap();
+        let end = std::fs::read(&path).unwrap();
+        assert_eq!((&end[..100], &end[200..300]), (&[50; 100][..], &[50; 100][..]));
     });
 }

@@ -163,6 +163,93 @@ fn a_tool_holds_the_image() {
     });
 }
 
+/// A storage daemon, until it is dropped.
+struct Daemon {
+    pid: String,
+}
+
+impl Daemon {
+    fn start(dir: &Path, args: &[String]) -> Daemon {
+        let pidfile = dir.join("daemon.pid");
+        // It returns once everything is set up.
+        let status = Command::new("qemu-storage-daemon")
+            .arg("--daemonize")
+            .arg("--pidfile")
+            .arg(&pidfile)
+            .args(args)
+            .status()
+            .unwrap();
+        assert!(status.success());
+        Daemon { pid: std::fs::read_to_string(&pidfile).unwrap().trim().to_owned() }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = Command::new("kill").args(["-KILL", &self.pid]).status();
+    }
+}
+
+/// The rows of the table are what the established daemon holds. Then we ask for the same, and where that gets along the
+/// bytes stay the same.
+#[test]
+fn the_table_is_the_daemon_s() {
+    if !tools_are_here() {
+        return;
+    }
+    let export =
+        |node: &str, writable: &str| format!("type=nbd,id=e,node-name={node},name=e,writable={writable}");
+    let rows: [(&str, &str, &[u64]); 4] = [
+        ("raw", "off", &[100, 203]),
+        ("raw", "on", &[100, 101, 203]),
+        ("qcow2", "off", &[100, 101, 103, 201, 203]),
+        ("qcow2", "on", &[100, 101, 103, 201, 203]),
+    ];
+    for (format, writable, want) in rows {
+        let (dir, path) = image();
+        let made = Command::new("qemu-img")
+            .args(["create", "-q", "-f", format])
+            .arg(&path)
+            .arg("1M")
+            .status()
+            .unwrap();
+        assert!(made.success());
+        let daemon = Daemon::start(
+            dir.path(),
+            &[
+                "--blockdev".into(),
+                format!("driver=file,node-name=f,filename={}", path.display()),
+                "--blockdev".into(),
+                format!("driver={format},node-name=n,file=f"),
+                "--nbd-server".into(),
+                format!("addr.type=unix,addr.path={}", dir.path().join("s").display()),
+                "--export".into(),
+                export("n", writable),
+            ],
+        );
+        assert_eq!(bytes(&path), want, "{format}, writable={writable}");
+        let pid = daemon.pid.clone();
+        dolmen_rt::block_on(|rt| async move {
+            let mut w = World::new(rt);
+            w.open(file(&path)).await.unwrap();
+            let shares_writing = !want.contains(&201);
+            match w.attach("disk", D | V, ALL - S).await {
+                Ok(edge) => {
+                    assert!(shares_writing);
+                    assert_eq!(bytes(&path), [100, 101, 203]);
+                    w.detach(&edge).await;
+                    assert_eq!(bytes(&path), want);
+                }
+                Err(e) => {
+                    assert!(!shares_writing, "{e}");
+                    assert_eq!(e.conflict().unwrap().denies.id, pid);
+                    assert_eq!(bytes(&path), want);
+                }
+            }
+        });
+    }
+}
+
 /// The other way round: a tool is refused what we do not allow, and gets what we do.
 #[test]
 fn we_hold_the_image() {

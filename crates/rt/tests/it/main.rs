@@ -2,6 +2,7 @@
 
 mod cancel;
 mod executor;
+mod fallback;
 mod files;
 mod sockets;
 
