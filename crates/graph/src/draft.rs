@@ -5,7 +5,8 @@
 //! that the candidate needs. Publishing is [`GraphOwner::commit`](crate::GraphOwner::commit).
 //! Dropping a draft undoes everything, in reverse order.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use dolmen_rt::{Instant, Rt};
@@ -134,17 +135,23 @@ impl State {
         self.nodes.iter().position(|n| n.def.name == *name).expect("links lead to nodes of the draft")
     }
 
+    /// Every node's position.
+    fn numbers(&self) -> HashMap<&NodeName, usize> {
+        self.nodes.iter().enumerate().map(|(i, n)| (&n.def.name, i)).collect()
+    }
+
     /// What the solver gets, and the scopes by number.
     pub(crate) fn topology(&self) -> Topology {
-        let op =
-            |id: &OpId| self.ops.iter().position(|o| o.id == *id).expect("operations are registered") as u32;
+        let ops: HashMap<&OpId, u32> = self.ops.iter().zip(0..).map(|(o, i)| (&o.id, i)).collect();
+        let op = |id: &OpId| ops[id];
+        let numbers = self.numbers();
         let mut scopes: Vec<&ClaimScope> = Vec::new();
         let claims = self
             .claims
             .iter()
             .map(|c| TopoClaim {
                 op: op(&c.op),
-                node: self.index(&c.node),
+                node: numbers[&c.node],
                 claim: c.claim,
                 scope: (c.scope != ClaimScope::Node).then(|| {
                     scopes.iter().position(|s| **s == c.scope).unwrap_or_else(|| {
@@ -164,13 +171,13 @@ impl State {
                     active: true,
                     aligned: true,
                     owner: n.def.owner.as_ref().map(op),
-                    children: n.children.iter().map(|c| (c.role, self.index(&c.node))).collect(),
+                    children: n.children.iter().map(|c| (c.role, numbers[&c.node])).collect(),
                 })
                 .collect(),
             users: self
                 .users
                 .iter()
-                .map(|u| TopoUser { op: op(&u.op), node: self.index(&u.node), claim: u.claim })
+                .map(|u| TopoUser { op: op(&u.op), node: numbers[&u.node], claim: u.claim })
                 .collect(),
             claims,
         }
@@ -179,17 +186,17 @@ impl State {
     /// Whether `to` is `from` or below it. Each node is looked at once: a graph may have
     /// more paths than atoms.
     fn reaches(&self, from: &NodeName, to: &NodeName) -> bool {
-        let mut seen: Vec<&NodeName> = vec![from];
-        let mut next = 0;
-        while let Some(&name) = seen.get(next) {
+        let numbers = self.numbers();
+        let mut seen = vec![false; self.nodes.len()];
+        let mut todo = vec![from];
+        while let Some(name) = todo.pop() {
             if name == to {
                 return true;
             }
-            next += 1;
-            for c in self.node(name).iter().flat_map(|n| &n.children) {
-                if !seen.contains(&&c.node) {
-                    seen.push(&c.node);
-                }
+            if let Some(&i) = numbers.get(name)
+                && !std::mem::replace(&mut seen[i], true)
+            {
+                todo.extend(self.nodes[i].children.iter().map(|c| &c.node));
             }
         }
         false
@@ -211,6 +218,8 @@ pub struct Draft {
     pub(crate) generation: u64,
     /// Published nodes, to be reused where nothing changed.
     pub(crate) published: Vec<Arc<Node>>,
+    /// What was built last, for the same reason: a draft is built once per step of opening.
+    built: RefCell<BTreeMap<NodeName, Arc<Node>>>,
     /// Nodes that were held by something when the draft was begun.
     held_before: BTreeSet<NodeName>,
     /// The operations that there were then; others are just being tried.
@@ -232,7 +241,16 @@ impl Draft {
     pub(crate) fn new(state: State, generation: u64, published: Vec<Arc<Node>>, now: Instant) -> Draft {
         let held_before = state.held();
         let ops_before = state.ops.iter().map(|o| o.id.clone()).collect();
-        Draft { state, generation, published, held_before, ops_before, prepared: Vec::new(), now }
+        Draft {
+            state,
+            generation,
+            published,
+            built: RefCell::default(),
+            held_before,
+            ops_before,
+            prepared: Vec::new(),
+            now,
+        }
     }
 
     /// Makes up a name that users can't type.
@@ -645,15 +663,22 @@ impl Draft {
     /// Builds the nodes that have a driver, reusing published ones that did not change.
     pub(crate) fn build(&self, grants: &Grants) -> BTreeMap<NodeName, Arc<Node>> {
         let mut built = BTreeMap::new();
+        let known = Known {
+            numbers: self.state.numbers(),
+            published: self.published.iter().map(|n| (&n.name, n)).collect(),
+            last: self.built.take(),
+        };
         for i in 0..self.state.nodes.len() {
-            self.build_node(i, grants, &mut built);
+            self.build_node(i, &known, grants, &mut built);
         }
+        self.built.replace(built.clone());
         built
     }
 
     fn build_node(
         &self,
         i: usize,
+        known: &Known<'_>,
         grants: &Grants,
         built: &mut BTreeMap<NodeName, Arc<Node>>,
     ) -> Option<Arc<Node>> {
@@ -664,12 +689,11 @@ impl Draft {
         let driver = d.driver.clone()?;
         let mut children = Vec::with_capacity(d.children.len());
         for (k, c) in d.children.iter().enumerate() {
-            let node = self.build_node(self.state.index(&c.node), grants, built)?;
+            let node = self.build_node(known.numbers[&c.node], known, grants, built)?;
             children.push(ChildEdge { name: c.name, role: c.role, node, claim: grants.children[i][k] });
         }
         let same = |old: &&Arc<Node>| {
-            old.name == d.def.name
-                && Arc::ptr_eq(&old.state, &d.state)
+            Arc::ptr_eq(&old.state, &d.state)
                 && Arc::ptr_eq(&old.driver, &driver)
                 && old.flags == d.def.flags
                 && old.children.len() == children.len()
@@ -679,7 +703,8 @@ impl Draft {
                     .zip(&children)
                     .all(|(a, b)| a.name == b.name && a.claim == b.claim && Arc::ptr_eq(&a.node, &b.node))
         };
-        let node = match self.published.iter().find(same) {
+        let earlier = [known.published.get(&d.def.name).copied(), known.last.get(&d.def.name)];
+        let node = match earlier.into_iter().flatten().find(same) {
             Some(old) => old.clone(),
             None => Arc::new(Node {
                 name: d.def.name.clone(),
@@ -775,12 +800,22 @@ impl Draft {
         Ok(grants)
     }
 
-    /// Makes what was prepared effective. Cannot fail.
+    /// Makes what was prepared effective, and lets go of nodes that may be gone. Cannot
+    /// fail.
     pub(crate) fn commit_prepared(&mut self) {
+        self.published.clear();
+        self.built.take();
         for p in self.prepared.drain(..) {
             p.commit();
         }
     }
+}
+
+/// Nodes by name, while a draft is built.
+struct Known<'a> {
+    numbers: HashMap<&'a NodeName, usize>,
+    published: HashMap<&'a NodeName, &'a Arc<Node>>,
+    last: BTreeMap<NodeName, Arc<Node>>,
 }
 
 /// The operation id under which a node's driver holds claims.

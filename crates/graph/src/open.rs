@@ -72,7 +72,7 @@ struct Inherited {
 
 impl Opener<'_> {
     /// Opens a node and everything below it. `monitor` nodes stay until they are deleted
-    /// by name. Without a `driver` option, `filename` or `file` is probed, if the policy
+    /// by name. Without a `driver` option, the format of `file` is probed, if the policy
     /// permits it.
     ///
     /// # Errors
@@ -205,6 +205,8 @@ impl Opener<'_> {
             .remedy(format!("if you trust the image: {}", self.policy.permit_with))
         };
         let plain = !has_protocol(&child.filename);
+        // An image that is not a file of this host has no directory here.
+        let local = !image.is_empty() && !image.contains("://");
         match self.policy.implicit {
             Implicit::Deny => return Err(refuse("and files named inside images are not opened")),
             Implicit::Beneath => {
@@ -221,11 +223,23 @@ impl Opener<'_> {
                 if child.role != ChildRole::Backing {
                     return Err(refuse("and external data files are not opened"));
                 }
+                if !local {
+                    return Err(refuse("but is not a file of this host itself"));
+                }
             }
             Implicit::Anything => {}
         }
-        let (file, filename) = if plain {
-            let full = join(image, &child.filename);
+        // Otherwise an image could have a file read through any driver there is.
+        if let Some(format) = &child.format
+            && self.registry.find(format).is_ok_and(|k| k.class == crate::Class::Protocol)
+        {
+            return Err(refuse(&format!("as '{format}', which is not an image format")));
+        }
+        let full = join(image, &child.filename);
+        let (file, filename) = if plain && !local && has_protocol(&full) {
+            // Beside an image on a server: on the same server.
+            ((self.names)(&full)?, full)
+        } else if plain {
             let mut file = Options::new().with("driver", "file").with("filename", full.as_str());
             if self.policy.implicit == Implicit::Beneath {
                 file.set("x-beneath", directory(image));

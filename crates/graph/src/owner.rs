@@ -159,7 +159,6 @@ impl GraphOwner {
             users: draft.state.users.iter().filter_map(|u| u.edge.clone()).collect(),
         });
         self.state = std::mem::take(&mut draft.state);
-        draft.published.clear();
         draft.commit_prepared();
         gone.iter().for_each(|e| e.detach());
         drop(gates);

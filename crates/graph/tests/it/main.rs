@@ -2,5 +2,7 @@
 
 mod access_cases;
 mod changes;
+mod opening;
+mod requests;
 mod support;
 mod threads;

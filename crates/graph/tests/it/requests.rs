@@ -1,0 +1,1 @@
+//! The request path: random stacks of drivers against a model, and what a request costs.
