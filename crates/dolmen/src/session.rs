@@ -189,10 +189,11 @@ impl Session {
         let mut of_file = Options::new().with("filename", filename);
         for spec in file.create_options {
             let known = kind.create_options.iter().any(|s| s.name == spec.name);
-            if spec.name != "filename" && !known {
-                if let Some(v) = options.take(spec.name) {
-                    of_file.set(spec.name, v);
-                }
+            if spec.name != "filename"
+                && !known
+                && let Some(v) = options.take(spec.name)
+            {
+                of_file.set(spec.name, v);
             }
         }
         of_file.set("size", 0u64);

@@ -21,10 +21,10 @@ pub fn protocol_options(name: &str) -> Result<Options> {
         file_driver(&mut options);
         return Ok(options);
     }
-    if let Some(rest) = name.strip_prefix("nbd:") {
-        if !rest.starts_with("//") {
-            return legacy_nbd(rest);
-        }
+    if let Some(rest) = name.strip_prefix("nbd:")
+        && !rest.starts_with("//")
+    {
+        return legacy_nbd(rest);
     }
     protocol_name(&name.replacen("nbd+tcp://", "nbd://", 1))
 }
@@ -102,11 +102,11 @@ fn file_driver(options: &mut Options) {
         options.set("driver", "file");
     }
     for child in ["file", "backing", "image", "data-file"] {
-        if let Some(Value::Map(_)) = options.get(child) {
-            if let Ok(Some(mut inner)) = options.take_map(child) {
-                file_driver(&mut inner);
-                options.set(child, inner.into_value());
-            }
+        if let Some(Value::Map(_)) = options.get(child)
+            && let Ok(Some(mut inner)) = options.take_map(child)
+        {
+            file_driver(&mut inner);
+            options.set(child, inner.into_value());
         }
     }
 }

@@ -23,6 +23,9 @@ pub struct ChainStatus {
     pub data: bool,
     /// Stored compressed.
     pub compressed: bool,
+    /// The range lies past the end of the layer at `depth`, which is shorter than the one
+    /// above: that is why it reads as zeroes.
+    pub past_end: bool,
     /// The leaf that holds the bytes, and where in it.
     pub place: Option<(Arc<Node>, u64)>,
 }
@@ -117,6 +120,7 @@ pub async fn chain_status(top: &Arc<Node>, rt: &Rt, span: Span, base: Option<&No
                 zero: true,
                 data: false,
                 compressed: false,
+                past_end: depth > 0,
                 place: None,
             });
         }
@@ -125,7 +129,16 @@ pub async fn chain_status(top: &Arc<Node>, rt: &Rt, span: Span, base: Option<&No
         len = n;
         match found {
             Layer::Held { zero, data, compressed, place } => {
-                return Ok(ChainStatus { len, depth, present: true, zero, data, compressed, place });
+                return Ok(ChainStatus {
+                    len,
+                    depth,
+                    present: true,
+                    zero,
+                    data,
+                    compressed,
+                    past_end: false,
+                    place,
+                });
             }
             Layer::Below(next, offset) => {
                 let next = next.filter(|n| base.is_none_or(|b| !std::ptr::eq(&**n, b)));
@@ -137,6 +150,7 @@ pub async fn chain_status(top: &Arc<Node>, rt: &Rt, span: Span, base: Option<&No
                         zero: true,
                         data: false,
                         compressed: false,
+                        past_end: false,
                         place: None,
                     });
                 };

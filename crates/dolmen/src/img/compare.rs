@@ -102,7 +102,7 @@ async fn compare(one: &Image, two: &Image, a: &Compare) -> Result<Option<String>
         let s1 = one.status(at, common - at).await?;
         let s2 = two.status(at, common - at).await?;
         let len = s1.len.min(s2.len);
-        let state = |s: &ChainStatus| (s.present, s.zero, s.data);
+        let state = |s: &ChainStatus| (s.present && !s.past_end, s.zero, s.data, s.place.is_some());
         if a.strict && state(&s1) != state(&s2) {
             return Ok(Some(format!("Strict mode: Offset {at} block status mismatch!")));
         }

@@ -243,10 +243,12 @@ async fn backing_size(
         read_only: true,
         cache: CacheMode::default(),
     };
-    let opened = source.open(session, persona, READ).await.map_err(|f| Failure {
+    let not_opened = |f: Failure| Failure {
         message: format!("{filename}: {}\nCould not open backing image.", f.message),
         ..f
-    })?;
+    };
+    let options = source.options(session, persona).map_err(not_opened)?;
+    let opened = session.open(options, READ).await.map_err(|e| not_opened(e.into()))?;
     let size = opened.size();
     session.close_image(opened).await?;
     Ok(Some(size))

@@ -196,7 +196,8 @@ pub(crate) fn describe(node: &Arc<Node>) -> Json {
         m.insert("snapshots".into(), list.into());
     }
     let name = filename(node, &d);
-    m.insert("virtual-size".into(), node.size().into());
+    // The established tool counts in sectors.
+    m.insert("virtual-size".into(), node.size().next_multiple_of(512).into());
     m.insert("filename".into(), name.as_str().into());
     if let Some(n) = d.cluster_size.filter(|n| *n > 0) {
         m.insert("cluster-size".into(), n.into());
@@ -228,11 +229,11 @@ pub(crate) fn describe(node: &Arc<Node>) -> Json {
 /// The `data` of a `format-specific` object for people, with its heading.
 pub(crate) fn specific_text(v: &Value) -> String {
     let mut o = String::new();
-    if let Some(Json::Object(data)) = from_value(v).get("data") {
-        if !data.is_empty() {
-            o.push_str("Format specific information:\n");
-            object(data, "    ", &mut o);
-        }
+    if let Some(Json::Object(data)) = from_value(v).get("data")
+        && !data.is_empty()
+    {
+        o.push_str("Format specific information:\n");
+        object(data, "    ", &mut o);
     }
     o
 }
@@ -291,13 +292,13 @@ fn image_text(info: &Json, indent: &str, path: Option<&str>, o: &mut String) {
             line(snapshot_row(s));
         }
     }
-    if let Some(Json::Object(data)) = info.pointer("/format-specific/data") {
-        if !data.is_empty() {
-            line("Format specific information:".into());
-            let mut inner = String::new();
-            object(data, &format!("{indent}    "), &mut inner);
-            o.push_str(&inner);
-        }
+    if let Some(Json::Object(data)) = info.pointer("/format-specific/data")
+        && !data.is_empty()
+    {
+        line("Format specific information:".into());
+        let mut inner = String::new();
+        object(data, &format!("{indent}    "), &mut inner);
+        o.push_str(&inner);
     }
     if let Some(Json::Array(children)) = info.get("children") {
         for c in children {

@@ -49,8 +49,9 @@ impl Entry {
         Entry {
             start,
             length: s.len,
-            depth: s.depth,
-            present: s.present,
+            // What a shorter backing file lacks counts as not present in the image above it.
+            depth: s.depth - u32::from(s.past_end),
+            present: s.present && !s.past_end,
             zero: s.zero,
             data: s.data,
             compressed: s.compressed,
@@ -144,10 +145,10 @@ async fn walk(image: &Image, start: u64, max: u64, json: bool) -> Result<(), Fai
     while at < end {
         let next = Entry::new(at, &image.status(at, end - at).await?);
         at += next.length;
-        if !current.as_mut().is_some_and(|e| e.absorb(&next)) {
-            if let Some(e) = current.replace(next) {
-                emit(&e)?;
-            }
+        if !current.as_mut().is_some_and(|e| e.absorb(&next))
+            && let Some(e) = current.replace(next)
+        {
+            emit(&e)?;
         }
     }
     if let Some(e) = &current {

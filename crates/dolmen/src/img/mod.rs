@@ -7,10 +7,12 @@
 //! opens nothing that the header names.
 
 mod bench;
+mod check;
 mod compare;
 mod create;
 mod info;
 mod map;
+mod rebase;
 
 use std::ffi::OsString;
 
@@ -23,10 +25,12 @@ use crate::out;
 
 const COMMANDS: &[(&str, &str)] = &[
     ("bench", "measure requests on an image"),
+    ("check", "check an image's metadata, and repair it"),
     ("compare", "compare the content of two images"),
     ("create", "make a new image"),
     ("info", "show what an image says about itself"),
     ("map", "show where the data of an image are"),
+    ("rebase", "change the backing file that an image names"),
 ];
 
 /// Runs the tool and gives its exit code.
@@ -61,10 +65,12 @@ pub(crate) fn main(program: &str, persona: Persona, args: Vec<OsString>) -> u8 {
     let args: Vec<OsString> = std::iter::once(OsString::from(&full)).chain(args).collect();
     let outcome = match command.as_str() {
         "bench" => cli::parse(&full, args).map(|a| bench::run(persona, a)),
+        "check" => cli::parse(&full, args).map(|a| check::run(persona, a)),
         "compare" => cli::parse(&full, args).map(|a| compare::run(persona, a)),
         "create" => cli::parse(&full, args).map(|a| create::run(persona, a)),
         "info" => cli::parse(&full, args).map(|a| info::run(persona, a)),
         "map" => cli::parse(&full, args).map(|a| map::run(persona, a)),
+        "rebase" => cli::parse(&full, args).map(|a| rebase::run(persona, a)),
         other => Ok(Err(Failure::usage(format!("Command not found: {other}"), program))),
     };
     match outcome {

@@ -44,8 +44,8 @@ pub(crate) fn parse(command: &str, spec: &str, args: &[String]) -> Result<Parsed
             out.rest.push(arg.clone());
             continue;
         };
-        let mut chars = flags.char_indices();
-        while let Some((i, c)) = chars.next() {
+        let chars = flags.char_indices();
+        for (i, c) in chars {
             match takes(c) {
                 None => return Err(format!("{command}: invalid option -- '{c}'")),
                 Some(false) => out.options.push((c, None)),

@@ -156,11 +156,11 @@ async fn run(program: String, persona: Persona, args: Args, rt: Rt) -> u8 {
     }
     shell.background.finish().await;
     let Shell { program, mut session, image, .. } = shell;
-    if let Some(o) = image {
-        if let Err(e) = close(&mut session, o).await {
-            failed = true;
-            cli::finish(&program, Err(e.into()));
-        }
+    if let Some(o) = image
+        && let Err(e) = close(&mut session, o).await
+    {
+        failed = true;
+        cli::finish(&program, Err(e.into()));
     }
     if let Err(e) = session.close().await {
         failed = true;
@@ -324,7 +324,7 @@ impl Shell {
         let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
         let Some((name, args)) = words.split_first() else { return Ok(()) };
         let Some(row) = table::find(name) else {
-            out!("command \"{name}\" not found");
+            eprint_line(&format!("command \"{name}\" not found"));
             return Err(Failed);
         };
         if self.image.is_none() && !row.closed {
@@ -332,7 +332,7 @@ impl Shell {
             return Err(Failed);
         }
         if let Err(e) = row.check(args.len()) {
-            out!("{e}");
+            eprint_line(&e);
             return Err(Failed);
         }
         let opts = match getopt::parse(row.name, row.options, args) {

@@ -138,11 +138,11 @@ type Check = Option<(u8, u64, u64)>;
 fn read_done(iov: &IoVec, offset: u64, t: Duration, check: Check, verbose: bool, report: Report) -> bool {
     let mut as_expected = true;
     let data = if check.is_some() || (verbose && !report.quiet) { iov.to_vec() } else { Vec::new() };
-    if let Some((byte, at, len)) = check {
-        if data[at as usize..(at + len) as usize].iter().any(|b| *b != byte) {
-            out!("Pattern verification failed at offset {}, {len} bytes", offset + at);
-            as_expected = false;
-        }
+    if let Some((byte, at, len)) = check
+        && data[at as usize..(at + len) as usize].iter().any(|b| *b != byte)
+    {
+        out!("Pattern verification failed at offset {}, {len} bytes", offset + at);
+        as_expected = false;
     }
     if verbose && !report.quiet {
         cli::say(format_args!("{}", dump(offset, &data)));

@@ -1,4 +1,12 @@
-//! Integration tests of the tools.
+//! Integration tests of the tools and of the daemon, against the established ones where they are installed.
 
 mod daemon;
+mod peer;
+
+mod create;
+mod inspect;
+mod io;
+mod locks;
+mod repair;
 mod serve;
+mod trust;

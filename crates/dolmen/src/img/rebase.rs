@@ -1,0 +1,116 @@
+//! `img rebase -u`: changes the backing file that an image names, and nothing else.
+
+use clap::Parser;
+use dolmen::formats::qcow2::change_backing;
+use dolmen::types::{Actions, Claim, ErrorKind};
+
+use super::check::file_of;
+use super::{Open, cache};
+use crate::cli::{self, Failure, Outcome, Persona};
+use crate::out;
+
+/// Change the backing file that an image names.
+#[derive(Parser, Debug)]
+#[command(infer_long_args = true, args_override_self = true, disable_version_flag = true)]
+pub(crate) struct Rebase {
+    #[command(flatten)]
+    open: Open,
+    /// New backing file, "" for none
+    #[arg(short, long, value_name = "BACKING_FILENAME")]
+    backing: Option<String>,
+    /// Format of the new backing file
+    #[arg(short = 'F', long, value_name = "BACKING_FMT")]
+    backing_format: Option<String>,
+    /// Do not look at the data: the new backing file has the same content
+    #[arg(short = 'u', long)]
+    backing_unsafe: bool,
+    /// Cache mode
+    #[arg(short = 't', long, value_name = "CACHE")]
+    cache: Option<String>,
+    /// Cache mode of the backing file; accepted, it is not opened
+    #[arg(short = 'T', long, value_name = "CACHE")]
+    backing_cache: Option<String>,
+    /// Accepted; no data are written
+    #[arg(short, long)]
+    compress: bool,
+    /// Show progress
+    #[arg(short, long)]
+    progress: bool,
+    /// Say nothing
+    #[arg(short, long)]
+    quiet: bool,
+    /// Image
+    filename: Option<String>,
+}
+
+/// The header is changed in place: nobody may write the file, or rely on what it names.
+const CHANGING: Claim = Claim {
+    needs: Actions::D.with(Actions::V),
+    allows: Actions::EVERY.without(Actions::V).without(Actions::S),
+};
+
+/// Runs it.
+pub(crate) fn run(persona: Persona, a: Rebase) -> Outcome {
+    let Some(filename) = a.filename.clone() else {
+        return Err(Failure::usage("Expecting one image file name", "img rebase"));
+    };
+    if !a.backing_unsafe {
+        if a.backing.is_none() {
+            return Err(Failure::usage(
+                "Must specify backing file (-b) or use unsafe mode (-u)",
+                "img rebase",
+            ));
+        }
+        return Err(Failure {
+            hint: Some("If both backing files have the same content, use -u.".into()),
+            ..Failure::new("Rebasing with a copy of the differences is not available")
+        });
+    }
+    let cache = cache(a.cache.as_deref(), "cache")?;
+    let backing = a.backing.clone().filter(|b| !b.is_empty());
+    super::block_on(move |rt| async move {
+        let mut session = a.open.session(&rt, persona);
+        if let Some(f) = &a.backing_format {
+            session.registry().find(f).map_err(|_| Failure::new(format!("Invalid format name: '{f}'")))?;
+        }
+        // Only the image's own header is read and written.
+        session.policy_mut().probe = true;
+        let mut source = a.open.source(&filename);
+        source.read_only = false;
+        source.cache = cache;
+        let options = source.options(&mut session, persona)?;
+        let (format, file) = dolmen::session::opening(file_of(&mut session, options).await, &filename)?;
+        let failed = |why: String| {
+            Failure::new(format!(
+                "Could not change the backing file to '{}': {why}",
+                backing.as_deref().unwrap_or_default()
+            ))
+        };
+        if format != "qcow2" {
+            return Err(failed("Operation not supported".into()));
+        }
+        if backing.is_some() && a.backing_format.is_none() {
+            return Err(failed("backing format must be specified".into()));
+        }
+        if a.progress && !a.quiet {
+            cli::say(format_args!("    (0.00/100%)\r"));
+        }
+        let image = dolmen::session::opening(session.open(file, CHANGING).await, &filename)?;
+        let changed = async {
+            let token = image.edge().begin().await?;
+            let (read, write) = (token.read(&rt)?, token.write(&rt)?);
+            change_backing(read, write, backing.as_deref(), a.backing_format.as_deref()).await
+        };
+        let changed = changed.await;
+        session.close_image(image).await?;
+        session.close().await?;
+        changed.map_err(|e| match e.kind() {
+            ErrorKind::NoSpace | ErrorKind::InvalidInput => failed("Invalid argument".into()),
+            _ => failed(e.to_string()),
+        })?;
+        if a.progress && !a.quiet {
+            out!("    (100.00/100%)");
+        }
+        Ok(0)
+    })
+}

@@ -1,0 +1,141 @@
+//! `img info`, `map`, `check`, `compare`, `rebase -u`: the same bytes as the other side.
+
+use crate::peer::{Bench, is_reference};
+
+fn no_change(s: &str) -> String {
+    s.to_owned()
+}
+
+/// A chain of three images of different length, made by the established tools, with data,
+/// zeroes and holes in every layer; and a raw image.
+fn chain() -> Option<Bench> {
+    let b = Bench::with_peers()?;
+    b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "a.qcow2", "10M"]);
+    b.ok("qemu-io", &["-c", "write -P 1 0 1M", "-c", "write -P 1 5M 100k", "a.qcow2"]);
+    b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "b.qcow2", "8M"]);
+    b.ok("qemu-io", &["-c", "write -P 2 64k 64k", "-c", "write -z 2M 1M", "b.qcow2"]);
+    std::fs::create_dir(b.path("sub")).expect("sub/");
+    b.ok(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "-b", "../b.qcow2", "-F", "qcow2", "sub/c.qcow2", "12M"],
+    );
+    b.ok("qemu-io", &["-c", "write -P 3 11M 4k", "-c", "write -z -u 64k 64k", "sub/c.qcow2"]);
+    b.ok("qemu-img", &["create", "-q", "-f", "raw", "r.raw", "3M"]);
+    b.ok("qemu-io", &["-f", "raw", "-c", "write -P 4 1M 64k", "r.raw"]);
+    Some(b)
+}
+
+const IMAGES: [&str; 4] = ["a.qcow2", "b.qcow2", "sub/c.qcow2", "r.raw"];
+
+#[test]
+fn info() {
+    let Some(b) = chain() else { return };
+    b.ok("qemu-img", &["snapshot", "-c", "one", "b.qcow2"]);
+    if !is_reference(&b, "the text and JSON of img info") {
+        return;
+    }
+    for image in IMAGES {
+        for output in ["human", "json"] {
+            b.same("qemu-img", &["info", "--output", output, image], no_change);
+            b.same("qemu-img", &["info", "-U", &format!("--output={output}"), image], no_change);
+            b.same("qemu-img", &["info", "--backing-chain", "--output", output, image], no_change);
+        }
+    }
+    b.same("qemu-img", &["info", "-f", "raw", "a.qcow2"], no_change);
+    b.same("qemu-img", &["info", "file:a.qcow2"], no_change);
+    b.same("qemu-img", &["info", "--image-opts", "driver=qcow2,file.filename=a.qcow2"], no_change);
+    b.same(
+        "qemu-img",
+        &["info", r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"a.qcow2"}}"#],
+        no_change,
+    );
+}
+
+#[test]
+fn map() {
+    let Some(b) = chain() else { return };
+    if !is_reference(&b, "img map") {
+        return;
+    }
+    for image in IMAGES {
+        for output in ["human", "json"] {
+            b.same("qemu-img", &["map", "--output", output, image], no_change);
+        }
+    }
+    for output in ["human", "json"] {
+        b.same(
+            "qemu-img",
+            &["map", "--output", output, "--start-offset", "70000", "--max-length", "100000", "sub/c.qcow2"],
+            no_change,
+        );
+    }
+}
+
+#[test]
+fn check() {
+    let Some(b) = chain() else { return };
+    for image in &IMAGES[..3] {
+        for output in ["human", "json"] {
+            b.same("qemu-img", &["check", "--output", output, image], no_change);
+        }
+        b.same("qemu-img", &["check", "-q", image], no_change);
+    }
+    b.same("qemu-img", &["check", "r.raw"], no_change);
+    b.same("qemu-img", &["check", "-r", "foo", "a.qcow2"], no_change);
+}
+
+#[test]
+fn compare() {
+    let Some(b) = chain() else { return };
+    b.ok("qemu-img", &["convert", "-O", "raw", "sub/c.qcow2", "c.raw"]);
+    b.ok("qemu-img", &["convert", "-O", "raw", "b.qcow2", "b.raw"]);
+    std::fs::copy(b.path("c.raw"), b.path("d.raw")).expect("a copy");
+    b.ok("qemu-io", &["-f", "raw", "-c", "write -P 9 8000001 3", "d.raw"]);
+    for args in [
+        &["c.raw", "sub/c.qcow2"][..],
+        &["-s", "c.raw", "sub/c.qcow2"],
+        &["-f", "raw", "-F", "qcow2", "b.raw", "b.qcow2"],
+        &["a.qcow2", "b.qcow2"],
+        &["-s", "a.qcow2", "b.qcow2"],
+        &["-q", "a.qcow2", "b.qcow2"],
+        &["b.qcow2", "sub/c.qcow2"],
+        &["sub/c.qcow2", "b.qcow2"],
+        &["c.raw", "d.raw"],
+        &["d.raw", "sub/c.qcow2"],
+        &["r.raw", "r.raw"],
+        &["nope", "r.raw"],
+        &["-f", "qcow2", "r.raw", "r.raw"],
+    ] {
+        b.same("qemu-img", &[&["compare"], args].concat(), no_change);
+    }
+}
+
+#[test]
+fn rebase_unsafe() {
+    let Some(b) = chain() else { return };
+    let backing = |b: &Bench| {
+        let text = b.ok("qemu-img", &["info", "--output", "json", "b.qcow2"]);
+        let v: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        (v.get("backing-filename").cloned(), v.get("backing-filename-format").cloned())
+    };
+    let long = "x".repeat(2000);
+    for args in [
+        &["-b", "r.raw", "-F", "raw"][..],
+        &["-b", "nope.qcow2", "-F", "qcow2"],
+        &["-b", "sub/../a.qcow2", "-F", "qcow2"],
+        &["-b", "a.qcow2", "-F", "foo"],
+        &["-b", long.as_str(), "-F", "qcow2"],
+        &["-b", ""],
+        &[],
+    ] {
+        let args = [&["rebase", "-u"], args, &["b.qcow2"]].concat();
+        let before = std::fs::read(b.path("b.qcow2")).expect("b.qcow2");
+        let theirs = b.run("qemu-img", &args);
+        let expected = backing(&b);
+        std::fs::write(b.path("b.qcow2"), before).expect("b.qcow2");
+        let ours = b.run("ours/qemu-img", &args);
+        assert_eq!((ours.code, &ours.out), (theirs.code, &theirs.out), "{args:?} {ours:?} {theirs:?}");
+        assert_eq!(backing(&b), expected, "{args:?}");
+    }
+    b.ok("qemu-img", &["check", "b.qcow2"]);
+}
