@@ -6,7 +6,7 @@ use dolmen_exports::{NbdExport, NbdServer, NbdServerConfig};
 use dolmen_graph::{NodeOpener, OpInfo};
 use dolmen_qmp::QmpError;
 use dolmen_rt::Addr;
-use dolmen_types::{Actions, Claim, OpId, Options};
+use dolmen_types::{Actions, Claim, Error, ErrorKind, OpId, Options};
 
 use crate::export::{Export, stop_server};
 use crate::task::{Gone, Reply, Task, answer};
@@ -38,6 +38,14 @@ pub(crate) async fn blockdev_del(task: &mut Task, name: &str) -> Done {
     let mut draft = task.owner.draft();
     if !draft.has_node(name) {
         return Err(QmpError::generic(format!("Failed to find node with node-name='{name}'")));
+    }
+    let graph = task.owner.graph();
+    let over = graph.nodes.iter().find(|n| n.backing().is_some_and(|b| b.name.as_str() == name));
+    if let Some(overlay) = over {
+        let text = format!("Node '{name}' is busy: node is used as backing hd of '{}'", overlay.name);
+        return Err(Error::new(ErrorKind::Busy, text)
+            .remedy("remove the overlay first (blockdev-del)")
+            .into());
     }
     if !task.owner.is_monitor_owned(name) {
         return Err(QmpError::generic(format!("Node {name} is not owned by the monitor")));

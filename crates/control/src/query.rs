@@ -11,6 +11,9 @@ use dolmen_qmp::model::{
 use dolmen_types::{ChildRole, Value};
 use serde_json::{Map, Value as Json};
 
+/// Sizes are told in whole sectors, although a file may end in the middle of one.
+const SECTOR: u64 = 512;
+
 /// The reply of `query-named-block-nodes`: parents before children.
 pub fn block_nodes(graph: &Graph, flat: bool) -> Vec<BlockDeviceInfo> {
     graph.nodes.iter().rev().map(|n| block_node(n, flat)).collect()
@@ -65,7 +68,7 @@ pub fn image_info(node: &Arc<Node>, chain: bool) -> ImageInfo {
     let backing = d.backing.as_ref().filter(|_| node.driver.kind().class == Class::Format);
     ImageInfo {
         backing_image: if chain { next_image(node).map(|n| Box::new(image_info(n, true))) } else { None },
-        virtual_size: node.size(),
+        virtual_size: node.size().next_multiple_of(SECTOR),
         filename: node_filename(node),
         cluster_size: of_image.cluster_size,
         format: node.driver.kind().name.to_owned(),
@@ -168,11 +171,18 @@ fn plain_name(node: &Arc<Node>) -> Option<String> {
         Class::Filter => return None,
     };
     let Value::Map(options) = &node.options else { return None };
-    let says_more = options.iter().any(|(k, _)| !allowed.contains(&k.as_str()) && !is_use(k));
+    let says_more =
+        options.iter().any(|(k, _)| !allowed.contains(&k.as_str()) && !is_use(k) && !says_the_same(node, k));
     match node.child("file") {
         Some(file) if !says_more => plain_name(&file.node),
         _ => None,
     }
+}
+
+/// Whether an option names the backing file that the image names as well.
+fn says_the_same(node: &Arc<Node>, option: &str) -> bool {
+    let named = describe(node).backing.map(|(name, _)| join(&own_file(node), &name));
+    option == "backing" && named.is_some() && named == node.backing().map(node_filename)
 }
 
 fn is_use(name: &str) -> bool {
@@ -189,7 +199,7 @@ fn definition(node: &Arc<Node>) -> Json {
                 Some(c) => definition(&c.node),
                 None => json::from_value(v),
             };
-            if k != "driver" && !is_use(k) {
+            if k != "driver" && !is_use(k) && !says_the_same(node, k) {
                 keys.push((k.clone(), value));
             }
         }

@@ -1,5 +1,6 @@
 //! The daemon from outside: command line, monitors, signals, files it leaves.
 
+use std::ffi::OsStr;
 use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Stdio};
@@ -214,6 +215,84 @@ fn in_the_background() {
     assert!(err.contains("--blockdev nonsense,node-name=a: Parameter 'driver'"), "{err}");
 }
 
+/// Two daemons want to write one image: the second is told by whom it is held, in words and
+/// as data, and can have it once the first has let go.
+#[test]
+fn a_refusal_names_the_process_that_holds_the_image() {
+    let mut first = Daemon::start(|_| serve(), &[]);
+    let disk = first.path("disk.qcow2");
+    let (status, _, text) = run(
+        Command::new(env!("CARGO_BIN_EXE_dolmen")),
+        &[
+            OsStr::new("img"),
+            "create".as_ref(),
+            "-f".as_ref(),
+            "qcow2".as_ref(),
+            disk.as_ref(),
+            "1M".as_ref(),
+        ],
+    );
+    assert!(status.success(), "{text}");
+    let add = json!({"execute": "blockdev-add", "arguments":
+        {"driver": "qcow2", "node-name": "d", "file": {"driver": "file", "filename": disk}}});
+    let mut a = first.monitor();
+    assert_eq!(a.ask(&add), json!({"return": {}}));
+
+    let mut second = Daemon::start(|_| serve(), &[]);
+    let mut b = second.monitor();
+    let reply = b.ask(&add);
+    let pid = first.child.id().to_string();
+    let desc = reply["error"]["desc"].as_str().expect("a refusal");
+    assert!(desc.contains(&pid) && desc.contains("disk.qcow2"), "{desc}");
+    let conflict = &reply["error"]["data"]["conflict"];
+    assert_eq!(reply["error"]["data"]["kind"], "Locked");
+    assert!(conflict["denies"].to_string().contains(&pid), "{conflict}");
+    assert!(conflict["remedies"].as_array().is_some_and(|r| !r.is_empty()), "{conflict}");
+    assert_eq!(b.ok("query-named-block-nodes", json!({})), json!([]));
+
+    a.ok("blockdev-del", json!({"node-name": "d"}));
+    assert_eq!(b.ask(&add), json!({"return": {}}));
+}
+
+/// A writer past a format is refused in four parts: node and action, both sides, why,
+/// and what would work.
+#[test]
+fn a_conflict_is_told_as_data() {
+    let mut d = Daemon::start(|_| serve(), &[]);
+    let mut m = d.monitor();
+    let mut c = Command::new(env!("CARGO_BIN_EXE_dolmen"));
+    c.current_dir(d.dir.path());
+    assert!(run(c, &["img", "create", "-f", "qcow2", "disk.qcow2", "1M"]).0.success());
+    m.ok("blockdev-add", json!({"driver": "file", "node-name": "f", "filename": d.path("disk.qcow2")}));
+    m.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "disk", "file": "f"}));
+    let addr = json!({"type": "unix", "data": {"path": d.path("nbd.sock")}});
+    m.ok("nbd-server-start", json!({ "addr": addr }));
+    let export = |id: &str, node: &str, writable: bool| {
+        json!({"execute": "block-export-add", "arguments":
+            {"type": "nbd", "id": id, "node-name": node, "writable": writable}})
+    };
+    assert_eq!(m.ask(&export("guest", "disk", true)), json!({"return": {}}));
+    let reply = m.ask(&export("intruder", "f", true));
+    let error = &reply["error"];
+    let conflict = &error["data"]["conflict"];
+    assert_eq!(conflict["node"], "f", "{reply}");
+    assert_eq!(conflict["actions"], json!(["write"]));
+    assert_eq!(conflict["asks"]["id"], "intruder");
+    assert_eq!(conflict["asks"].get("since-seconds"), None);
+    assert_eq!(conflict["denies"]["id"], "disk");
+    let desc = error["desc"].as_str().expect("a text");
+    for part in ["node 'f'", "export 'intruder'", "write data", "node 'disk'", "Export 'f' read-only"] {
+        assert!(desc.contains(part), "{desc} has no {part}");
+    }
+    // The refusal leaves no trace: the same id can be used for something else.
+    let exports = m.ok("query-block-exports", json!({}));
+    assert_eq!(exports.as_array().map(Vec::len), Some(1));
+    assert_eq!(
+        m.ask(&export("intruder", "disk", false))["error"]["desc"],
+        "NBD server already has export named 'disk'"
+    );
+}
+
 /// The same commands give the same replies as in the established daemon.
 #[test]
 fn the_same_replies() {
@@ -282,6 +361,80 @@ fn the_same_replies() {
     assert_eq!(events(&a), events(&b));
 }
 
+/// The same with images: a chain built by hand, one opened as the image says, and raw
+/// nodes.
+#[test]
+fn the_same_replies_about_images() {
+    let Some(_) = established() else { return };
+    let mut ours = Daemon::start(by_established_name, &[]);
+    let mut theirs = Daemon::start(|_| established().expect("was there"), &[]);
+    for d in [&ours, &theirs] {
+        let create = |args: &[&str]| {
+            let mut c = Command::new("qemu-img");
+            c.current_dir(d.dir.path()).args(["create", "-q", "-f", "qcow2"]).args(args);
+            assert!(c.status().expect("qemu-img runs").success());
+        };
+        create(&["base.qcow2", "64M"]);
+        create(&["-b", "base.qcow2", "-F", "qcow2", "top.qcow2"]);
+        create(&["-o", "compat=v2", "old.qcow2", "1M"]);
+        std::fs::write(d.path("disk.img"), [7; 65536]).expect("written");
+    }
+    let (mut a, mut b) = (ours.monitor(), theirs.monitor());
+    let add = |arguments: Json| json!({"execute": "blockdev-add", "arguments": arguments});
+    let del = |name: &str| json!({"execute": "blockdev-del", "arguments": {"node-name": name}});
+    let file = |name: &str| json!({"driver": "file", "filename": name});
+    let graph = json!({"execute": "x-debug-query-block-graph"});
+    let nodes = json!({"execute": "query-named-block-nodes"});
+    let flat = json!({"execute": "query-named-block-nodes", "arguments": {"flat": true}});
+    let commands = [
+        add(json!({"driver": "file", "node-name": "basef", "filename": "base.qcow2", "read-only": true})),
+        add(json!({"driver": "qcow2", "node-name": "base", "file": "basef", "read-only": true})),
+        add(json!({"driver": "copy-on-read", "node-name": "cor", "file":
+            {"driver": "qcow2", "node-name": "top", "file": file("top.qcow2"), "backing": "base"}})),
+        graph.clone(),
+        nodes.clone(),
+        flat.clone(),
+        del("base"),
+        del("top"),
+        json!({"execute": "nbd-server-start",
+            "arguments": {"addr": {"type": "unix", "data": {"path": "nbd.sock"}}}}),
+        json!({"execute": "block-export-add",
+            "arguments": {"type": "nbd", "id": "e", "node-name": "cor", "writable": true}}),
+        graph.clone(),
+        json!({"execute": "block-export-del", "arguments": {"id": "e"}}),
+        del("cor"),
+        del("base"),
+        del("basef"),
+        nodes.clone(),
+        // The backing file as the image says.
+        add(json!({"driver": "qcow2", "node-name": "chain", "file": file("top.qcow2")})),
+        graph.clone(),
+        nodes.clone(),
+        flat,
+        del("chain"),
+        add(json!({"driver": "qcow2", "node-name": "alone", "file": file("top.qcow2"), "backing": null})),
+        add(json!({"driver": "qcow2", "node-name": "old", "file": file("old.qcow2")})),
+        graph.clone(),
+        nodes.clone(),
+        del("alone"),
+        del("old"),
+        add(json!({"driver": "raw", "node-name": "raw", "file": file("disk.img")})),
+        add(
+            json!({"driver": "raw", "node-name": "part", "offset": 4096, "size": 8192, "file": file("disk.img")}),
+        ),
+        graph.clone(),
+        nodes,
+        del("part"),
+        del("raw"),
+        add(json!({"driver": "qcow2", "node-name": "not", "file": file("disk.img")})),
+        graph,
+    ];
+    for command in &commands {
+        let (x, y) = (a.ask(command), b.ask(command));
+        same(command, &normal(x), &normal(y));
+    }
+}
+
 /// Replies without what may differ: our errors have more to say, our users have names,
 /// and the numbers of graph points are arbitrary.
 fn normal(mut reply: Json) -> Json {
@@ -294,25 +447,53 @@ fn normal(mut reply: Json) -> Json {
             let nodes = graph["nodes"].as_array().expect("nodes");
             let n = nodes.iter().find(|n| n["id"] == *id).expect("edges lead to nodes");
             match n["type"] == "block-driver" {
+                true if n["name"].as_str().is_some_and(|n| n.starts_with('#')) => json!("made up"),
                 true => n["name"].clone(),
                 false => n["type"].clone(),
             }
         };
+        // Who may write may write what readers can't see: a format turns the one need into
+        // the other, where the established daemon keeps both.
+        let needs = |e: &Json| {
+            let mut perm = e["perm"].as_array().cloned().expect("perm");
+            if perm.contains(&json!("write")) {
+                perm.retain(|p| p != "write-unchanged");
+            }
+            perm
+        };
         let edges = graph["edges"].as_array().expect("edges").iter();
         let mut edges: Vec<_> = edges
             .map(|e| {
-                json!([name(&e["parent"]), e["name"], name(&e["child"]), e["perm"], e["shared-perm"]])
+                json!([name(&e["parent"]), e["name"], name(&e["child"]), needs(e), e["shared-perm"]])
                     .to_string()
             })
             .collect();
         edges.sort();
         return json!(edges);
     }
+    spell_out(&mut reply);
     // Nodes come in no particular order, apart from parents before children.
     if let Some(nodes) = reply["return"].as_array_mut() {
-        nodes.sort_by_key(|n| n["node-name"].to_string());
+        for n in nodes.iter_mut().filter(|n| n["node-name"].as_str().is_some_and(|n| n.starts_with('#'))) {
+            n["node-name"] = json!("made up");
+        }
+        nodes.sort_by_key(|n| (n["node-name"].to_string(), n["file"].to_string()));
     }
     reply
+}
+
+/// Replaces `json:` names by what they say: the order of their keys means nothing.
+fn spell_out(v: &mut Json) {
+    match v {
+        Json::String(s) => {
+            if let Some(text) = s.strip_prefix("json:") {
+                *v = serde_json::from_str(text).expect("JSON");
+            }
+        }
+        Json::Array(l) => l.iter_mut().for_each(spell_out),
+        Json::Object(m) => m.values_mut().for_each(spell_out),
+        _ => {}
+    }
 }
 
 fn same(command: &Json, ours: &Json, theirs: &Json) {
