@@ -232,10 +232,21 @@ impl fmt::Debug for Buf {
 }
 
 /// A sequence of buffers that is read or written as one. Cloning copies no bytes.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct IoVec {
     segments: SmallVec<[Buf; 1]>,
     len: usize,
+}
+
+impl Clone for IoVec {
+    fn clone(&self) -> IoVec {
+        // Once per request, and mostly one buffer: shorter than the general way.
+        let segments = match &self.segments[..] {
+            [one] => SmallVec::from_buf([one.clone()]),
+            many => many.iter().cloned().collect(),
+        };
+        IoVec { segments, len: self.len }
+    }
 }
 
 impl IoVec {

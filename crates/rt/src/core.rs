@@ -506,20 +506,21 @@ impl Future for Submit {
     type Output = i64;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<i64> {
+        // The usual case first, without moving the operation about.
+        if let State::InFlight(key) = self.state {
+            let out = self.core.poll_slot(key, cx);
+            if out.is_ready() {
+                self.state = State::Finished;
+            }
+            return out;
+        }
         match std::mem::replace(&mut self.state, State::Finished) {
             State::New(op) => {
                 let key = self.core.start(op, cx.waker());
                 self.state = State::InFlight(key);
                 Poll::Pending
             }
-            State::InFlight(key) => {
-                let out = self.core.poll_slot(key, cx);
-                if out.is_pending() {
-                    self.state = State::InFlight(key);
-                }
-                out
-            }
-            State::Finished => unreachable!("polled after completion"),
+            State::InFlight(_) | State::Finished => unreachable!("polled after completion"),
         }
     }
 }
