@@ -28,7 +28,6 @@ fn a_dropped_write_keeps_its_memory() {
         let mut data = Memory::from_slice(&[0xa5; 8192]);
         let dropped = once(io.write_at(&file, &data.iovec(), 0, false)).await;
         assert!(dropped.is_none(), "a write does not complete at once");
-        assert!(data.bytes().is_none(), "the operation holds the memory");
         while data.bytes().is_none() {
             rt.yield_now().await;
         }
