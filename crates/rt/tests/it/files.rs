@@ -129,9 +129,20 @@ fn cached_reads_need_no_ring_and_starve_nobody() {
             io.read_exact_at(&file, &buf.iovec(), i % 128 * 512).await.unwrap();
         }
         let did = io.counters() - before;
-        assert!(did.inline_reads > 1000, "{did:?}");
+        // Not every file system answers such questions.
+        if asks_the_cache(&file) {
+            assert!(did.inline_reads > 1000, "{did:?}");
+        }
         assert!(ticks.get() > 10, "the other task ran {} times", ticks.get());
     });
+}
+
+fn asks_the_cache(file: &dolmen_rt::File) -> bool {
+    use std::os::fd::AsRawFd;
+    let mut byte = 0u8;
+    let v = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    // SAFETY: one byte at `byte`.
+    unsafe { libc::preadv2(file.as_raw_fd(), &raw const v, 1, 0, libc::RWF_NOWAIT) == 1 }
 }
 
 #[test]
