@@ -19,6 +19,75 @@
 //!   [`solve`]. I/O needs an [`Io`], which only a granted edge can mint.
 //! - Requests are planned synchronously down the chain ([`Driver::plan`]) and wait once,
 //!   at the node that has to do real work.
+//!
+//! A disk in memory gets a writer; a second user that needs a steady size beside somebody
+//! who resizes is refused, and told why:
+//!
+//! ```
+//! use dolmen_graph::{AccessRule, Draft, GraphOwner, NodeDef, NodeFlags, OpInfo};
+//! use dolmen_rt::Memory;
+//! use dolmen_sim::{Image, MEMORY, MemoryDisk, Sim};
+//! use dolmen_types::{Actions, Claim, NodeName, OpId, ReadFlags, Result, Span, Value, WriteFlags};
+//!
+//! fn attach(draft: &mut Draft, id: &str, needs: Actions, denies: Actions) -> Result<OpId> {
+//!     let op = OpId::internal(id);
+//!     draft.add_op(OpInfo {
+//!         id: op.clone(),
+//!         kind: "tool".into(),
+//!         detail: "an example".into(),
+//!         since: None,
+//!         ends_with: None,
+//!         instead_of_writing: None,
+//!     })?;
+//!     draft.add_user(&op, "disk", Claim { needs, allows: Actions::EVERY - denies })?;
+//!     Ok(op)
+//! }
+//!
+//! # fn main() -> Result<()> {
+//! Sim::run(1, |rt| async move {
+//!     let mut owner = GraphOwner::new(rt.clone());
+//!     let name = NodeName::parse("disk")?;
+//!
+//!     // A draft touches nothing that is published.
+//!     let mut draft = owner.draft();
+//!     draft.add_node(NodeDef {
+//!         name: name.clone(),
+//!         anonymous: false,
+//!         kind: &MEMORY,
+//!         rule: AccessRule::Leaf,
+//!         flags: NodeFlags::default(),
+//!         owner: None,
+//!         monitor: true,
+//!         options: Value::Null,
+//!     })?;
+//!     draft.set_driver(&name, std::sync::Arc::new(MemoryDisk::new(Image::new(4096))), false);
+//!     let writer = attach(&mut draft, "writer", Actions::D | Actions::V, Actions::S)?;
+//!     owner.commit(draft).await?;
+//!
+//!     // A token for each request; it proves what was granted.
+//!     let edge = owner.edges(&writer).next().expect("attached").clone();
+//!     let token = edge.begin().await?;
+//!     let data = Memory::from_slice(b"stones");
+//!     token.write(&rt)?.write(Span::new(0, 6), &data.iovec(), WriteFlags::NONE).await?;
+//!     let back = Memory::zeroed(6);
+//!     token.read(&rt)?.read(Span::new(0, 6), &back.iovec(), ReadFlags::NONE).await?;
+//!     assert_eq!(back.to_vec(), b"stones");
+//!     assert!(token.resize(&rt).is_err(), "nobody granted that");
+//!
+//!     // "What if": nothing is published, nothing has to be undone.
+//!     let mut draft = owner.draft();
+//!     attach(&mut draft, "grower", Actions::S, Actions::NONE)?;
+//!     let refusal = draft.solve().unwrap_err();
+//!     assert_eq!(
+//!         refusal.to_string(),
+//!         "node 'disk': tool 'grower' (an example) needs to resize, but tool 'writer' (an example) \
+//!          does not let others resize it. End tool 'writer' first."
+//!     );
+//!     drop(token);
+//!     owner.close().await
+//! })
+//! # }
+//! ```
 #![forbid(unsafe_code)]
 
 mod access;

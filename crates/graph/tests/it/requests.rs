@@ -447,6 +447,13 @@ fn nanoseconds_per_request_by_layers() {
     }
 }
 
+/// Only those that wait or hold are in the queue, in the order in which they asked: none
+/// that asked earlier may overlap.
+fn took_over(queue: &[(u64, Span)], ticket: u64, span: Span) {
+    let at = queue.iter().position(|q| q.0 == ticket).expect("asked for it");
+    assert_eq!(queue[..at].iter().find(|q| q.1.overlaps(span)), None, "overtaken");
+}
+
 /// Tasks lock random ranges, hold them over some turns, and sometimes give up waiting.
 /// Nobody ever holds what somebody else holds, earlier ones come first, and all end.
 #[test]
@@ -485,16 +492,10 @@ fn range_locks_exclude_overlaps_in_order() {
                         let guard = futures_lite::future::or(wait, impatient).await;
                         let mine = span.offset() as usize..span.end() as usize;
                         if guard.is_some() {
-                            let queue = queue.lock().unwrap();
-                            let at = queue.iter().position(|q| q.0 == ticket).unwrap();
-                            let earlier = queue[..at].iter().find(|q| q.1.overlaps(span));
-                            assert_eq!(earlier, None, "seed {seed}: overtaken");
-                            // Only those that wait or hold are in the queue; it is left
-                            // when the range is given back.
+                            took_over(&queue.lock().unwrap(), ticket, span);
                             for byte in &mut held.lock().unwrap()[mine.clone()] {
                                 assert_eq!(byte.replace(ticket), None, "seed {seed}: held twice");
                             }
-                            drop(queue);
                             assert!(lock.is_locked(span));
                             for _ in 0..random.below(5) {
                                 yield_now().await;
