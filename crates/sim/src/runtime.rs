@@ -22,7 +22,7 @@ use dolmen_rt::{CoreIo, Instant, LocalFuture, Rt, Runtime};
 use crate::Random;
 
 /// Polls after which a run counts as a livelock. Far above what any test needs.
-const POLLS_MAX: u64 = 200_000_000;
+const POLLS_MAX: u64 = 3_000_000;
 
 /// The simulated runtime; see the module's head.
 #[derive(Debug)]

@@ -1,0 +1,304 @@
+//! One workload: a drawn stack, several tasks that use it at the same time, and the
+//! oracle that is told of everything.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+
+use dolmen_graph::Registry;
+use dolmen_rt::Rt;
+use dolmen_sim::{
+    DiskConfig, Fault, FaultAction, Harness, Image, Leaf, MEMORY, MemoryDisk, Oracle, Random, SECTOR, Sim,
+    SimDisk, TagPattern, User, ZERO_TAG,
+};
+use dolmen_types::{Actions, Error, OpKind, Options, Span, Value, WriteFlags};
+
+/// The drivers of the stack.
+pub(crate) static REGISTRY: Registry = Registry::new(&[
+    &dolmen_formats::QCOW2,
+    &dolmen_formats::RAW,
+    &dolmen_filters::COPY_ON_READ,
+    &dolmen_filters::BLKDEBUG,
+    &MEMORY,
+]);
+
+/// The tag of the backing file's data.
+const BASE_TAG: u64 = 1;
+
+/// A bug that is planted on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bug {
+    None,
+    /// One flush of the file does nothing. Those that a guest has asked for are made up
+    /// for, so that only the order inside of the format is wrong.
+    MissingFlush,
+}
+
+/// What a seed has drawn.
+#[derive(Debug)]
+pub(crate) struct Scenario {
+    /// Cluster size in bytes.
+    pub(crate) cluster: u64,
+    /// Size of the disk in sectors.
+    pub(crate) sectors: u64,
+    /// Size of the backing file in sectors, if there is one.
+    pub(crate) base: Option<u64>,
+    pub(crate) copy_on_read: bool,
+    /// `raw` between the filter and the format.
+    pub(crate) raw: bool,
+    pub(crate) tasks: u64,
+    /// Requests of each task.
+    pub(crate) requests: u64,
+    pub(crate) may_grow: bool,
+    pub(crate) latency_ns_max: u64,
+}
+
+impl Scenario {
+    pub(crate) fn draw(r: &mut Random) -> Scenario {
+        const K: u64 = 1024;
+        let cluster = match r.below(100) {
+            0 => 2 * K * K,
+            1..=3 => 256 * K,
+            4..=18 => 64 * K,
+            _ => *r.pick(&[512, 512, K, 2 * K, 4 * K, 4 * K, 8 * K, 16 * K]),
+        };
+        // A few clusters of the large ones, some tables of the small ones.
+        let sectors = r.between(8, (cluster / SECTOR * 6).clamp(256, 1024));
+        let base = r.percent(85).then(|| match r.below(4) {
+            0 => r.between(1, sectors),
+            1 => sectors + r.below(sectors),
+            _ => sectors,
+        });
+        Scenario {
+            cluster,
+            sectors,
+            base,
+            copy_on_read: base.is_some() && r.percent(70),
+            raw: r.percent(20),
+            tasks: r.between(1, 4),
+            requests: r.between(4, 16),
+            may_grow: r.percent(40),
+            latency_ns_max: *r.pick(&[0, 10_000, 100_000, 100_000]),
+        }
+    }
+
+    /// The stack over the leaves `disk` and `base`.
+    pub(crate) fn stack(&self) -> Options {
+        let qcow2 = Options::new()
+            .with("driver", "qcow2")
+            .with("node-name", "top")
+            .with("file", "disk")
+            .with("discard", "unmap")
+            .with("backing", if self.base.is_some() { Value::from("base") } else { Value::Null });
+        let over = |driver: &str, below: Options| {
+            Options::new().with("driver", driver).with("discard", "unmap").with("file", below.into_value())
+        };
+        let stack = if self.raw { over("raw", qcow2) } else { qcow2 };
+        if self.copy_on_read { over("copy-on-read", stack) } else { stack }
+    }
+
+    /// Tags of the disk's sectors in the beginning.
+    fn tags(&self) -> Vec<u64> {
+        (0..self.sectors).map(|s| if s < self.base.unwrap_or(0) { base_tag(s) } else { ZERO_TAG }).collect()
+    }
+
+    /// The backing file's leaf.
+    pub(crate) fn base_leaf(&self) -> Option<Leaf> {
+        let sectors = self.base?;
+        let mut bytes = vec![0; (sectors * SECTOR) as usize];
+        for (sector, out) in (0..).zip(bytes.chunks_mut(SECTOR as usize)) {
+            TagPattern::fill(base_tag(sector), sector, out);
+        }
+        Some(Leaf::read_only("base", MemoryDisk::new(Image::from_bytes(&bytes))))
+    }
+}
+
+/// Runs of data and of zeroes in the backing file.
+const fn base_tag(sector: u64) -> u64 {
+    if sector / 24 % 4 == 3 { ZERO_TAG } else { BASE_TAG }
+}
+
+/// What a workload leaves behind.
+pub(crate) struct Run {
+    pub(crate) disk: SimDisk,
+    pub(crate) oracle: Oracle,
+}
+
+/// Runs the workload of a scenario.
+pub(crate) fn run(scenario: &Scenario, seed: u64, bug: Bug) -> Result<Run, Error> {
+    let oracle = Rc::new(RefCell::new(Oracle::new(scenario.tags())));
+    let plan = Plan {
+        stack: scenario.stack(),
+        cluster: scenario.cluster,
+        sectors: scenario.sectors,
+        tasks: scenario.tasks,
+        requests: scenario.requests,
+        may_grow: scenario.may_grow,
+        latency_ns_max: scenario.latency_ns_max,
+        bug,
+        seed,
+    };
+    let base = scenario.base_leaf();
+    let shared = oracle.clone();
+    let disk = Sim::run(seed, move |rt| async move { plan.run(rt, base, shared).await })?;
+    let oracle = Rc::try_unwrap(oracle).expect("all tasks have ended").into_inner();
+    Ok(Run { disk, oracle })
+}
+
+/// A scenario's part that moves into the simulation.
+struct Plan {
+    stack: Options,
+    cluster: u64,
+    sectors: u64,
+    tasks: u64,
+    requests: u64,
+    may_grow: bool,
+    latency_ns_max: u64,
+    bug: Bug,
+    seed: u64,
+}
+
+impl Plan {
+    async fn run(self, rt: Rt, base: Option<Leaf>, oracle: Rc<RefCell<Oracle>>) -> Result<SimDisk, Error> {
+        let fresh = MemoryDisk::new(Image::new(0));
+        let options = Options::new().with("size", self.sectors * SECTOR).with("cluster_size", self.cluster);
+        dolmen_sim::create(&rt, &dolmen_formats::QCOW2, Leaf::new("disk", fresh.clone()), options).await?;
+        let config = DiskConfig { latency_ns_max: self.latency_ns_max, ..DiskConfig::default() };
+        let disk = SimDisk::new(fresh.image(), config);
+        let leaves = base.into_iter().chain([Leaf::new("disk", disk.clone())]).collect();
+        let needs = Actions::D | Actions::V | Actions::S;
+        let harness = Harness::open(&rt, REGISTRY, leaves, self.stack, needs).await?;
+        let mut random = Random::new(self.seed ^ 0x5eed);
+        if self.bug == Bug::MissingFlush {
+            let skip = random.below(12);
+            disk.inject(Fault { kind: OpKind::Flush, skip, times: 1, action: FaultAction::Swallow });
+        }
+        let running = Rc::new(Cell::new(self.tasks));
+        for task in 0..self.tasks {
+            let guest = Guest {
+                user: harness.user(),
+                oracle: oracle.clone(),
+                disk: disk.clone(),
+                random: random.fork(),
+                max_len: (self.cluster / SECTOR * 2).clamp(8, 64),
+                may_grow: self.may_grow && task == 0,
+                bug: self.bug,
+            };
+            let (rt2, requests, running) = (rt.clone(), self.requests, running.clone());
+            rt.spawn(async move {
+                guest.run(&rt2, requests).await;
+                running.set(running.get() - 1);
+            });
+        }
+        while running.get() > 0 {
+            rt.sleep(Duration::from_micros(200)).await;
+        }
+        harness.close().await?;
+        Ok(disk)
+    }
+}
+
+/// One task of the guest: one request after the other.
+struct Guest {
+    user: User,
+    oracle: Rc<RefCell<Oracle>>,
+    disk: SimDisk,
+    random: Random,
+    /// Longest request in sectors.
+    max_len: u64,
+    may_grow: bool,
+    bug: Bug,
+}
+
+impl Guest {
+    async fn run(mut self, rt: &Rt, requests: u64) {
+        for _ in 0..requests {
+            if self.random.percent(30) {
+                let pause_ns = self.random.below(300_000);
+                rt.sleep(Duration::from_nanos(pause_ns)).await;
+            }
+            self.request().await;
+        }
+    }
+
+    /// Where the next request goes, in sectors. Half of them to the same few.
+    fn place(&mut self) -> Span {
+        let size = self.user.size() / SECTOR;
+        let hot = size.min(self.max_len * 2);
+        let first = if self.random.percent(50) { self.random.below(hot) } else { self.random.below(size) };
+        let longest = if self.random.percent(50) { 4 } else { self.max_len };
+        Span::new(first, self.random.between(1, longest.min(size - first)))
+    }
+
+    async fn request(&mut self) {
+        let at = self.place();
+        let bytes = Span::new(at.offset() * SECTOR, at.len() * SECTOR);
+        match self.random.below(100) {
+            0..45 => self.write(at, bytes).await,
+            45..57 => {
+                let unmap = self.random.percent(50);
+                let flags = if unmap { WriteFlags::MAY_UNMAP } else { WriteFlags::NONE };
+                let op = self.oracle.borrow_mut().write(at, ZERO_TAG, false, self.disk.position());
+                let result = self.user.write_zeroes(bytes, flags).await;
+                self.expect(&result, "write zeroes");
+                self.oracle.borrow_mut().complete(op, &result, self.disk.position());
+            }
+            57..67 => {
+                let op = self.oracle.borrow_mut().discard(at, self.disk.position());
+                let result = self.user.discard(bytes).await;
+                self.expect(&result, "discard");
+                self.oracle.borrow_mut().complete(op, &result, self.disk.position());
+            }
+            67..85 => {
+                let mark = self.oracle.borrow_mut().read();
+                let found = self.user.read(bytes.offset(), bytes.len() as usize).await;
+                self.expect(&found, "read");
+                if let Err(v) =
+                    self.oracle.borrow_mut().check_read(mark, at.offset(), &found.unwrap_or_default())
+                {
+                    panic!("{v}");
+                }
+            }
+            85..97 => self.flush().await,
+            _ if self.may_grow => {
+                let size = self.user.size() / SECTOR;
+                let size = size + self.random.between(1, size.clamp(8, 300));
+                let op = self.oracle.borrow_mut().grow(size, self.disk.position());
+                let result = self.user.resize(size * SECTOR).await;
+                self.expect(&result, "resize");
+                self.oracle.borrow_mut().complete(op, &result, self.disk.position());
+            }
+            _ => self.flush().await,
+        }
+    }
+
+    async fn write(&mut self, at: Span, bytes: Span) {
+        // The planted bug would make FUA a lie, which is not what is looked for.
+        let fua = self.bug == Bug::None && self.random.percent(10);
+        let tag = self.oracle.borrow_mut().fresh_tag();
+        let mut data = vec![0; bytes.len() as usize];
+        TagPattern::fill(tag, at.offset(), &mut data);
+        let op = self.oracle.borrow_mut().write(at, tag, fua, self.disk.position());
+        let flags = if fua { WriteFlags::FUA } else { WriteFlags::NONE };
+        let result = self.user.write(bytes.offset(), &data, flags).await;
+        self.expect(&result, "write");
+        self.oracle.borrow_mut().complete(op, &result, self.disk.position());
+    }
+
+    async fn flush(&mut self) {
+        let op = self.oracle.borrow_mut().flush(self.disk.position());
+        let result = self.user.flush().await;
+        self.expect(&result, "flush");
+        if self.bug == Bug::MissingFlush {
+            self.disk.flush_now();
+        }
+        self.oracle.borrow_mut().flushed(op, &result, self.disk.position());
+    }
+
+    /// Nothing fails by itself in this simulation.
+    fn expect<T>(&self, result: &Result<T, Error>, what: &str) {
+        if let Err(e) = result {
+            panic!("{what} failed at {}: {e:?}", self.disk.position());
+        }
+    }
+}
