@@ -1,10 +1,8 @@
 //! Flushing: running rounds, giving freed clusters back, closing.
 //!
-//! A round runs in a task of its own: if it could be cancelled half-way, an old copy of a table might reach the
-//! disk after a newer one.
+//! A round, and each write of the header, runs in a task of its own: if it could be cancelled half-way, an old copy
+//! might reach the disk after a newer one.
 
-use std::cell::RefCell;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -15,23 +13,66 @@ use dolmen_types::{Result, Span, WriteFlags};
 use super::driver::Core;
 use super::image::{Env, File};
 use super::meta::Freed;
-use super::round::{Reached, Round};
+use super::round::{Patch, Reached, Round};
 
-/// A round under way, with everything that it needs to outlive its caller.
-struct RoundTask {
+/// What a step needs to go on without its caller.
+struct Shielded {
     core: Arc<Core>,
     edge: ChildEdge,
     rt: Rt,
     state: Arc<NodeState>,
 }
 
-impl RoundTask {
+impl Shielded {
+    fn new(core: &Core, env: Env<'_>) -> Shielded {
+        Shielded {
+            core: core.me.upgrade().expect("a method of it is running"),
+            edge: env.file.edge().clone(),
+            rt: env.file.rt().clone(),
+            state: env.state().clone(),
+        }
+    }
+
     /// Writes a round and draws the conclusion.
-    async fn run(&self, round: Round) -> Result<()> {
+    async fn round(self, round: Round) -> Result<()> {
         let mut reached = Reached::Nothing;
         let result = self.core.write_round(File::new(&self.edge, &self.rt), &round, &mut reached).await;
         self.core.meta().end_round(round, reached, self.state.epochs.stamp());
+        self.core.round_ended.notify(usize::MAX);
         result
+    }
+
+    /// Writes the header and makes it durable.
+    async fn header(self, patch: Patch) -> Result<()> {
+        let file = File::new(&self.edge, &self.rt);
+        let mut result = self.core.write_patches(file, &[patch]).await;
+        if result.is_ok() {
+            result = self.core.flush_file(file).await;
+        }
+        self.core.meta().in_round = false;
+        self.core.round_ended.notify(usize::MAX);
+        result
+    }
+}
+
+/// A change that is neither done nor undone; dropping it in that state ends writing to the image.
+pub(super) struct Undecided<'a> {
+    core: &'a Core,
+    what: Option<&'static str>,
+}
+
+impl Undecided<'_> {
+    /// It is decided now.
+    pub(super) fn decided(mut self) {
+        self.what = None;
+    }
+}
+
+impl Drop for Undecided<'_> {
+    fn drop(&mut self) {
+        if let Some(what) = self.what {
+            self.core.meta().broken.get_or_insert_with(|| format!("{what} was not finished"));
+        }
     }
 }
 
@@ -55,26 +96,18 @@ impl Core {
         }
         self.reap(env).await?;
         let round = self.meta().begin_round();
-        let task = RoundTask {
-            core: self.me.upgrade().expect("a method of it is running"),
-            edge: env.file.edge().clone(),
-            rt: env.file.rt().clone(),
-            state: env.state().clone(),
-        };
-        let outcome: Rc<RefCell<Option<Result<()>>>> = Rc::default();
-        let slot = outcome.clone();
-        env.file.rt().spawn(async move {
-            let result = task.run(round).await;
-            *slot.borrow_mut() = Some(result);
-            task.core.round_ended.notify(usize::MAX);
-        });
-        loop {
-            let ended = self.round_ended.listen();
-            if let Some(result) = outcome.borrow_mut().take() {
-                return result;
-            }
-            ended.await;
-        }
+        env.file.rt().shielded(Shielded::new(self, env).round(round)).await
+    }
+
+    /// Writes the header; the caller has the turn.
+    pub(super) async fn write_header(&self, env: Env<'_>, patch: Patch) -> Result<()> {
+        self.meta().in_round = true;
+        env.file.rt().shielded(Shielded::new(self, env).header(patch)).await
+    }
+
+    /// Begins a change of the header that must be seen to its end.
+    pub(super) fn undecided(&self, what: &'static str) -> Undecided<'_> {
+        Undecided { core: self, what: Some(what) }
     }
 
     /// Waits for the right to write the header and to begin a round. A round that lost its caller still goes on,

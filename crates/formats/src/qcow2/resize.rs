@@ -93,18 +93,16 @@ impl Core {
     pub(super) async fn set_size(&self, env: Env<'_>, size: u64) -> Result<()> {
         self.round(env).await?;
         let _header = self.turn().await;
+        let undecided = self.undecided("changing the size");
         let patch = {
             let mut m = self.meta();
             m.header.size = size;
             m.header_patch(BlkEvent::None)
         };
-        let written = self.write_patches(env.file, &[patch]).await;
-        if let Err(e) = written {
-            self.meta().header.size = self.size();
-            return Err(e);
-        }
+        self.write_header(env, patch).await?;
         self.size.store(size, SeqCst);
-        self.flush_file(env.file).await
+        undecided.decided();
+        Ok(())
     }
 
     /// Moves the L1 table to a place where it has at least `entries`. The caller holds the whole range.
@@ -129,6 +127,7 @@ impl Core {
         self.write_patches(env.file, &[Patch { at: host.0, bytes, event: BlkEvent::L1GrowWriteTable }])
             .await?;
         self.flush_file(env.file).await?;
+        let undecided = self.undecided("switching to a larger L1 table");
         let (patch, old) = {
             let mut m = self.meta();
             let old = (m.header.l1_table, m.header.l1_entries);
@@ -136,18 +135,14 @@ impl Core {
             m.header.l1_entries = u32::try_from(entries).expect("below the limit");
             (m.header_patch(BlkEvent::L1GrowActivateTable), old)
         };
-        let mut switched = self.write_patches(env.file, &[patch]).await;
-        if switched.is_ok() {
-            switched = self.flush_file(env.file).await;
-        }
-        if let Err(e) = switched {
-            // Which table the disk names is not known. Both have the same entries, so go on with the old one
-            // and never give the new one back (`claimed` keeps it until the node is closed).
+        // When this fails it is not known which table the disk names.
+        let written = self.write_header(env, patch).await;
+        if let Err(e) = written {
             let mut m = self.meta();
             (m.header.l1_table, m.header.l1_entries) = old;
-            m.broken = Some(format!("switching to a larger L1 table failed: {e}"));
             return Err(e);
         }
+        undecided.decided();
         claimed.keep();
         let stamp = env.stamp();
         let mut m = self.meta();

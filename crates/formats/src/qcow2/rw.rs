@@ -119,8 +119,7 @@ impl Core {
             m.header_patch(BlkEvent::None)
         };
         // The error that is reported is the damage; failing to mark it changes nothing about it.
-        let _ = self.write_patches(env.file, &[patch]).await;
-        let _ = self.flush_file(env.file).await;
+        let _ = self.write_header(env, patch).await;
         e
     }
 
@@ -349,8 +348,7 @@ impl Core {
                     m.header.autoclear = 0;
                     m.header_patch(BlkEvent::None)
                 };
-                self.write_patches(env.file, &[patch]).await?;
-                self.flush_file(env.file).await?;
+                self.write_header(env, patch).await?;
                 self.write_ready.store(true, SeqCst);
             }
         }
