@@ -48,6 +48,38 @@ async fn relink(owner: &mut GraphOwner, to: &str) -> Result<()> {
     owner.commit(d).await.map(drop)
 }
 
+/// Requests step over transparent nodes by a shortcut that the snapshot holds. It must
+/// follow when something below is linked elsewhere, however many such nodes lie above.
+#[test]
+fn the_way_through_transparent_nodes_follows_the_links() {
+    Sim::run(1, |rt| async move {
+        let log = Log::default();
+        let mut owner = GraphOwner::new(rt.clone());
+        let mut d = owner.draft();
+        add_probe(&mut d, "a", &log);
+        add_probe(&mut d, "b", &log);
+        add_filter(&mut d, "f", "a");
+        for (n, over) in [("t1", "f"), ("t2", "t1"), ("t3", "t2")] {
+            let pane = StandIn::new(&op::RAW, AccessRule::Transparent);
+            op::add(&mut d, n, pane, None, &[("file", ChildRole::Filtered, over)]).unwrap();
+        }
+        op::export(&mut d, "e", "t3", false).unwrap();
+        owner.commit(d).await.unwrap();
+        let e = edge(&owner, "e");
+        assert_eq!(e.node().name.as_str(), "t3");
+        assert_eq!(e.node().size(), 1 << 20);
+        assert_eq!(read_byte(&e, &rt).await.unwrap(), b'a');
+
+        relink(&mut owner, "b").await.unwrap();
+        assert_eq!(read_byte(&e, &rt).await.unwrap(), b'b', "the filter below them was relinked");
+
+        let mut d = owner.draft();
+        d.link(&name("t1"), "file", ChildRole::Filtered, "a").unwrap();
+        owner.commit(d).await.unwrap();
+        assert_eq!(read_byte(&e, &rt).await.unwrap(), b'a', "the lowest of them was relinked");
+    });
+}
+
 #[test]
 fn a_commit_prepares_then_commits_and_says_the_same_only_once() {
     Sim::run(1, |rt| async move {
