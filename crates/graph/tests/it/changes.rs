@@ -9,7 +9,7 @@ use std::time::Duration;
 use dolmen_graph::{AccessRule, GraphEvent, GraphOwner, NodeDef, NodeFlags, OpInfo, UserEdge};
 use dolmen_rt::{Memory, Rt};
 use dolmen_sim::stand_in::{self as op, StandIn};
-use dolmen_sim::{MemoryDisk, Sim};
+use dolmen_sim::{MemoryDisk, Sim, SimDisk};
 use dolmen_types::{Actions, ChildRole, Claim, ErrorKind, NodeName, OpId, ReadFlags, Result, Span, Value};
 use futures_lite::future::{poll_once, yield_now};
 
@@ -694,5 +694,39 @@ fn claims_that_do_not_pin_go_with_their_node() {
         d.solve().unwrap();
         world.owner.commit(d).await.unwrap();
         assert!(world.owner.graph().node("top").is_none());
+    });
+}
+
+/// With blocks of 512 bytes, writing the last block of a disk of 1000 bytes would make it
+/// longer: only those may who may resize it.
+#[test]
+fn a_node_that_ends_in_a_block_is_written_by_those_who_may_resize_it() {
+    Sim::run(1, |rt| async move {
+        let mut owner = GraphOwner::new(rt.clone());
+        let disk = |size| {
+            let config = dolmen_sim::DiskConfig { request_alignment: 512, ..Default::default() };
+            SimDisk::new(dolmen_sim::Image::new(size), config)
+        };
+        let mut d = owner.draft();
+        op::add(&mut d, "odd", disk(1000), None, &[]).unwrap();
+        op::add(&mut d, "even", disk(1024), None, &[]).unwrap();
+        owner.commit(d).await.unwrap();
+        let mut d = owner.draft();
+        op::export(&mut d, "r", "odd", false).unwrap();
+        op::export(&mut d, "w", "even", true).unwrap();
+        d.solve().unwrap();
+        op::export(&mut d, "x", "odd", true).unwrap();
+        let e = d.solve().unwrap_err();
+        assert_eq!(
+            e.to_string(),
+            "node 'odd' ends in the middle of a block and cannot be written by export 'x' (nbd, writable)"
+        );
+        let mut d = owner.draft();
+        op::export(&mut d, "x", "odd", false).unwrap();
+        let needs = Actions::V | Actions::S;
+        d.remove_op(&OpId::internal("x"));
+        job(&mut d, "j", "filter", "even");
+        d.add_user(&OpId::internal("j"), "odd", Claim { needs, allows: Actions::EVERY }).unwrap();
+        d.solve().unwrap();
     });
 }
