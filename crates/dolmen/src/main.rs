@@ -16,6 +16,7 @@ mod cli;
 mod img;
 mod io;
 mod serve;
+mod tour;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         "qemu-img" | "dolmen img" => img::main(&program, persona, args),
         "qemu-io" | "dolmen io" => io::main(&program, persona, args),
         "qemu-storage-daemon" | "dolmen serve" => serve::main(&program, persona, args),
+        "dolmen tour" => tour::main(&args[1..]),
         "dolmen --help" | "dolmen -h" | "dolmen help" => {
             cli::say(format_args!("{HELP}"));
             0

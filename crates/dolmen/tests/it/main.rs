@@ -7,6 +7,7 @@ mod create;
 mod inspect;
 mod io;
 mod locks;
+mod main_job;
 mod repair;
 mod serve;
 mod trust;

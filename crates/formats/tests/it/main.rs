@@ -3,5 +3,4 @@
 mod images;
 mod interop;
 mod support;
-mod waiting;
 mod work;
