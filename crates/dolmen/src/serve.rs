@@ -305,7 +305,7 @@ async fn open_chardev(control: &Control, text: &str) -> Result<Chardev> {
 fn start_monitor(
     control: &Control,
     text: &str,
-    chardevs: &mut Vec<Chardev>,
+    chardevs: &mut [Chardev],
 ) -> std::result::Result<(), QmpError> {
     let mut options = Options::from_value(keyval::parse_value(text, Some("chardev"))?)?;
     let id = options.require_str("chardev")?;

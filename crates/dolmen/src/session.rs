@@ -12,12 +12,12 @@ use std::sync::Arc;
 
 use dolmen_graph::{
     ChainStatus, ChildEdge, Graph, GraphEvent, GraphOwner, Implicit, Node, NodeOpener, OpInfo, OpenPolicy,
-    PROBE_BYTES, Prealloc, Registry, UserEdge, chain_status,
+    PROBE_BYTES, Prealloc, Registry, UserEdge, chain_status, has_protocol,
 };
 use dolmen_rt::{IoVec, Memory, Rt};
 use dolmen_types::{
-    Actions, ChildRole, Claim, Error, NodeName, OpId, Options, ReadFlags, Result, ResultExt, Span, Value,
-    WriteFlags,
+    Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, ReadFlags, Result, ResultExt, Span,
+    Value, WriteFlags,
 };
 
 use crate::spec;
@@ -180,10 +180,16 @@ impl Session {
         let kind = self.registry.find(format)?;
         let create = kind.create.ok_or_else(|| {
             Error::new(
-                dolmen_types::ErrorKind::Unsupported,
+                ErrorKind::Unsupported,
                 format!("Format driver '{format}' does not support image creation"),
             )
         })?;
+        if let (true, Some((protocol, _))) = (has_protocol(filename), filename.split_once(':')) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("Protocol driver '{protocol}' does not support image creation"),
+            ));
+        }
         let file = self.registry.find("file")?;
         let create_file = file.create.expect("the file driver can make files");
         let mut of_file = Options::new().with("filename", filename);

@@ -3,7 +3,8 @@
 //! Three notations, as the established tools have them: a file name (with an optional
 //! protocol: `nbd://host/export`), a `json:{...}` pseudo name, and an option string
 //! (`driver=qcow2,file.filename=...`, with `--image-opts`). All end as [`Options`];
-//! nothing is opened here, so nothing here needs to trust anybody.
+//! nothing is opened here (a name is only asked whether it is a block device), so nothing
+//! here needs to trust anybody.
 
 use dolmen_graph::{Class, Registry, has_protocol, protocol_name};
 use dolmen_qmp::keyval;
@@ -20,6 +21,13 @@ pub fn protocol_options(name: &str) -> Result<Options> {
         let mut options = Options::from_value(value?)?;
         file_driver(&mut options);
         return Ok(options);
+    }
+    if let Some(rest) = name.strip_prefix("blkdebug:") {
+        let (config, image) = rest.split_once(':').ok_or_else(|| {
+            Error::new(ErrorKind::InvalidInput, format!("'{name}' is not blkdebug:CONFIG:IMAGE"))
+        })?;
+        let options = Options::new().with("driver", "blkdebug").with("image", file(image)?.into_value());
+        return Ok(if config.is_empty() { options } else { options.with("config", config) });
     }
     if let Some(rest) = name.strip_prefix("nbd:")
         && !rest.starts_with("//")
@@ -52,32 +60,38 @@ fn legacy_nbd(rest: &str) -> Result<Options> {
 /// # Errors
 /// As [`protocol_options`]; `InvalidInput` when the format is given twice.
 pub fn image(registry: Registry, name: &str, format: Option<&str>) -> Result<Options> {
-    let file = if has_protocol(name) {
-        protocol_options(name)?
-    } else {
-        Options::new().with("driver", "file").with("filename", name)
-    };
+    let file = file(name)?;
     let driver = match file.get("driver") {
         Some(Value::Str(d)) => Some(d.clone()),
         _ => None,
     };
-    let is_json = name.starts_with("json:");
-    let is_protocol =
-        |d: &str| registry.find(d).is_ok_and(|k| k.class == Class::Protocol) && format != Some(d);
+    // JSON may be of a whole image, with its format; any other name is of what holds it.
+    let whole = name.starts_with("json:")
+        && driver.as_ref().is_none_or(|d| registry.find(d).is_ok_and(|k| k.class != Class::Protocol));
     match (driver, format) {
-        // A whole image in JSON, or a protocol that is to be opened as it is.
-        (Some(d), None) if is_json && !is_protocol(&d) => Ok(file),
         (Some(d), Some(f)) if d == f => Ok(file),
-        (Some(d), Some(f)) if !is_protocol(&d) => Err(Error::new(
+        (Some(d), Some(f)) if whole => Err(Error::new(
             ErrorKind::InvalidInput,
             format!("Driver specified twice: '{f}' with -f, and '{d}' in '{name}'"),
         )),
+        (Some(_), None) if whole => Ok(file),
+        // Without a driver, the `file` of the JSON object is probed.
+        (None, None) => Ok(file),
+        (None, Some(f)) => Ok(file.with("driver", f)),
         (Some(_), None) => Ok(Options::new().with("file", file.into_value())),
         (Some(_), Some(f)) => Ok(Options::new().with("driver", f).with("file", file.into_value())),
-        // A JSON object without a driver: its `file` is probed.
-        (None, Some(f)) => Ok(file.with("driver", f)),
-        (None, None) => Ok(file),
     }
+}
+
+/// The options of what a name leads to, without a format.
+fn file(name: &str) -> Result<Options> {
+    if has_protocol(name) {
+        return protocol_options(name);
+    }
+    use std::os::unix::fs::FileTypeExt;
+    let device = std::fs::metadata(name).is_ok_and(|m| m.file_type().is_block_device());
+    let driver = if device { "host_device" } else { "file" };
+    Ok(Options::new().with("driver", driver).with("filename", name))
 }
 
 /// The options of an option string (`--image-opts`).
@@ -144,8 +158,34 @@ mod tests {
         ] {
             assert_eq!(text(protocol_options(name)), expected);
         }
+        assert_eq!(
+            text(protocol_options("blkdebug:c.conf:/x")),
+            r#"{"driver": "blkdebug", "image": {"driver": "file", "filename": "/x"}, "config": "c.conf"}"#
+        );
+        assert!(protocol_options("blkdebug:x").is_err());
         assert!(protocol_options("nbd:nonsense").is_err());
         assert!(protocol_options("gopher://x").is_err());
+    }
+
+    #[test]
+    fn formats() {
+        let image = |name: &str, format: Option<&str>| text(image(crate::registry(), name, format));
+        let json = r#"json:{"driver":"raw","file.filename":"x"}"#;
+        let whole = r#"{"driver": "raw", "file": {"filename": "x", "driver": "file"}}"#;
+        assert_eq!(image(json, None), whole);
+        assert_eq!(image(json, Some("raw")), whole);
+        assert!(image(json, Some("qcow2")).starts_with("error: Driver specified twice"));
+        let json = r#"json:{"driver":"file","filename":"x"}"#;
+        assert_eq!(image(json, None), r#"{"file": {"driver": "file", "filename": "x"}}"#);
+        assert_eq!(
+            image(json, Some("raw")),
+            r#"{"driver": "raw", "file": {"driver": "file", "filename": "x"}}"#
+        );
+        assert_eq!(
+            image("blkdebug::x", Some("raw")),
+            r#"{"driver": "raw", "file": {"driver": "blkdebug", "image": {"driver": "file", "filename": "x"}}}"#
+        );
+        assert_eq!(image("x", None), r#"{"file": {"driver": "file", "filename": "x"}}"#);
     }
 
     #[test]

@@ -81,10 +81,20 @@ fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
             role: if window { ChildRole::Data } else { ChildRole::Filtered },
             def: file,
         }],
-        rule: if window { AccessRule::Slice } else { AccessRule::Filter },
+        rule: rule(window, probed),
         relies_down_to: None,
         open: Box::new(open),
     })
+}
+
+/// Without a window it is in nobody's way; but writes to the start of a guessed image are
+/// looked at.
+fn rule(window: bool, probed: bool) -> AccessRule {
+    match (window, probed) {
+        (true, _) => AccessRule::Slice,
+        (false, true) => AccessRule::Filter,
+        (false, false) => AccessRule::Transparent,
+    }
 }
 
 struct Open {
@@ -215,7 +225,7 @@ impl Driver for Raw {
     }
 
     fn access_rule(&self) -> AccessRule {
-        if self.len.is_some() { AccessRule::Slice } else { AccessRule::Filter }
+        rule(self.len.is_some(), self.probed)
     }
 
     fn plan(&self, _node: &Node, request: Request, span: Span) -> Plan {

@@ -21,6 +21,11 @@ pub enum AccessRule {
     Leaf,
     /// Passes on what its parents need and allow.
     Filter,
+    /// A filter that is not there as far as requests are concerned: every request goes
+    /// to its only child with the same span and flags, always, and so does the question
+    /// for the size. Its `plan` and `size` are not asked: requests step over it. The
+    /// answer must not change during the driver's life.
+    Transparent,
     /// `raw` with an offset or a size: the child must not change its size.
     Slice,
     /// Copy-on-read.
@@ -58,7 +63,7 @@ impl AccessRule {
         let through = Claim { needs, allows };
         match (self, role) {
             (_, ChildRole::Target) => Claim { needs: A::V, allows: A::DATA - A::S },
-            (AccessRule::Leaf | AccessRule::Filter, _) => through,
+            (AccessRule::Leaf | AccessRule::Filter | AccessRule::Transparent, _) => through,
             (AccessRule::Slice, _) => Claim { needs, allows: allows - A::S },
             (AccessRule::CopyOnRead, _) => {
                 Claim { needs: if facts.active { needs | A::M } else { needs - A::M }, allows: allows | A::M }

@@ -103,6 +103,28 @@ pub(crate) struct DraftNode {
     pub(crate) state: Arc<NodeState>,
 }
 
+impl DraftNode {
+    /// Whether a leaf ends on a multiple of its request alignment. Writing the block in
+    /// which an unaligned one ends would make it longer. Nodes above a leaf have no
+    /// blocks of their own.
+    fn is_aligned(&self) -> bool {
+        let Some(driver) = self.driver.as_ref().filter(|_| self.children.is_empty()) else { return true };
+        let node = Node {
+            name: self.def.name.clone(),
+            anonymous: self.def.anonymous,
+            maps: false,
+            driver: driver.clone(),
+            children: Box::new([]),
+            shown: None,
+            flags: self.def.flags,
+            state: self.state.clone(),
+            owner: None,
+            options: Value::Null,
+        };
+        node.size().is_multiple_of(driver.limits(&node).request_alignment.max(1).into())
+    }
+}
+
 #[derive(Clone)]
 pub(crate) struct DraftUser {
     pub(crate) op: OpId,
@@ -169,7 +191,7 @@ impl State {
                     rule: n.driver.as_ref().map_or(n.def.rule, |d| d.access_rule()),
                     writable: !n.def.flags.read_only && !n.forced_read_only,
                     active: true,
-                    aligned: true,
+                    aligned: n.is_aligned(),
                     owner: n.def.owner.as_ref().map(op),
                     children: n.children.iter().map(|c| (c.role, numbers[&c.node])).collect(),
                 })
@@ -710,6 +732,7 @@ impl Draft {
                 name: d.def.name.clone(),
                 anonymous: d.def.anonymous,
                 maps: d.def.kind.maps,
+                shown: Node::shown_through(&*driver, &children),
                 driver,
                 children: children.into(),
                 flags: d.def.flags,
@@ -755,6 +778,7 @@ impl Draft {
             name: name.clone(),
             anonymous: d.def.anonymous,
             maps: false,
+            shown: None,
             driver,
             children: edges.into(),
             flags: d.def.flags,

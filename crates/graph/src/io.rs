@@ -333,6 +333,7 @@ enum Step<'g> {
 
 /// Walks down from `node` as long as drivers answer from memory.
 fn walk<'g>(mut node: &'g Node, mut request: Request, mut span: Span, leases: &mut Leases<'g>) -> Step<'g> {
+    node = node.answering();
     loop {
         // The lease must be taken before the plan is made.
         let lease = node.maps.then(|| node.state.epochs.enter());
@@ -345,7 +346,7 @@ fn walk<'g>(mut node: &'g Node, mut request: Request, mut span: Span, leases: &m
                 }
                 span = Span::new(at, len.min(span.len()));
                 request = next;
-                node = &node.children[child as usize].node;
+                node = node.children[child as usize].node.answering();
             }
             Plan::Zeroes { len } => return Step::Zeroes { len: len.min(span.len()) },
             Plan::Done { len } => return Step::Done { len: len.min(span.len()) },
@@ -375,13 +376,13 @@ impl Node {
     }
 
     fn peek(&self, mut request: Request, mut span: Span) -> Peek {
-        let mut node = self;
+        let mut node = self.answering();
         loop {
             match node.driver.plan(node, request, span) {
                 Plan::Forward { child, at, len, request: next } => {
                     span = Span::new(at, len.min(span.len()));
                     request = next;
-                    node = &node.children[child as usize].node;
+                    node = node.children[child as usize].node.answering();
                 }
                 Plan::Zeroes { len } | Plan::Done { len } => return Peek::Ready { len: len.min(span.len()) },
                 Plan::Slow if node.children.is_empty() => return Peek::Ready { len: span.len() },

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dolmen_types::{ChildRole, Claim, NodeName, OpId, Value};
 
-use crate::{Driver, Epochs, UserEdge};
+use crate::{AccessRule, Driver, Epochs, UserEdge};
 
 /// Common properties of a node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,12 +63,30 @@ pub struct Node {
     pub options: Value,
     /// Whether [`Driver::plan`] answers are leases (cached from the registry row).
     pub(crate) maps: bool,
+    /// Of a transparent node: the nearest node below that is not.
+    pub(crate) shown: Option<Arc<Node>>,
 }
 
 impl Node {
     /// Size in bytes.
     pub fn size(&self) -> u64 {
-        self.driver.size(self)
+        let n = self.answering();
+        n.driver.size(n)
+    }
+
+    /// The node that requests to this one reach first: itself, or what shows through it.
+    pub(crate) fn answering(&self) -> &Node {
+        self.shown.as_deref().unwrap_or(self)
+    }
+
+    /// What [`Node::shown`] has to be for a driver with these children.
+    pub(crate) fn shown_through(driver: &dyn Driver, children: &[ChildEdge]) -> Option<Arc<Node>> {
+        match (driver.access_rule(), children) {
+            (AccessRule::Transparent, [only]) => {
+                Some(only.node.shown.clone().unwrap_or_else(|| only.node.clone()))
+            }
+            _ => None,
+        }
     }
 
     /// A child by the option's name.

@@ -337,7 +337,11 @@ fn below(common: &Common, parent: AccessRule, role: ChildRole, depth: usize) -> 
             no_flush: f.no_flush,
             force_share: f.force_share,
             // The parent decides about discards, so its file always passes them on.
-            unmap: if parent == AccessRule::Filter || backing { f.unmap } else { true },
+            unmap: if matches!(parent, AccessRule::Filter | AccessRule::Transparent) || backing {
+                f.unmap
+            } else {
+                true
+            },
         },
         auto_read_only: common.auto_read_only,
         depth: if backing { depth + 1 } else { depth },

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::process::Line;
 use super::rows::{NULL_1, NULL_5};
-use super::sample::{Measured, Side, median};
+use super::sample::{Measured, Sample, Side, median};
 use super::{Context, Result};
 
 /// The head of the table that [`line`] fills.
@@ -114,17 +114,20 @@ pub(super) fn goals(rows: &[Measured]) -> Vec<Goal> {
     let row = |name: &str| rows.iter().find(|m| m.name == name);
     let (Some(one), Some(five)) = (row(NULL_1), row(NULL_5)) else { return Vec::new() };
     // Both were measured in the same rounds: the ratio of each round is steadier than
-    // that of the medians.
-    let pairs = || five.ours.samples.iter().zip(&one.ours.samples);
-    let growth = median(pairs().map(|(f, o)| f.wall_ns / o.wall_ns));
-    let cpu_growth = median(pairs().map(|(f, o)| f.cpu_ns / o.cpu_ns));
-    let against = median(five.ours.samples.iter().zip(&one.theirs.samples).map(|(f, o)| f.cpu_ns / o.cpu_ns));
+    // that of the medians. CPU time decides: these requests wait for nothing, so what
+    // more the clock says went to other processes.
+    let ratio = |a: &Side, b: &Side, f: fn(&Sample) -> f64| {
+        median(a.samples.iter().zip(&b.samples).map(|(a, b)| f(a) / f(b)))
+    };
+    let growth = ratio(&five.ours, &one.ours, |s| s.cpu_ns);
+    let wall = ratio(&five.ours, &one.ours, |s| s.wall_ns);
+    let against = ratio(&five.ours, &one.theirs, |s| s.cpu_ns);
     vec![
         Goal {
             text: format!(
-                "five layers cost {growth:.2} times what one costs in time, {cpu_growth:.2} in CPU (at most 1.3)"
+                "five layers cost {growth:.2} times what one layer costs per request (at most 1.3; {wall:.2} by the clock)"
             ),
-            met: growth <= 1.3 && cpu_growth <= 1.3,
+            met: growth <= 1.3,
         },
         Goal {
             text: format!(
@@ -179,7 +182,6 @@ pub(super) fn write_json(path: &Path, cx: &Context, rows: &[Measured], goals: &[
 
 #[cfg(test)]
 mod tests {
-    use super::super::sample::Sample;
     use super::*;
 
     #[test]

@@ -142,11 +142,13 @@ fn filename(node: &Node, d: &Description) -> String {
     }
 }
 
-/// Options without those that only say how it was opened.
+/// Options without those that only say how it was opened, the driver first.
 fn bare(v: &Value) -> Value {
     match v {
         Value::Map(m) => Value::Map(
             m.iter()
+                .filter(|(k, _)| k == "driver")
+                .chain(m.iter().filter(|(k, _)| k != "driver"))
                 .filter(|(k, v)| {
                     !matches!(
                         k.as_str(),

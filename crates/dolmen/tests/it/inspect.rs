@@ -139,3 +139,38 @@ fn rebase_unsafe() {
     }
     b.ok("qemu-img", &["check", "b.qcow2"]);
 }
+
+/// What an NBD server serves, by both notations of its address.
+#[test]
+fn over_nbd() {
+    let Some(b) = chain() else { return };
+    let exact = is_reference(&b, "the text and JSON of images over NBD");
+    let socket = b.path("nbd.sock");
+    let socket = socket.to_str().expect("a path");
+    let server = b
+        .command("qemu-nbd")
+        .args(["-t", "-e", "8", "-f", "qcow2", "-x", "exp", "-k", socket, "a.qcow2"])
+        .spawn();
+    let Ok(mut server) = server else {
+        println!("not compared: qemu-nbd is not installed");
+        return;
+    };
+    crate::daemon::eventually("qemu-nbd", || std::os::unix::net::UnixStream::connect(socket).ok());
+    for name in [format!("nbd+unix:///exp?socket={socket}"), format!("nbd:unix:{socket}:exportname=exp")] {
+        if exact {
+            for output in ["human", "json"] {
+                b.same("qemu-img", &["info", "--output", output, &name], no_change);
+                b.same("qemu-img", &["map", "--output", output, &name], no_change);
+            }
+        }
+        b.same("qemu-img", &["compare", "-f", "raw", "-F", "raw", &name, &name], no_change);
+        let c = b.run("ours/qemu-img", &["compare", "-f", "raw", "-F", "qcow2", &name, "-U", "a.qcow2"]);
+        assert_eq!(c.code, 0, "{c:?}");
+        b.ok("ours/qemu-io", &["-f", "raw", "-c", "write -P 6 8k 4k", "-c", "read -P 6 8k 4k", &name]);
+        b.ok("qemu-io", &["-f", "raw", "-c", "read -P 6 8k 4k", "-c", "read -P 1 12k 4k", &name]);
+    }
+    server.kill().expect("it runs");
+    server.wait().expect("it ends");
+    let r = b.run("ours/qemu-img", &["info", &format!("nbd:unix:{socket}.gone")]);
+    assert_eq!(r.code, 1, "{r:?}");
+}

@@ -176,3 +176,19 @@ fn interactive() {
     assert_eq!(without_times(&ours.out), without_times(&theirs.out));
     assert_eq!(ours.code, theirs.code);
 }
+
+/// Errors are injected by a configuration file, named in the image's name or in options.
+#[test]
+fn injected_errors() {
+    let Some(b) = images() else { return };
+    std::fs::write(
+        b.path("debug.conf"),
+        "[inject-error]\nevent = \"write_aio\"\nerrno = \"28\"\nonce = \"on\"\n",
+    )
+    .expect("a file");
+    let commands = ["-c", "write 1M 4k", "-c", "write 1M 4k", "-c", "read -P 0xcd 1M 4k"];
+    b.same("qemu-io", &[&commands[..], &["blkdebug:debug.conf:a.qcow2"]].concat(), without_times);
+    let options = "driver=qcow2,file.driver=blkdebug,file.config=debug.conf,file.image.filename=a.qcow2";
+    b.same("qemu-io", &[&commands[..], &["--image-opts", options]].concat(), without_times);
+    b.ok("qemu-img", &["check", "a.qcow2"]);
+}

@@ -293,6 +293,102 @@ fn a_conflict_is_told_as_data() {
     );
 }
 
+/// An export with clients goes only when it is said to be hard, and so does its server.
+#[test]
+fn exports_with_clients() {
+    let mut server = Daemon::start(|_| serve(), ONE_EXPORT);
+    let mut m = server.monitor();
+    // The export is there before the pid file is.
+    eventually("pid file", || server.path("pid").exists().then_some(()));
+    let mut client = Daemon::start(|_| serve(), &[]);
+    let mut c = client.monitor();
+    let connect = |c: &mut crate::daemon::Monitor, name: &str| {
+        let at = json!({"type": "unix", "path": server.path("nbd.sock")});
+        c.ok("blockdev-add", json!({"driver": "nbd", "node-name": name, "server": at, "export": "n"}));
+    };
+    connect(&mut c, "r");
+    let del = |mode: &str| json!({"execute": "block-export-del", "arguments": {"id": "e", "mode": mode}});
+    let refused = m.ask(&del("safe"));
+    let desc = refused["error"]["desc"].as_str().expect("a refusal");
+    assert!(desc.starts_with("export 'e' still in use"), "{desc}");
+    assert_eq!(m.ok("query-block-exports", json!({}))[0]["shutting-down"], false);
+    assert_eq!(m.ask(&del("hard")), json!({"return": {}}));
+    assert_eq!(m.events[0]["data"], json!({"id": "e"}));
+    assert_eq!(m.ok("query-block-exports", json!({})), json!([]));
+
+    m.ok("block-export-add", json!({"type": "nbd", "id": "e", "node-name": "n", "writable": true}));
+    connect(&mut c, "again");
+    m.ok("nbd-server-stop", json!({}));
+    assert_eq!(m.events.len(), 2);
+    assert!(!server.path("nbd.sock").exists());
+    m.ok("blockdev-del", json!({"node-name": "n"}));
+    for name in ["r", "again"] {
+        // What can't be flushed any more is told; the node is gone in any case.
+        c.ask(&json!({"execute": "blockdev-del", "arguments": {"node-name": name}}));
+    }
+    assert_eq!(c.ok("query-named-block-nodes", json!({})), json!([]));
+}
+
+/// A signal in the middle of writing: what was acknowledged before is there, and the image
+/// is whole.
+#[test]
+fn a_signal_under_load() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let dolmen = |args: &[&str]| {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_dolmen"));
+        c.current_dir(dir.path());
+        run(c, args)
+    };
+    assert!(dolmen(&["img", "create", "-f", "qcow2", "disk.qcow2", "256M"]).0.success());
+    let image = dir.path().join("disk.qcow2").display().to_string();
+    let mut d = Daemon::start(
+        |_| serve(),
+        &[
+            "--blockdev",
+            &format!("qcow2,node-name=d,file.driver=file,file.filename={image}"),
+            "--nbd-server",
+            "addr.type=unix,addr.path=DIR/nbd.sock",
+            "--export",
+            "nbd,id=e,node-name=d,writable=on",
+            "--pidfile",
+            "DIR/pid",
+        ],
+    );
+    eventually("pid file", || d.path("pid").exists().then_some(()));
+    let uri = format!("nbd+unix:///d?socket={}", d.path("nbd.sock").display());
+    let (status, out, err) = dolmen(&["io", "-f", "raw", "-c", "write -P 7 0 4M", &uri]);
+    assert!(status.success(), "{out}{err}");
+    let mut load = match Command::new("qemu-img")
+        .args(["bench", "-w", "-f", "raw", "-c", "10000000", "-d", "16", "-s", "64k", "-S", "192k"])
+        .args(["-o", "8M", "--pattern", "9", &uri])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+    {
+        Ok(child) => child,
+        Err(_) => {
+            eprintln!("qemu-img is not installed: no load");
+            return;
+        }
+    };
+    // Enough to be in the middle of allocating: the image grows.
+    let at_first = std::fs::metadata(&image).expect("the image").len();
+    eventually("load", || (std::fs::metadata(&image).ok()?.len() > at_first + (16 << 20)).then_some(()));
+    d.signal(Signal::TERM);
+    let status = d.wait();
+    let _ = load.kill();
+    let _ = load.wait();
+    assert!(status.success(), "{status}");
+    let (status, out, err) = dolmen(&["img", "check", "-f", "qcow2", "disk.qcow2"]);
+    assert!(status.success(), "{out}{err}");
+    if let Ok(o) = Command::new("qemu-img").args(["check", "-f", "qcow2", &image]).output() {
+        assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stdout));
+    }
+    let (status, out, err) = dolmen(&["io", "-f", "qcow2", "-c", "read -P 7 0 4M", "disk.qcow2"]);
+    assert!(status.success() && !out.contains("failed"), "{out}{err}");
+}
+
 /// The same commands give the same replies as in the established daemon.
 #[test]
 fn the_same_replies() {

@@ -1,9 +1,9 @@
 //! qcow2: the copy-on-write image format.
 //!
 //! ```text
-//!   driver   futures: reads tables, moves data, runs flush rounds      (driver*.rs, round.rs)
+//!   driver   futures: loads tables, moves data, runs flush rounds      (driver, rw, zero, flush, resize)
 //!      |
-//!   meta     decisions from memory: where is it, what to allocate,     (meta.rs, alloc.rs, table.rs)
+//!   meta     decisions from memory: where is it, what to allocate,     (meta, alloc, table, round)
 //!      |     what to write in which order
 //!   codec    bytes <-> values, every limit                             (header, entry, snapshot, bitmap)
 //! ```
@@ -32,14 +32,17 @@ mod compress;
 mod create;
 mod driver;
 mod entry;
+mod flush;
 mod header;
 mod image;
 mod layout;
 mod meta;
+mod resize;
 mod round;
 mod rw;
 mod snapshot;
 mod table;
+mod zero;
 
 pub use bitmap::BitmapEntry;
 pub use check::{CheckResult, Repair, check, check_and_repair};

@@ -3,4 +3,5 @@
 mod images;
 mod interop;
 mod support;
+mod waiting;
 mod work;

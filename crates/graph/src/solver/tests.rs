@@ -6,6 +6,7 @@
 //! shares no code with [`AccessRule`].
 //!
 //! What is complete, and what is not:
+//! - `AccessRule::Transparent` is a filter to the solver: see [`transparent_is_a_filter`].
 //! - [`edge_rules`]: every rule, role, set of facts and claim of one parent: complete.
 //! - [`two_parties`]: every kind of pair that can meet at a node, with every claim of each
 //!   over D, V, M and S, and over every pair of actions: complete.
@@ -58,7 +59,7 @@ fn table(rule: AccessRule, role: ChildRole) -> [&'static str; 2] {
         return ["0100", "1110"];
     }
     match (rule, role) {
-        (AccessRule::Leaf | AccessRule::Filter, _) => ["pppp", "pppp"],
+        (AccessRule::Leaf | AccessRule::Filter | AccessRule::Transparent, _) => ["pppp", "pppp"],
         (AccessRule::Slice, _) => ["pppp", "ppp0"],
         (AccessRule::CopyOnRead, _) => ["ppap", "pp1p"],
         (AccessRule::Format, ChildRole::Backing) => ["p000", "1v1v"],
@@ -292,6 +293,21 @@ fn data_claims() -> impl Iterator<Item = Claim> + Clone {
 
 fn claim(needs: Actions, denies: Actions) -> Claim {
     Claim { needs, allows: Actions::EVERY - denies }
+}
+
+/// So the other tests need not try both.
+#[test]
+fn transparent_is_a_filter() {
+    let facts = NodeFacts { writable: true, has_parents: true, active: true };
+    for role in ROLES {
+        for (needs, allows) in (0..=u8::MAX).map(|n| (n & 15, n >> 4)) {
+            let parents = claim(Actions::from_bits(needs), Actions::from_bits(allows));
+            assert_eq!(
+                AccessRule::Transparent.child_claim(role, parents, facts),
+                AccessRule::Filter.child_claim(role, parents, facts)
+            );
+        }
+    }
 }
 
 #[test]

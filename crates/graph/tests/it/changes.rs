@@ -9,7 +9,7 @@ use std::time::Duration;
 use dolmen_graph::{AccessRule, GraphEvent, GraphOwner, NodeDef, NodeFlags, OpInfo, UserEdge};
 use dolmen_rt::{Memory, Rt};
 use dolmen_sim::stand_in::{self as op, StandIn};
-use dolmen_sim::{MemoryDisk, Sim};
+use dolmen_sim::{MemoryDisk, Sim, SimDisk};
 use dolmen_types::{Actions, ChildRole, Claim, ErrorKind, NodeName, OpId, ReadFlags, Result, Span, Value};
 use futures_lite::future::{poll_once, yield_now};
 
@@ -46,6 +46,38 @@ async fn relink(owner: &mut GraphOwner, to: &str) -> Result<()> {
     let mut d = owner.draft();
     d.link(&name("f"), "file", ChildRole::Filtered, to)?;
     owner.commit(d).await.map(drop)
+}
+
+/// Requests step over transparent nodes by a shortcut that the snapshot holds. It must
+/// follow when something below is linked elsewhere, however many such nodes lie above.
+#[test]
+fn the_way_through_transparent_nodes_follows_the_links() {
+    Sim::run(1, |rt| async move {
+        let log = Log::default();
+        let mut owner = GraphOwner::new(rt.clone());
+        let mut d = owner.draft();
+        add_probe(&mut d, "a", &log);
+        add_probe(&mut d, "b", &log);
+        add_filter(&mut d, "f", "a");
+        for (n, over) in [("t1", "f"), ("t2", "t1"), ("t3", "t2")] {
+            let pane = StandIn::new(&op::RAW, AccessRule::Transparent);
+            op::add(&mut d, n, pane, None, &[("file", ChildRole::Filtered, over)]).unwrap();
+        }
+        op::export(&mut d, "e", "t3", false).unwrap();
+        owner.commit(d).await.unwrap();
+        let e = edge(&owner, "e");
+        assert_eq!(e.node().name.as_str(), "t3");
+        assert_eq!(e.node().size(), 1 << 20);
+        assert_eq!(read_byte(&e, &rt).await.unwrap(), b'a');
+
+        relink(&mut owner, "b").await.unwrap();
+        assert_eq!(read_byte(&e, &rt).await.unwrap(), b'b', "the filter below them was relinked");
+
+        let mut d = owner.draft();
+        d.link(&name("t1"), "file", ChildRole::Filtered, "a").unwrap();
+        owner.commit(d).await.unwrap();
+        assert_eq!(read_byte(&e, &rt).await.unwrap(), b'a', "the lowest of them was relinked");
+    });
 }
 
 #[test]
@@ -662,5 +694,39 @@ fn claims_that_do_not_pin_go_with_their_node() {
         d.solve().unwrap();
         world.owner.commit(d).await.unwrap();
         assert!(world.owner.graph().node("top").is_none());
+    });
+}
+
+/// With blocks of 512 bytes, writing the last block of a disk of 1000 bytes would make it
+/// longer: only those may who may resize it.
+#[test]
+fn a_node_that_ends_in_a_block_is_written_by_those_who_may_resize_it() {
+    Sim::run(1, |rt| async move {
+        let mut owner = GraphOwner::new(rt.clone());
+        let disk = |size| {
+            let config = dolmen_sim::DiskConfig { request_alignment: 512, ..Default::default() };
+            SimDisk::new(dolmen_sim::Image::new(size), config)
+        };
+        let mut d = owner.draft();
+        op::add(&mut d, "odd", disk(1000), None, &[]).unwrap();
+        op::add(&mut d, "even", disk(1024), None, &[]).unwrap();
+        owner.commit(d).await.unwrap();
+        let mut d = owner.draft();
+        op::export(&mut d, "r", "odd", false).unwrap();
+        op::export(&mut d, "w", "even", true).unwrap();
+        d.solve().unwrap();
+        op::export(&mut d, "x", "odd", true).unwrap();
+        let e = d.solve().unwrap_err();
+        assert_eq!(
+            e.to_string(),
+            "node 'odd' ends in the middle of a block and cannot be written by export 'x' (nbd, writable)"
+        );
+        let mut d = owner.draft();
+        op::export(&mut d, "x", "odd", false).unwrap();
+        let needs = Actions::V | Actions::S;
+        d.remove_op(&OpId::internal("x"));
+        job(&mut d, "j", "filter", "even");
+        d.add_user(&OpId::internal("j"), "odd", Claim { needs, allows: Actions::EVERY }).unwrap();
+        d.solve().unwrap();
     });
 }

@@ -22,7 +22,7 @@ use dolmen_graph::{
     AccessRule, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op,
     OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock, Request as GraphRequest, SELF, Where,
 };
-use dolmen_nbd::consts::{STATE_HOLE, STATE_ZERO, cmd};
+use dolmen_nbd::consts::{STATE_ZERO, cmd};
 use dolmen_nbd::{CommandFlags, TransmissionFlags};
 use dolmen_rt::{Instant, IoVec, LocalFuture, Memory, Rt};
 use dolmen_types::{
@@ -508,8 +508,8 @@ impl Driver for Nbd {
                 return Ok(data(span.len().min(before.max(1))));
             }
             Ok(if e.flags & STATE_ZERO != 0 {
-                let kept = (e.flags & STATE_HOLE == 0).then_some((SELF, span.offset()));
-                Extent { len, place: Where::Zero { at: kept } }
+                // As for holes of a file: there is nothing at that place, but it is this place.
+                Extent { len, place: Where::Zero { at: Some((SELF, span.offset())) } }
             } else {
                 data(len)
             })

@@ -1,0 +1,229 @@
+//! Flushing: running rounds, giving freed clusters back, closing.
+//!
+//! A round, and each write of the header, runs in a task of its own: if it could be cancelled half-way, an old copy
+//! might reach the disk after a newer one.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+
+use dolmen_graph::{ChildEdge, NodeState, Prealloc, RangeGuard};
+use dolmen_rt::Rt;
+use dolmen_types::{Result, Span, WriteFlags};
+
+use super::driver::Core;
+use super::image::{Env, File};
+use super::meta::Freed;
+use super::round::{Patch, Reached, Round};
+
+/// What a step needs to go on without its caller.
+struct Shielded {
+    core: Arc<Core>,
+    edge: ChildEdge,
+    rt: Rt,
+    state: Arc<NodeState>,
+}
+
+impl Shielded {
+    fn new(core: &Core, env: Env<'_>) -> Shielded {
+        Shielded {
+            core: core.me.upgrade().expect("a method of it is running"),
+            edge: env.file.edge().clone(),
+            rt: env.file.rt().clone(),
+            state: env.state().clone(),
+        }
+    }
+
+    /// Writes a round and draws the conclusion.
+    async fn round(self, round: Round) -> Result<()> {
+        let mut reached = Reached::Nothing;
+        let result = self.core.write_round(File::new(&self.edge, &self.rt), &round, &mut reached).await;
+        self.core.meta().end_round(round, reached, self.state.epochs.stamp());
+        self.core.round_ended.notify(usize::MAX);
+        result
+    }
+
+    /// Writes the header and makes it durable.
+    async fn header(self, patch: Patch) -> Result<()> {
+        let file = File::new(&self.edge, &self.rt);
+        let mut result = self.core.write_patches(file, &[patch]).await;
+        if result.is_ok() {
+            result = self.core.flush_file(file).await;
+        }
+        self.core.meta().in_round = false;
+        self.core.round_ended.notify(usize::MAX);
+        result
+    }
+}
+
+/// A change that is neither done nor undone; dropping it in that state ends writing to the image.
+pub(super) struct Undecided<'a> {
+    core: &'a Core,
+    what: Option<&'static str>,
+}
+
+impl Undecided<'_> {
+    /// It is decided now.
+    pub(super) fn decided(mut self) {
+        self.what = None;
+    }
+}
+
+impl Drop for Undecided<'_> {
+    fn drop(&mut self) {
+        if let Some(what) = self.what {
+            self.core.meta().broken.get_or_insert_with(|| format!("{what} was not finished"));
+        }
+    }
+}
+
+impl Core {
+    /// A flush request.
+    pub(super) async fn flush(&self, env: Env<'_>) -> Result<()> {
+        if self.writable { self.round(env).await } else { self.flush_file(env.file).await }
+    }
+
+    /// Makes everything that has been acknowledged so far durable. Requests that come while a round is under way
+    /// share the next one.
+    pub(super) async fn round(&self, env: Env<'_>) -> Result<()> {
+        let need = self.meta().rounds_begun + 1;
+        let _turn = self.turn().await;
+        {
+            let m = self.meta();
+            if m.rounds_done >= need {
+                return Ok(());
+            }
+            m.check_usable()?;
+        }
+        self.reap(env).await?;
+        let round = self.meta().begin_round();
+        env.file.rt().shielded(Shielded::new(self, env).round(round)).await
+    }
+
+    /// Writes the header; the caller has the turn.
+    pub(super) async fn write_header(&self, env: Env<'_>, patch: Patch) -> Result<()> {
+        self.meta().in_round = true;
+        env.file.rt().shielded(Shielded::new(self, env).header(patch)).await
+    }
+
+    /// Begins a change of the header that must be seen to its end.
+    pub(super) fn undecided(&self, what: &'static str) -> Undecided<'_> {
+        Undecided { core: self, what: Some(what) }
+    }
+
+    /// Waits for the right to write the header and to begin a round. A round that lost its caller still goes on,
+    /// so the lock alone does not say that there is none.
+    pub(super) async fn turn(&self) -> RangeGuard<'_> {
+        let guard = self.rounds.lock(Span::new(0, 1)).await;
+        loop {
+            let ended = self.round_ended.listen();
+            if !self.meta().in_round {
+                return guard;
+            }
+            ended.await;
+        }
+    }
+
+    pub(super) async fn write_round(&self, file: File<'_>, r: &Round, reached: &mut Reached) -> Result<()> {
+        if r.is_empty() {
+            self.flush_file(file).await?;
+            *reached = Reached::C;
+            return Ok(());
+        }
+        self.write_patches(file, &r.unreachable).await?;
+        self.flush_file(file).await?;
+        *reached = Reached::A;
+        if !r.reftable.is_empty() || r.header.is_some() {
+            self.write_patches(file, &r.reftable).await?;
+            self.flush_file(file).await?;
+            if let Some(header) = &r.header {
+                self.write_patches(file, std::slice::from_ref(header)).await?;
+                self.flush_file(file).await?;
+            }
+        }
+        *reached = Reached::B;
+        if !r.mappings.is_empty() {
+            self.write_patches(file, &r.mappings).await?;
+            self.flush_file(file).await?;
+        }
+        *reached = Reached::C;
+        Ok(())
+    }
+
+    /// Gives back clusters whose mapping is gone from the disk and that no request can still be using.
+    pub(super) async fn reap(&self, env: Env<'_>) -> Result<()> {
+        loop {
+            let batch = {
+                let mut m = self.meta();
+                match m.unmapped.front() {
+                    Some((stamp, _)) if env.over(*stamp) => m.unmapped.pop_front().map(|(_, b)| b),
+                    _ => None,
+                }
+            };
+            let Some(batch) = batch else { return Ok(()) };
+            for f in batch {
+                self.give_back(env, f).await?;
+            }
+        }
+    }
+
+    pub(super) async fn give_back(&self, env: Env<'_>, f: Freed) -> Result<()> {
+        let mut at = 0;
+        while at < f.count {
+            let first = f.first.plus(at);
+            // How many of them have this as their last reference: those may be discarded in the file, while they
+            // still count as used so that nobody takes them meanwhile.
+            let mut last = 0;
+            while last < f.count - at
+                && self.with(env.file, |m| m.refcount(first.plus(last))).await? == 1
+                && (last == 0 || self.geo.refcount_position(first.plus(last)).1 != 0)
+            {
+                last += 1;
+            }
+            if last > 0 && self.pass_discard {
+                let bits = self.geo.cluster_bits;
+                let span = Span::new(first.0 << bits, last << bits);
+                let inside = span.intersect(Span::new(0, env.file.size()));
+                if let (Some(span), Ok(io)) = (inside, env.file.write()) {
+                    // Giving space back is a favour, not a duty.
+                    let _ = io.discard(span, WriteFlags::NONE).await;
+                }
+            }
+            let count = last.max(1);
+            for i in 0..count {
+                self.with(env.file, |m| m.decrement(first.plus(i))).await?;
+            }
+            at += count;
+        }
+        Ok(())
+    }
+
+    /// Writes out everything and leaves nothing behind.
+    pub(super) async fn close(&self, env: Env<'_>) -> Result<()> {
+        if !self.writable || self.meta().broken.is_some() {
+            return Ok(());
+        }
+        let orphans = std::mem::take(&mut self.meta().orphans);
+        for f in orphans {
+            self.give_back(env, f).await?;
+        }
+        while self.meta().any_dirty() || !self.meta().unmapped.is_empty() {
+            self.round(env).await?;
+            let waiting = self.meta().unmapped.front().is_some_and(|(stamp, _)| !env.over(*stamp));
+            if waiting && !self.meta().any_dirty() {
+                break;
+            }
+        }
+        let end = {
+            let m = self.meta();
+            m.high << m.geo.cluster_bits
+        };
+        if self.grown.load(SeqCst)
+            && env.file.size() > end
+            && let Ok(io) = env.file.resize()
+        {
+            // A longer file is as valid.
+            let _ = io.resize(end, Prealloc::Off).await;
+        }
+        Ok(())
+    }
+}

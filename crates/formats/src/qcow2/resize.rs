@@ -1,0 +1,194 @@
+//! Resizing and preallocating.
+//!
+//! Each step leaves a valid image: the longer L1 table is complete before the header names it, what could shine
+//! through behind the old end is cleared before the header says that it is there, and what is cut off is unmapped
+//! before the header forgets it.
+
+use dolmen_graph::Prealloc;
+use dolmen_types::{BlkEvent, Error, ErrorKind, Result, Span, WriteFlags};
+use std::sync::atomic::Ordering::SeqCst;
+
+use super::driver::Core;
+use super::entry::L2Entry;
+use super::image::Env;
+use super::layout::{ClusterIndex, HostOffset, MAX_L1_BYTES};
+use super::meta::{Freed, Place};
+use super::round::Patch;
+use super::rw::Claimed;
+use super::table::Dirty;
+
+impl Core {
+    /// A resize request. Growing keeps all data; the new bytes read as zeroes whatever lies below. Shrinking is the
+    /// caller's word that nothing uses the tail.
+    pub(super) async fn resize(&self, env: Env<'_>, size: u64, prealloc: Prealloc) -> Result<()> {
+        self.begin_change(env).await?;
+        let old = self.size();
+        let (geo, snapshots) = {
+            let m = self.meta();
+            (m.geo, m.header.snapshots)
+        };
+        if size == old {
+            return Ok(());
+        }
+        if snapshots > 0 && geo.version < 3 {
+            return Err(Error::new(ErrorKind::Unsupported, "Can't resize a v2 image which has snapshots")
+                .remedy("delete the snapshots, or amend the image to compat=1.1"));
+        }
+        if !size.is_multiple_of(512) {
+            // Other programs count in sectors and would not see the rest.
+            return Err(Error::new(ErrorKind::InvalidInput, "The new size must be a multiple of 512"));
+        }
+        if size > geo.max_size() {
+            return Err(Error::new(ErrorKind::Limit, format!("the image can't grow to {size} bytes"))
+                .remedy("use a larger cluster size"));
+        }
+        let _range = self.ranges.lock(Span::new(0, Span::MAX_END)).await;
+        if size < old {
+            if prealloc != Prealloc::Off {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    "Preallocation can't be used for shrinking an image",
+                ));
+            }
+            let cluster = geo.cluster_size();
+            let gone = Span::from_range(size.next_multiple_of(cluster), old.next_multiple_of(cluster));
+            self.unmap_allocated(env, gone).await?;
+            return self.set_size(env, size).await;
+        }
+        self.grow_l1(env, geo.l1_entries_for(size)).await?;
+        // Nothing old may show up behind the old end: neither the rest of its last cluster nor a longer backing
+        // node. Both are cleared before the header says that they are there.
+        let cluster_end = old.next_multiple_of(geo.cluster_size()).min(size);
+        if cluster_end > old {
+            self.zero_locked(env, Span::from_range(old, cluster_end), WriteFlags::NONE).await?;
+        }
+        let shining = env.backing_size().min(size);
+        if shining > cluster_end {
+            let whole = Span::from_range(cluster_end, shining).align_out(geo.cluster_size());
+            if geo.version >= 3 {
+                self.zero_entries(env, whole, true).await?;
+            } else {
+                self.zero_without_entries(env, whole, WriteFlags::NONE).await?;
+            }
+        }
+        if prealloc != Prealloc::Off {
+            self.preallocate(env, Span::from_range(old, size), prealloc).await?;
+        }
+        self.set_size(env, size).await
+    }
+
+    pub(super) async fn unmap_allocated(&self, env: Env<'_>, span: Span) -> Result<()> {
+        let mut rest = span;
+        while !rest.is_empty() {
+            let run = self.find(env, rest.offset(), rest.len()).await?;
+            let part = rest.prefix(run.len);
+            if run.place != Place::Unallocated {
+                self.set_range(env, part, |_, _| L2Entry::Unallocated).await?;
+            }
+            rest = rest.skip(part.len());
+        }
+        Ok(())
+    }
+
+    pub(super) async fn set_size(&self, env: Env<'_>, size: u64) -> Result<()> {
+        self.round(env).await?;
+        let _header = self.turn().await;
+        let undecided = self.undecided("changing the size");
+        let patch = {
+            let mut m = self.meta();
+            m.header.size = size;
+            m.header_patch(BlkEvent::None)
+        };
+        self.write_header(env, patch).await?;
+        self.size.store(size, SeqCst);
+        undecided.decided();
+        Ok(())
+    }
+
+    /// Moves the L1 table to a place where it has at least `entries`. The caller holds the whole range.
+    pub(super) async fn grow_l1(&self, env: Env<'_>, entries: u64) -> Result<()> {
+        let old_entries = self.meta().l1.len() as u64;
+        if entries <= old_entries {
+            return Ok(());
+        }
+        let geo = self.geo;
+        let entries = entries.max(old_entries + old_entries / 2).min(MAX_L1_BYTES / 8);
+        let io = env.file.read()?;
+        io.event(BlkEvent::L1GrowAllocTable)?;
+        let clusters = geo.clusters_for(entries * 8);
+        let a = self.with(env.file, |m| m.allocate_table(clusters)).await?;
+        let claimed = Claimed { core: self, run: Some(a) };
+        // Everything dirty reaches the old table first; the range lock keeps it clean from here on.
+        self.round(env).await?;
+        let _header = self.turn().await;
+        let host = self.meta().host(a);
+        let mut bytes: Vec<u8> = self.meta().l1.iter().flat_map(|e| e.to_be_bytes()).collect();
+        bytes.resize((clusters << geo.cluster_bits) as usize, 0);
+        self.write_patches(env.file, &[Patch { at: host.0, bytes, event: BlkEvent::L1GrowWriteTable }])
+            .await?;
+        self.flush_file(env.file).await?;
+        let undecided = self.undecided("switching to a larger L1 table");
+        let (patch, old) = {
+            let mut m = self.meta();
+            let old = (m.header.l1_table, m.header.l1_entries);
+            m.header.l1_table = host;
+            m.header.l1_entries = u32::try_from(entries).expect("below the limit");
+            (m.header_patch(BlkEvent::L1GrowActivateTable), old)
+        };
+        // When this fails it is not known which table the disk names.
+        let written = self.write_header(env, patch).await;
+        if let Err(e) = written {
+            let mut m = self.meta();
+            (m.header.l1_table, m.header.l1_entries) = old;
+            return Err(e);
+        }
+        undecided.decided();
+        claimed.keep();
+        let stamp = env.stamp();
+        let mut m = self.meta();
+        m.l1.resize(entries as usize, 0);
+        m.l1_dirty = Dirty::new(entries as usize * 8);
+        m.l2.grow_keys(entries as usize);
+        m.own(host, entries * 8);
+        let first: ClusterIndex = geo.cluster_of(old.0);
+        let count = geo.clusters_for(u64::from(old.1) * 8);
+        for c in first.0..first.0 + count {
+            m.owned.remove(&c);
+        }
+        m.unmapped.push_back((stamp, vec![Freed { first, count }]));
+        Ok(())
+    }
+
+    /// Allocates clusters for everything that has none in a range, so that later writes need no allocation.
+    pub(super) async fn preallocate(&self, env: Env<'_>, span: Span, prealloc: Prealloc) -> Result<()> {
+        let geo = self.geo;
+        let cluster = geo.cluster_size();
+        let mut rest = span.align_out(cluster);
+        while !rest.is_empty() {
+            if self.meta().crowded() {
+                self.round(env).await?;
+            }
+            let run = self.find(env, rest.offset(), self.table_part(rest).len()).await?;
+            let mut part = rest.prefix(run.len);
+            if matches!(run.place, Place::Unallocated | Place::Zero { kept: None }) {
+                let a = self.claim(env, part.len() / cluster).await?;
+                let claimed = Claimed { core: self, run: Some(a) };
+                part = part.prefix(a.count * cluster);
+                let host = self.meta().host(a);
+                let space = if prealloc == Prealloc::Metadata { Prealloc::Off } else { prealloc };
+                self.reserve(env.file, host.0 + part.len(), space).await?;
+                if !a.fresh {
+                    env.file.write()?.write_zeroes(Span::new(host.0, part.len()), WriteFlags::NONE).await?;
+                }
+                self.set_range(env, part, |i, _| L2Entry::Data {
+                    host: HostOffset(host.0 + i * cluster),
+                    copied: true,
+                })
+                .await?;
+                claimed.keep();
+            }
+            rest = rest.skip(part.len());
+        }
+        Ok(())
+    }
+}
