@@ -27,8 +27,9 @@ pub(crate) async fn blockdev_add(task: &mut Task, options: Options) -> Done {
         names: crate::image_name,
         rt: &rt,
     };
-    // Dropping the draft on the way out closes what was opened.
-    opener.open(&mut draft, options, true).await?;
+    // A server may not answer. Dropping the draft on the way out closes what was opened.
+    let open = async { Ok(opener.open(&mut draft, options, true).await?) };
+    task.shared.unless_quitting(open).await?;
     task.owner.commit(draft).await?;
     Ok(())
 }
@@ -72,7 +73,9 @@ pub(crate) async fn nbd_server_start(task: &mut Task, start: NbdServerStart) -> 
     };
     let config =
         NbdServerConfig { max_connections: start.max_connections, handshake_max: start.handshake_max };
-    let server = NbdServer::listen(&task.shared.rt, &address, config).await?;
+    // A name may take long to resolve.
+    let listen = async { Ok(NbdServer::listen(&task.shared.rt, &address, config).await?) };
+    let server = task.shared.unless_quitting(listen).await?;
     task.server = Some(Rc::new(server));
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
+use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -17,6 +18,9 @@ use serde_json::{Value as Json, json};
 
 use crate::monitor::Outgoing;
 use crate::{Change, export, query};
+
+/// What is said to those who come too late.
+const ENDING: &str = "The daemon is shutting down";
 
 /// Receives lines about what goes wrong without anybody waiting for it.
 pub type Log = fn(&str);
@@ -53,7 +57,9 @@ pub(crate) struct Shared {
     pub(crate) published: RefCell<Rc<Published>>,
     pub(crate) monitors: RefCell<Vec<Rc<Outgoing>>>,
     pub(crate) log: Log,
-    /// Somebody asked for the end.
+    /// Somebody wants the end: what may take for ever is given up.
+    pub(crate) hurry: Cell<bool>,
+    /// The task has begun to end.
     pub(crate) quitting: Cell<bool>,
     /// The task has ended: everything is closed.
     pub(crate) ended: Cell<bool>,
@@ -63,6 +69,32 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// Completes when `flag` is set.
+    async fn until(&self, flag: &Cell<bool>) {
+        while !flag.get() {
+            let listener = self.progress.listen();
+            if !flag.get() {
+                listener.await;
+            }
+        }
+    }
+
+    /// Does something that may take for ever, unless the end is wanted meanwhile. It is
+    /// dropped then, and must undo itself by that.
+    ///
+    /// # Errors
+    /// Its own; `GenericError` when it was given up.
+    pub(crate) async fn unless_quitting<T>(
+        &self,
+        work: impl Future<Output = Result<T, QmpError>>,
+    ) -> Result<T, QmpError> {
+        let given_up = async {
+            self.until(&self.hurry).await;
+            Err(QmpError::generic(ENDING))
+        };
+        futures_lite::future::or(work, given_up).await
+    }
+
     /// Sends an event to every monitor that has finished its negotiation.
     pub(crate) fn event(&self, name: &'static str, data: Json) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -104,6 +136,7 @@ impl Control {
             published: RefCell::new(Rc::new(published)),
             monitors: RefCell::default(),
             log: config.log,
+            hurry: Cell::new(false),
             quitting: Cell::new(false),
             ended: Cell::new(false),
             progress: event_listener::Event::new(),
@@ -146,35 +179,24 @@ impl Control {
     /// # Errors
     /// As the change says; `GenericError` when the program is ending.
     pub async fn change(&self, change: Change) -> Result<Json, QmpError> {
-        let ending = || QmpError::generic("The daemon is shutting down");
+        let ending = || QmpError::generic(ENDING);
+        if matches!(change, Change::Quit) {
+            self.shared.hurry.set(true);
+            self.shared.progress.notify(usize::MAX);
+        }
         let (reply, result) = async_channel::bounded(1);
         self.jobs.send(Job { change, reply }).await.map_err(|_| ending())?;
         result.recv().await.map_err(|_| ending())?
     }
 
-    /// Whether the end has been asked for.
-    pub fn is_quitting(&self) -> bool {
-        self.shared.quitting.get()
-    }
-
-    /// Completes when the end has been asked for.
+    /// Completes when the task has begun to end.
     pub async fn quitting(&self) {
-        while !self.shared.quitting.get() {
-            let listener = self.shared.progress.listen();
-            if !self.shared.quitting.get() {
-                listener.await;
-            }
-        }
+        self.shared.until(&self.shared.quitting).await;
     }
 
     /// Completes when everything is closed.
     pub async fn ended(&self) {
-        while !self.shared.ended.get() {
-            let listener = self.shared.progress.listen();
-            if !self.shared.ended.get() {
-                listener.await;
-            }
-        }
+        self.shared.until(&self.shared.ended).await;
     }
 
     fn query(&self, request: &Request) -> Result<Json, QmpError> {

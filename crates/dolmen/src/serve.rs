@@ -84,7 +84,10 @@ fn start(
                 Failed::at(g, format!("'{}' is none of: none, beneath, anything", g.value))
             })?);
     }
-    let config = Config { registry: dolmen::registry(), policy: persona.policy(allow), log };
+    let mut policy = persona.policy(allow);
+    policy.probe |= has(Kind::AllowProbing);
+    policy.probe_with = "--allow-probing";
+    let config = Config { registry: dolmen::registry(), policy, log };
     // Before any thread is started, so that no thread takes the signals.
     block_signals();
     let plan = Plan { given, background };
@@ -230,7 +233,12 @@ async fn execute(
         }
         Kind::Pidfile if text.is_empty() => return Err(QmpError::generic("the path is empty")),
         // Looked at before or after everything else.
-        Kind::AllowBacking | Kind::Daemonize | Kind::Help | Kind::Pidfile | Kind::Version => {}
+        Kind::AllowBacking
+        | Kind::AllowProbing
+        | Kind::Daemonize
+        | Kind::Help
+        | Kind::Pidfile
+        | Kind::Version => {}
     }
     Ok(())
 }

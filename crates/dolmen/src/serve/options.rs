@@ -12,6 +12,7 @@ use dolmen::types::{Error, ErrorKind, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     AllowBacking,
+    AllowProbing,
     Blockdev,
     Chardev,
     Daemonize,
@@ -98,6 +99,13 @@ const ROWS: &[Row] = &[
         short: None,
         value: "none|beneath|anything",
         help: "which files may be opened because an image names them: none, plain file names beneath the\nimage's own directory, anything",
+    },
+    Row {
+        kind: Kind::AllowProbing,
+        long: "allow-probing",
+        short: None,
+        value: "",
+        help: "guess the format of a backing file when the image does not name it; unsafe when a guest could have\nwritten that file",
     },
     Row { kind: Kind::Help, long: "help", short: Some('h'), value: "", help: "this help" },
     Row { kind: Kind::Version, long: "version", short: Some('V'), value: "", help: "the version" },

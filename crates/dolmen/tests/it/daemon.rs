@@ -145,8 +145,12 @@ impl Monitor {
         }
     }
 
-    pub(crate) fn ask(&mut self, command: &Json) -> Json {
+    pub(crate) fn send(&mut self, command: &Json) {
         self.lines.get_mut().write_all(command.to_string().as_bytes()).expect("sent");
+    }
+
+    pub(crate) fn ask(&mut self, command: &Json) -> Json {
+        self.send(command);
         loop {
             let v = self.receive().expect("a reply");
             if v.get("event").is_none() {

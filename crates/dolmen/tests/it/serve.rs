@@ -329,6 +329,65 @@ fn exports_with_clients() {
     assert_eq!(c.ok("query-named-block-nodes", json!({})), json!([]));
 }
 
+/// A command that waits for somebody who does not answer holds up neither queries nor the
+/// end of the program.
+#[test]
+fn a_server_that_does_not_answer() {
+    let mut d = Daemon::start(|_| serve(), &[]);
+    let silent = UnixListener::bind(d.path("silent.sock")).expect("bound");
+    let (mut a, mut b) = (d.monitor(), d.monitor());
+    let at = json!({"type": "unix", "path": d.path("silent.sock")});
+    a.send(&json!({"execute": "blockdev-add", "id": "stuck",
+        "arguments": {"driver": "nbd", "node-name": "r", "server": at}}));
+    // It has connected and waits for the greeting.
+    let (_connection, _) = silent.accept().expect("a connection");
+    assert_eq!(b.ok("query-named-block-nodes", json!({})), json!([]));
+    d.signal(Signal::TERM);
+    let replies = a.rest();
+    assert_eq!(replies.len(), 1, "{replies:?}");
+    assert_eq!(replies[0]["id"], "stuck");
+    assert_eq!(replies[0]["error"]["desc"], "The daemon is shutting down");
+    assert!(d.wait().success());
+}
+
+/// What an image names is opened as far as the image is trusted.
+#[test]
+fn images_are_not_trusted() {
+    let mut d = Daemon::start(|_| serve(), &[]);
+    let img = |args: &[&str]| {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_dolmen"));
+        c.current_dir(d.dir.path()).arg("img");
+        let (status, out, err) = run(c, args);
+        assert!(status.success(), "{out}{err}");
+    };
+    let base = d.path("base.qcow2").display().to_string();
+    img(&["create", "-f", "qcow2", "base.qcow2", "1M"]);
+    img(&["create", "-f", "qcow2", "-u", "-b", "base.qcow2", "-F", "qcow2", "beside.qcow2", "1M"]);
+    img(&["create", "-f", "qcow2", "-u", "-b", &base, "-F", "qcow2", "elsewhere.qcow2", "1M"]);
+    let add = |name: &str| {
+        let file = json!({"driver": "file", "filename": d.path(&format!("{name}.qcow2"))});
+        json!({"execute": "blockdev-add", "arguments": {"driver": "qcow2", "node-name": name, "file": file}})
+    };
+    let (beside, elsewhere) = (add("beside"), add("elsewhere"));
+    let mut m = d.monitor();
+    assert_eq!(m.ask(&beside), json!({"return": {}}));
+    let refused = m.ask(&elsewhere);
+    let desc = refused["error"]["desc"].as_str().expect("a refusal");
+    assert!(desc.contains(&base) && desc.contains("--allow-backing=anything"), "{desc}");
+    m.ok("quit", json!({}));
+    d.wait();
+
+    let trusting: [fn(&std::path::Path) -> Command; 2] = [by_established_name, |_| {
+        let mut c = serve();
+        c.args(["--allow-backing", "anything"]);
+        c
+    }];
+    for command in trusting {
+        let mut d = Daemon::start(command, &[]);
+        assert_eq!(d.monitor().ask(&elsewhere), json!({"return": {}}));
+    }
+}
+
 /// A signal in the middle of writing: what was acknowledged before is there, and the image
 /// is whole.
 #[test]
