@@ -8,6 +8,7 @@ use std::time::Instant;
 const PACKAGES: &[(&str, &str)] = &[
     ("qemu-utils", "qemu-img"),
     ("libnbd-bin", "nbdinfo"),
+    ("nbdkit", "nbdkit"),
     ("e2fsprogs", "mke2fs"),
     ("python3-venv", "python3"),
 ];
