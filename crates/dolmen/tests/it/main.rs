@@ -8,6 +8,7 @@ mod inspect;
 mod io;
 mod locks;
 mod main_job;
+mod nbd;
 mod repair;
 mod serve;
 mod trust;
