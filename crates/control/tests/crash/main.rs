@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use dolmen_sim::Random;
 use judge::Found;
-use workload::{Bug, Scenario};
+use workload::{Bug, Scenario, Weather};
 
 /// Crashes drawn for each seed.
 const CRASHES: u64 = 20;
@@ -32,15 +32,20 @@ fn number(name: &str) -> Option<u64> {
 }
 
 /// Explores one seed; the error names the crash.
-fn explore(seed: u64, bug: Bug) -> Result<Found, String> {
-    let scenario = Scenario::draw(&mut Random::new(seed));
+fn explore(seed: u64, weather: Weather, bug: Bug) -> Result<Found, String> {
+    let scenario = Scenario::draw(&mut Random::new(seed), weather);
     let run = workload::run(&scenario, seed, bug).map_err(|e| format!("{scenario:?}: {e}"))?;
     judge::judge(&scenario, &run, seed, CRASHES).map_err(|e| format!("{scenario:?}: {e}"))
 }
 
 /// Explores many seeds on all cores, until `enough` have failed. Returns what was found, and
 /// the failures by seed.
-fn explore_all(seeds: std::ops::Range<u64>, bug: Bug, enough: usize) -> (Found, Vec<(u64, String)>) {
+fn explore_all(
+    seeds: std::ops::Range<u64>,
+    weather: Weather,
+    bug: Bug,
+    enough: usize,
+) -> (Found, Vec<(u64, String)>) {
     let next = AtomicU64::new(seeds.start);
     let results = Mutex::new((Found::default(), Vec::new()));
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
@@ -52,11 +57,12 @@ fn explore_all(seeds: std::ops::Range<u64>, bug: Bug, enough: usize) -> (Found, 
                     if seed >= seeds.end {
                         return;
                     }
-                    let result = catch_unwind(AssertUnwindSafe(|| explore(seed, bug))).unwrap_or_else(|p| {
-                        let text = p.downcast_ref::<String>().cloned();
-                        let text = text.or_else(|| p.downcast_ref::<&str>().map(|s| (*s).to_owned()));
-                        Err(format!("panic: {}", text.unwrap_or_default()))
-                    });
+                    let result = catch_unwind(AssertUnwindSafe(|| explore(seed, weather, bug)))
+                        .unwrap_or_else(|p| {
+                            let text = p.downcast_ref::<String>().cloned();
+                            let text = text.or_else(|| p.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+                            Err(format!("panic: {}", text.unwrap_or_default()))
+                        });
                     let mut results = results.lock().expect("results");
                     match result {
                         Ok(found) => results.0.add(&found),
@@ -74,25 +80,37 @@ fn explore_all(seeds: std::ops::Range<u64>, bug: Bug, enough: usize) -> (Found, 
     (found, failures)
 }
 
-#[test]
-fn flushed_data_survive_and_nothing_is_corrupt() {
-    let seeds = match number("DOLMEN_SIM_SEED") {
+/// The seeds that the environment asks for.
+fn seeds(count: u64) -> std::ops::Range<u64> {
+    match number("DOLMEN_SIM_SEED") {
         Some(seed) => seed..seed + 1,
         None => {
             let first = number("DOLMEN_SIM_FIRST").unwrap_or(0);
-            first..first + number("DOLMEN_SIM_SEEDS").unwrap_or(1000)
+            first..first + number("DOLMEN_SIM_SEEDS").unwrap_or(count)
         }
-    };
+    }
+}
+
+/// Explores, and fails if any seed does.
+fn all_survive(seeds: std::ops::Range<u64>, weather: Weather) -> Found {
     let count = seeds.end - seeds.start;
     let start = std::time::Instant::now();
-    let (found, failures) = explore_all(seeds, Bug::None, 20);
-    println!("{count} seeds in {:.1} s: {found:?}", start.elapsed().as_secs_f64());
+    let (found, failures) = explore_all(seeds, weather, Bug::None, 20);
+    println!("{weather:?}: {count} seeds in {:.1} s: {found:?}", start.elapsed().as_secs_f64());
     for (seed, failure) in failures.iter().take(10) {
         println!("seed {seed}: {failure}\n  again: DOLMEN_SIM_SEED={seed}");
     }
     assert!(failures.is_empty(), "{} of {count} seeds failed", failures.len());
     assert_eq!(found.crashes, count * CRASHES);
-    if count >= 100 {
+    found
+}
+
+#[test]
+fn flushed_data_survive_and_nothing_is_corrupt() {
+    let seeds = seeds(1000);
+    let many = seeds.end - seeds.start >= 100;
+    let found = all_survive(seeds, Weather::Fair);
+    if many {
         // Nothing is proven by crashes at which nothing was at stake.
         assert!(found.with_unflushed * 2 > found.crashes, "{found:?}");
         assert!(found.with_flushed * 4 > found.crashes, "{found:?}");
@@ -100,11 +118,18 @@ fn flushed_data_survive_and_nothing_is_corrupt() {
     }
 }
 
+/// The same while requests of the format to its file fail, and the guest drops requests that are
+/// on their way: what had been submitted for them still lands, at any later time.
+#[test]
+fn neither_errors_nor_dropped_requests_make_it_worse() {
+    all_survive(seeds(200), Weather::Rough);
+}
+
 /// The explorer must be able to find what it looks for: one flush of the file that the
 /// format needs between the phases of writing its metadata is missing.
 #[test]
 fn a_missing_flush_is_found() {
-    let (_, failures) = explore_all(0..300, Bug::MissingFlush, 3);
+    let (_, failures) = explore_all(0..300, Weather::Fair, Bug::MissingFlush, 3);
     println!("the first: {:?}", failures.first());
     assert!(failures.len() >= 3, "the planted bug was found with {} of 300 seeds", failures.len());
 }
@@ -112,7 +137,7 @@ fn a_missing_flush_is_found() {
 #[test]
 fn a_seed_is_a_run() {
     for seed in 0..10 {
-        let scenario = Scenario::draw(&mut Random::new(seed));
+        let scenario = Scenario::draw(&mut Random::new(seed), Weather::Rough);
         let run = || {
             let run = workload::run(&scenario, seed, Bug::None).expect("a run without crashes");
             (run.disk.position(), run.disk.image().to_vec())

@@ -8,10 +8,10 @@ use std::time::Duration;
 use dolmen_graph::Registry;
 use dolmen_rt::Rt;
 use dolmen_sim::{
-    DiskConfig, Fault, FaultAction, Harness, Image, Leaf, MEMORY, MemoryDisk, Oracle, Random, SECTOR, Sim,
-    SimDisk, TagPattern, User, ZERO_TAG,
+    DiskConfig, Fault, FaultAction, GuestOp, Harness, Image, Leaf, MEMORY, MemoryDisk, Oracle, Random,
+    SECTOR, Sim, SimDisk, TagPattern, User, ZERO_TAG,
 };
-use dolmen_types::{Actions, Error, OpKind, Options, Span, Value, WriteFlags};
+use dolmen_types::{Actions, Error, ErrorKind, OpKind, Options, Span, Value, WriteFlags};
 
 /// The drivers of the stack.
 pub(crate) static REGISTRY: Registry = Registry::new(&[
@@ -24,6 +24,15 @@ pub(crate) static REGISTRY: Registry = Registry::new(&[
 
 /// The tag of the backing file's data.
 const BASE_TAG: u64 = 1;
+
+/// What a guest has to put up with besides power losses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Weather {
+    /// Nothing.
+    Fair,
+    /// Errors of the disk, and its own impatience.
+    Rough,
+}
 
 /// A bug that is planted on purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,10 +60,16 @@ pub(crate) struct Scenario {
     pub(crate) requests: u64,
     pub(crate) may_grow: bool,
     pub(crate) latency_ns_max: u64,
+    /// Some requests of the format to its file fail.
+    pub(crate) errors: bool,
+    /// The guest drops some of its requests before they complete.
+    pub(crate) cancels: bool,
+    /// Many discards and flushes among the writes, so that clusters are freed and used again.
+    pub(crate) churn: bool,
 }
 
 impl Scenario {
-    pub(crate) fn draw(r: &mut Random) -> Scenario {
+    pub(crate) fn draw(r: &mut Random, weather: Weather) -> Scenario {
         const K: u64 = 1024;
         let cluster = match r.below(100) {
             0 => 2 * K * K,
@@ -79,6 +94,9 @@ impl Scenario {
             requests: r.between(4, 16),
             may_grow: r.percent(40),
             latency_ns_max: *r.pick(&[0, 10_000, 100_000, 100_000]),
+            errors: weather == Weather::Rough && r.percent(60),
+            cancels: weather == Weather::Rough && r.percent(60),
+            churn: r.percent(30),
         }
     }
 
@@ -135,6 +153,9 @@ pub(crate) fn run(scenario: &Scenario, seed: u64, bug: Bug) -> Result<Run, Error
         requests: scenario.requests,
         may_grow: scenario.may_grow,
         latency_ns_max: scenario.latency_ns_max,
+        errors: scenario.errors,
+        cancels: scenario.cancels,
+        churn: scenario.churn,
         bug,
         seed,
     };
@@ -154,6 +175,9 @@ struct Plan {
     requests: u64,
     may_grow: bool,
     latency_ns_max: u64,
+    errors: bool,
+    cancels: bool,
+    churn: bool,
     bug: Bug,
     seed: u64,
 }
@@ -173,6 +197,9 @@ impl Plan {
             let skip = random.below(12);
             disk.inject(Fault { kind: OpKind::Flush, skip, times: 1, action: FaultAction::Swallow });
         }
+        for _ in 0..if self.errors { random.between(1, 3) } else { 0 } {
+            disk.inject(some_fault(&mut random));
+        }
         let running = Rc::new(Cell::new(self.tasks));
         for task in 0..self.tasks {
             let guest = Guest {
@@ -183,18 +210,45 @@ impl Plan {
                 max_len: (self.cluster / SECTOR * 2).clamp(8, 64),
                 may_grow: self.may_grow && task == 0,
                 bug: self.bug,
+                errors: self.errors,
+                cancels: self.cancels,
+                churn: self.churn,
+                rt: rt.clone(),
             };
-            let (rt2, requests, running) = (rt.clone(), self.requests, running.clone());
+            let (requests, running) = (self.requests, running.clone());
             rt.spawn(async move {
-                guest.run(&rt2, requests).await;
+                guest.run(requests).await;
                 running.set(running.get() - 1);
             });
         }
         while running.get() > 0 {
             rt.sleep(Duration::from_micros(200)).await;
         }
-        harness.close().await?;
-        Ok(disk)
+        // With errors about, closing may fail; what the disk holds must still be right.
+        match harness.close().await {
+            Err(e) if !self.errors => Err(e),
+            _ => Ok(disk),
+        }
+    }
+}
+
+/// A few requests of one kind that fail at some time.
+fn some_fault(random: &mut Random) -> Fault {
+    let kind = *random.pick(&[
+        OpKind::Write,
+        OpKind::Write,
+        OpKind::Flush,
+        OpKind::Read,
+        OpKind::WriteZeroes,
+        OpKind::Discard,
+        OpKind::Resize,
+    ]);
+    let often = matches!(kind, OpKind::Write);
+    Fault {
+        kind,
+        skip: random.below(if often { 60 } else { 12 }),
+        times: random.between(1, 3),
+        action: FaultAction::Fail(*random.pick(&[ErrorKind::Io, ErrorKind::NoSpace])),
     }
 }
 
@@ -208,14 +262,18 @@ struct Guest {
     max_len: u64,
     may_grow: bool,
     bug: Bug,
+    errors: bool,
+    cancels: bool,
+    churn: bool,
+    rt: Rt,
 }
 
 impl Guest {
-    async fn run(mut self, rt: &Rt, requests: u64) {
+    async fn run(mut self, requests: u64) {
         for _ in 0..requests {
             if self.random.percent(30) {
                 let pause_ns = self.random.below(300_000);
-                rt.sleep(Duration::from_nanos(pause_ns)).await;
+                self.rt.sleep(Duration::from_nanos(pause_ns)).await;
             }
             self.request().await;
         }
@@ -233,42 +291,52 @@ impl Guest {
     async fn request(&mut self) {
         let at = self.place();
         let bytes = Span::new(at.offset() * SECTOR, at.len() * SECTOR);
-        match self.random.below(100) {
+        let user = self.user.clone();
+        let dice = if self.churn && self.random.percent(60) {
+            *self.random.pick(&[0, 0, 60, 60, 90])
+        } else {
+            self.random.below(100)
+        };
+        match dice {
             0..45 => self.write(at, bytes).await,
             45..57 => {
                 let unmap = self.random.percent(50);
                 let flags = if unmap { WriteFlags::MAY_UNMAP } else { WriteFlags::NONE };
                 let op = self.oracle.borrow_mut().write(at, ZERO_TAG, false, self.disk.position());
-                let result = self.user.write_zeroes(bytes, flags).await;
-                self.expect(&result, "write zeroes");
-                self.oracle.borrow_mut().complete(op, &result, self.disk.position());
+                let result = self.attempt("write zeroes", user.write_zeroes(bytes, flags)).await;
+                self.complete(op, result);
             }
             57..67 => {
                 let op = self.oracle.borrow_mut().discard(at, self.disk.position());
-                let result = self.user.discard(bytes).await;
-                self.expect(&result, "discard");
-                self.oracle.borrow_mut().complete(op, &result, self.disk.position());
+                let result = self.attempt("discard", user.discard(bytes)).await;
+                self.complete(op, result);
             }
             67..85 => {
                 let mark = self.oracle.borrow_mut().read();
-                let found = self.user.read(bytes.offset(), bytes.len() as usize).await;
-                self.expect(&found, "read");
-                if let Err(v) =
-                    self.oracle.borrow_mut().check_read(mark, at.offset(), &found.unwrap_or_default())
+                let read = user.read(bytes.offset(), bytes.len() as usize);
+                if let Some(Ok(found)) = self.attempt("read", read).await
+                    && let Err(v) = self.oracle.borrow_mut().check_read(mark, at.offset(), &found)
                 {
                     panic!("{v}");
                 }
             }
-            85..97 => self.flush().await,
-            _ if self.may_grow => {
+            97.. if self.may_grow => {
                 let size = self.user.size() / SECTOR;
                 let size = size + self.random.between(1, size.clamp(8, 300));
                 let op = self.oracle.borrow_mut().grow(size, self.disk.position());
-                let result = self.user.resize(size * SECTOR).await;
-                self.expect(&result, "resize");
-                self.oracle.borrow_mut().complete(op, &result, self.disk.position());
+                let result = self.attempt("resize", user.resize(size * SECTOR)).await;
+                self.complete(op, result);
             }
-            _ => self.flush().await,
+            _ => {
+                let op = self.oracle.borrow_mut().flush(self.disk.position());
+                let result = self.attempt("flush", user.flush()).await;
+                if self.bug == Bug::MissingFlush {
+                    self.disk.flush_now();
+                }
+                if let Some(result) = result {
+                    self.oracle.borrow_mut().flushed(op, &result, self.disk.position());
+                }
+            }
         }
     }
 
@@ -280,25 +348,38 @@ impl Guest {
         TagPattern::fill(tag, at.offset(), &mut data);
         let op = self.oracle.borrow_mut().write(at, tag, fua, self.disk.position());
         let flags = if fua { WriteFlags::FUA } else { WriteFlags::NONE };
-        let result = self.user.write(bytes.offset(), &data, flags).await;
-        self.expect(&result, "write");
-        self.oracle.borrow_mut().complete(op, &result, self.disk.position());
+        let user = self.user.clone();
+        let result = self.attempt("write", user.write(bytes.offset(), &data, flags)).await;
+        self.complete(op, result);
     }
 
-    async fn flush(&mut self) {
-        let op = self.oracle.borrow_mut().flush(self.disk.position());
-        let result = self.user.flush().await;
-        self.expect(&result, "flush");
-        if self.bug == Bug::MissingFlush {
-            self.disk.flush_now();
+    /// A request that was dropped may have happened, or happen later: for the oracle it never
+    /// completes.
+    fn complete(&mut self, op: GuestOp, result: Option<Result<(), Error>>) {
+        if let Some(result) = result {
+            self.oracle.borrow_mut().complete(op, &result, self.disk.position());
         }
-        self.oracle.borrow_mut().flushed(op, &result, self.disk.position());
     }
 
-    /// Nothing fails by itself in this simulation.
-    fn expect<T>(&self, result: &Result<T, Error>, what: &str) {
-        if let Err(e) = result {
-            panic!("{what} failed at {}: {e:?}", self.disk.position());
+    /// Waits for a request, or drops it after a while (`None`).
+    async fn attempt<T>(
+        &mut self,
+        what: &str,
+        request: impl Future<Output = Result<T, Error>>,
+    ) -> Option<Result<T, Error>> {
+        let result = if self.cancels && self.random.percent(15) {
+            let patience = self.rt.sleep(Duration::from_nanos(self.random.below(400_000)));
+            futures_lite::future::or(async { Some(request.await) }, async {
+                patience.await;
+                None
+            })
+            .await
+        } else {
+            Some(request.await)
+        };
+        match &result {
+            Some(Err(e)) if !self.errors => panic!("{what} failed at {}: {e:?}", self.disk.position()),
+            _ => result,
         }
     }
 }
