@@ -26,7 +26,8 @@ pub(crate) fn run() -> Result<(), String> {
         "documentation",
         crate::cargo()
             .args(["doc", "--workspace", "--no-deps", "--locked"])
-            .env("RUSTDOCFLAGS", "-D warnings"),
+            // Links to private items are for whoever reads the source.
+            .env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links"),
     )?;
     let nextest = has_nextest();
     step("tests", &mut tests(nextest, &["--workspace"]))?;

@@ -11,7 +11,7 @@ use super::rows::{NULL_1, NULL_5};
 use super::sample::{Measured, Sample, Side, median};
 use super::{Context, Result};
 
-/// The head of the table that [`line`] fills.
+/// The head of the table that [`line()`] fills.
 pub(super) const TABLE_HEAD: &str = concat!(
     "                               time per request         CPU per request          system calls\n",
     "row                                ours   theirs  ratio     ours   theirs  ratio     ours  theirs  ratio"
