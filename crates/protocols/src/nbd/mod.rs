@@ -15,7 +15,7 @@
 mod address;
 mod link;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use dolmen_graph::{
@@ -126,7 +126,7 @@ impl Opener for OpenNbd {
                 unmap: flags.unmap,
                 no_flush: flags.no_flush,
                 config,
-                current: Mutex::new(Current { link, broken_since: None }),
+                current: Mutex::new(Current { link, broken_since: None, failed: 0, last_failure: None }),
                 connecting: async_lock::Mutex::new(()),
                 unaligned: RangeLock::new(),
             };
@@ -172,6 +172,9 @@ async fn connect_until(rt: &Rt, config: &Config, deadline: Instant) -> Result<Ar
 struct Current {
     link: Arc<Link>,
     broken_since: Option<Instant>,
+    /// Attempts at a new connection that failed, and how the last one did.
+    failed: u64,
+    last_failure: Option<Error>,
 }
 
 #[derive(Debug)]
@@ -193,38 +196,65 @@ struct Nbd {
 }
 
 impl Nbd {
+    fn current(&self) -> MutexGuard<'_, Current> {
+        // Each use leaves it whole, so a panic elsewhere does no harm.
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn link(&self) -> Arc<Link> {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner).link.clone()
+        self.current().link.clone()
     }
 
     /// A connection that works, or an error that says why there is none.
     async fn working_link(&self, rt: &Rt) -> Result<Arc<Link>> {
-        let link = self.link();
+        let (link, failed) = {
+            let c = self.current();
+            (c.link.clone(), c.failed)
+        };
         if link.broken().is_none() {
             return Ok(link);
         }
         let _turn = self.connecting.lock().await;
         let (link, since) = {
-            let mut c = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut c = self.current();
             if c.link.broken().is_none() {
                 return Ok(c.link.clone());
             }
+            // Everybody who waited for an attempt shares its end; else each of them would
+            // wait for an attempt of its own, one after the other.
+            if let Some(e) = c.last_failure.as_ref().filter(|_| c.failed != failed) {
+                return Err(e.duplicate());
+            }
             (c.link.clone(), *c.broken_since.get_or_insert(rt.now()))
         };
+        let result = self.reconnect(rt, &link, since).await;
+        let mut c = self.current();
+        match result {
+            Ok(new) => {
+                (c.link, c.broken_since, c.last_failure) = (new.clone(), None, None);
+                Ok(new)
+            }
+            Err(e) => {
+                c.failed += 1;
+                c.last_failure = Some(e.duplicate());
+                Err(e)
+            }
+        }
+    }
+
+    async fn reconnect(&self, rt: &Rt, link: &Link, since: Instant) -> Result<Arc<Link>> {
         if link.is_closing() {
             return Err(Error::new(ErrorKind::Disconnected, "the NBD node is being closed"));
         }
         let new =
             connect_until(rt, &self.config, since + self.config.reconnect_delay).await.map_err(|e| {
-                let why = link.broken().map_or_else(String::new, |b| format!(" ({b})"));
-                Error::new(
-                    ErrorKind::Disconnected,
-                    format!("the connection to the NBD server is lost{why}, and there is no new one"),
-                )
-                .source(e)
+                let why = link.broken().map_or_else(String::new, |b| b.to_string());
+                Error::new(ErrorKind::Disconnected, format!("{why}, and there is no new one")).source(e)
             })?;
         let (old, now) = (&link.session.export, &new.session.export);
-        if now.size != old.size || now.min_block > old.min_block || now.flags != old.flags {
+        let same_status = new.session.base_allocation.is_some() == link.session.base_allocation.is_some();
+        let fits = now.size == old.size && now.min_block <= old.min_block && now.max_block >= old.max_block;
+        if !fits || !same_status || now.flags != old.flags {
             new.close();
             return Err(Error::new(
                 ErrorKind::Disconnected,
@@ -232,9 +262,6 @@ impl Nbd {
             )
             .remedy("close the node and open it again"));
         }
-        let mut c = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        c.link = new.clone();
-        c.broken_since = None;
         Ok(new)
     }
 

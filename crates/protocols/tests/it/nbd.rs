@@ -202,6 +202,10 @@ fn a_lost_server_is_reported_and_found_again() {
         let e = disk.read(0, 4096).await.unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Disconnected);
         assert!(e.to_string().contains("the connection to the NBD server is lost"), "{e}");
+        // Many that find it lost at the same time fail together.
+        for e in join((0..100).map(|i| disk.read(i * 512, 512)).collect()).await {
+            assert_eq!(e.unwrap_err().kind(), ErrorKind::Disconnected);
+        }
         // This one waits.
         let waiting = patient.read(4096, 4096);
         let revived = async {
