@@ -231,7 +231,12 @@ fn random_stack(d: &mut Draft, random: &mut Random) -> Vec<u8> {
         let below = format!("n{}", i - 1);
         let name = format!("n{i}");
         match random.below(3) {
-            0 => add_filter(d, &name, &below),
+            0 => {
+                // One that is asked, or one that requests step over.
+                let rule = if random.percent(50) { AccessRule::Filter } else { AccessRule::Transparent };
+                let children = [("file", ChildRole::Filtered, below.as_str())];
+                op::add(d, &name, op::StandIn::new(&op::RAW, rule), None, &children).unwrap();
+            }
             1 => {
                 let offset = random.below(model.len() as u64 / 4 + 1);
                 let size = random.between(1, model.len() as u64 - offset);
