@@ -176,12 +176,17 @@ impl NbdServer {
 
     /// Stops accepting, lets requests under way finish and be answered, disconnects
     /// everybody, and removes the Unix socket. Completes when that is done; it takes as
-    /// long as the slowest request.
+    /// long as the slowest request, and at most 5 seconds for clients that do not take
+    /// their answers.
     pub async fn shut_down(self) {
         self.shared.exports.closing.set(true);
         self.shared.stopping.set(true);
         self.shared.notify();
         let all: Vec<_> = self.shared.exports.all.borrow().clone();
+        // All at once, so that the patience with slow clients is not added up.
+        for export in &all {
+            export.connections.borrow().iter().for_each(|c| c.stop());
+        }
         for export in &all {
             drain(export).await;
         }

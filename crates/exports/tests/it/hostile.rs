@@ -183,3 +183,31 @@ fn a_client_that_does_not_read_stops_itself() {
         rig.until(|| rig.with_server(|s| s.clients("d")) == Some(0)).await;
     });
 }
+
+/// Clients that do not read their answers, of two exports, can't keep the server from its
+/// end: it is patient with all of them at once.
+#[test]
+fn a_client_that_does_not_read_can_not_hold_up_the_end() {
+    run(async |rig| {
+        rig.export("a", 32 << 20, true).await;
+        rig.export("b", 32 << 20, true).await;
+        let socket = rig.socket();
+        let stuck = rig
+            .beside(move || {
+                ["a", "b"].map(|export| {
+                    let mut c = Client::negotiate(&socket, export, false);
+                    for i in 0..4 {
+                        c.send(cmd::READ, NONE, i, 0, 8 << 20);
+                    }
+                    c
+                })
+            })
+            .await;
+        let server = rig.server.borrow_mut().take().unwrap();
+        rig.until(|| server.clients("a") == Some(1) && server.clients("b") == Some(1)).await;
+        let start = rig.rt.now();
+        server.shut_down().await;
+        assert!(rig.rt.now().since(start) < Duration::from_secs(9), "5 s for both together");
+        drop(stuck);
+    });
+}
