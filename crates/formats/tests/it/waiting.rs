@@ -86,7 +86,8 @@ fn many_requests_at_once() {
             while *done.borrow() < TASKS {
                 rt.sleep(Duration::from_millis(1)).await;
             }
-            let all = h.user().read(0, model.borrow().len()).await.unwrap();
+            let len = model.borrow().len();
+            let all = h.user().read(0, len).await.unwrap();
             assert!(all == *model.borrow());
             h.close().await.unwrap();
             let check = own_check(&rt, &still(&disk)).await;
