@@ -110,3 +110,26 @@ fn wrong_options_are_refused() {
         assert!(e.contains(says), "{e}");
     }
 }
+
+/// The one thing that needs real files.
+#[test]
+fn rules_come_from_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("rules.cfg");
+    std::fs::write(&path, "[inject-error]\nevent = \"none\"\niotype = \"write\"\nerrno = \"28\"\n").unwrap();
+    let config = path.to_str().unwrap().to_owned();
+    dolmen_rt::block_on(|rt| async move {
+        let (_, leaf) = disk("d", 1, 7);
+        let options = blkdebug("d").with("config", config.as_str());
+        let h = Harness::open(&rt, REGISTRY, vec![leaf], options, ALL).await.unwrap();
+        assert_eq!(h.user().write(0, &[1; 512], WriteFlags::NONE).await.unwrap_err().errno(), 28);
+        assert_eq!(h.user().read(0, 512).await.unwrap(), vec![7; 512]);
+        h.close().await.unwrap();
+
+        let (_, leaf) = disk("d", 1, 7);
+        let options = blkdebug("d").with("config", format!("{config}.not"));
+        let e = Harness::open(&rt, REGISTRY, vec![leaf], options, ALL).await.unwrap_err();
+        assert!(e.to_string().contains("Could not read blkdebug config file"), "{e}");
+        assert_eq!(e.errno(), 2);
+    });
+}
