@@ -146,10 +146,12 @@ pub(super) struct Meta {
     pub broken: Option<String>,
     /// The last decompressed cluster: its entry and its data.
     pub unpacked: Option<(u64, Arc<Vec<u8>>)>,
-    /// A round is under way.
-    pub in_round: bool,
+    /// A round or a write of the header is under way.
+    pub busy: bool,
     /// Rounds begun so far.
     pub rounds_begun: u64,
+    /// Number of the last round that ended, well or not.
+    pub(super) rounds_ended: u64,
     /// Number of the last round that succeeded.
     pub rounds_done: u64,
 }
@@ -183,8 +185,9 @@ impl Meta {
             snapshots: Vec::new(),
             broken: None,
             unpacked: None,
-            in_round: false,
+            busy: false,
             rounds_begun: 0,
+            rounds_ended: 0,
             rounds_done: 0,
             header,
             l1,

@@ -68,8 +68,7 @@ impl Round {
 impl Meta {
     /// Copies what has to be written and counts it as written.
     pub(super) fn begin_round(&mut self) -> Round {
-        debug_assert!(!self.in_round, "rounds never overlap");
-        self.in_round = true;
+        debug_assert!(self.busy && self.rounds_begun == self.rounds_ended, "rounds never overlap");
         self.rounds_begun += 1;
         let mut r = Round {
             number: self.rounds_begun,
@@ -124,7 +123,7 @@ impl Meta {
 
     /// Draws the conclusion of a round. `stamp` is from after the last write.
     pub(super) fn end_round(&mut self, r: Round, reached: Reached, stamp: Stamp) {
-        self.in_round = false;
+        self.rounds_ended = r.number;
         for (key, fresh) in r.refblocks {
             let Some(slot) = self.refblocks.get(key) else { continue };
             slot.writing = false;

@@ -322,3 +322,30 @@ fn a_failing_copy_fails_the_read() {
         assert_eq!((check.corruptions, check.leaks, check.allocated_clusters), (0, 0, 1));
     });
 }
+
+// ---- space ------------------------------------------------------------------------------------------------
+
+#[test]
+fn discarded_space_is_used_again_after_one_flush() {
+    Sim::run(1, |rt| async move {
+        let disk = slow_image(&rt, 64 << 20, 65536).await;
+        let h = open_slow(&rt, &disk, None).await;
+        let user = h.user();
+        user.write(0, &[1; 4 << 20], WriteFlags::NONE).await.unwrap();
+        user.flush().await.unwrap();
+        user.discard(Span::new(0, 4 << 20)).await.unwrap();
+        let discards = disk.count(OpKind::Discard);
+        // Not before the change is on disk: a power loss could bring the old mapping back.
+        user.write(8 << 20, &[2; 1 << 20], WriteFlags::NONE).await.unwrap();
+        assert_eq!(disk.count(OpKind::Discard), discards);
+        user.flush().await.unwrap();
+        assert!(disk.count(OpKind::Discard) > discards, "the file got its space back");
+        user.write(16 << 20, &[3; 4 << 20], WriteFlags::NONE).await.unwrap();
+        drop(user);
+        h.close().await.unwrap();
+        let check = own_check(&rt, &still(&disk)).await;
+        assert_eq!((check.corruptions, check.leaks), (0, 0), "{:?}", check.messages);
+        // Header and tables, 4 MiB, 1 MiB; the last 4 MiB are where the first were.
+        assert_eq!(check.image_end_offset, (5 << 20) + 5 * 65536);
+    });
+}
