@@ -62,27 +62,6 @@ impl Shielded {
     }
 }
 
-/// A change that is neither done nor undone; dropping it in that state ends writing to the image.
-pub(super) struct Undecided<'a> {
-    core: &'a Core,
-    what: Option<&'static str>,
-}
-
-impl Undecided<'_> {
-    /// It is decided now.
-    pub(super) fn decided(mut self) {
-        self.what = None;
-    }
-}
-
-impl Drop for Undecided<'_> {
-    fn drop(&mut self) {
-        if let Some(what) = self.what {
-            self.core.meta().broken.get_or_insert_with(|| format!("{what} was not finished"));
-        }
-    }
-}
-
 impl Core {
     /// A flush request.
     pub(super) async fn flush(&self, env: Env<'_>) -> Result<()> {
@@ -109,11 +88,6 @@ impl Core {
     pub(super) async fn write_header(&self, env: Env<'_>, patch: Patch) -> Result<()> {
         self.meta().busy = true;
         env.file.rt().shielded(Shielded::new(self, env).header(patch)).await
-    }
-
-    /// Begins a change of the header that must be seen to its end.
-    pub(super) fn undecided(&self, what: &'static str) -> Undecided<'_> {
-        Undecided { core: self, what: Some(what) }
     }
 
     /// What a shielded step ends with.

@@ -108,11 +108,6 @@ impl<'a> Env<'a> {
         self.state
     }
 
-    /// The stamp of what is freed now.
-    pub(super) fn stamp(&self) -> Stamp {
-        self.state.epochs.stamp()
-    }
-
     /// Whether nobody can use any more what was freed at `stamp`.
     pub(super) fn over(&self, stamp: Stamp) -> bool {
         self.state.epochs.over(stamp)

@@ -146,6 +146,8 @@ pub(super) struct Meta {
     pub broken: Option<String>,
     /// The last decompressed cluster: its entry and its data.
     pub unpacked: Option<(u64, Arc<Vec<u8>>)>,
+    /// The disk has an older header, or that is not known: the next round writes it before any mapping.
+    pub header_dirty: bool,
     /// A round or a write of the header is under way.
     pub busy: bool,
     /// Rounds begun so far.
@@ -185,6 +187,7 @@ impl Meta {
             snapshots: Vec::new(),
             broken: None,
             unpacked: None,
+            header_dirty: false,
             busy: false,
             rounds_begun: 0,
             rounds_ended: 0,
@@ -428,6 +431,7 @@ impl Meta {
         self.l1_dirty.any()
             || self.reftable_dirty.any()
             || self.reftable_moved
+            || self.header_dirty
             || !self.freed.is_empty()
             || self.l2.any_dirty()
             || self.refblocks.any_dirty()

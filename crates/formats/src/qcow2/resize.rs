@@ -90,19 +90,23 @@ impl Core {
         Ok(())
     }
 
+    /// Changes the size after everything that goes before it is on disk. When that fails it is not known which size
+    /// the disk has; both are valid, and the next round writes the old one again.
     pub(super) async fn set_size(&self, env: Env<'_>, size: u64) -> Result<()> {
         self.round(env).await?;
-        let _header = self.turn().await;
-        let undecided = self.undecided("changing the size");
-        let patch = {
+        let old = self.size.load(SeqCst);
+        let set = |size: u64| {
             let mut m = self.meta();
             m.header.size = size;
-            m.header_patch(BlkEvent::None)
+            m.header_dirty = true;
+            self.size.store(size, SeqCst);
         };
-        self.write_header(env, patch).await?;
-        self.size.store(size, SeqCst);
-        undecided.decided();
-        Ok(())
+        set(size);
+        let written = self.round(env).await;
+        if written.is_err() {
+            set(old);
+        }
+        written
     }
 
     /// Moves the L1 table to a place where it has at least `entries`. The caller holds the whole range.
@@ -120,43 +124,32 @@ impl Core {
         let claimed = Claimed { core: self, run: Some(a) };
         // Everything dirty reaches the old table first; the range lock keeps it clean from here on.
         self.round(env).await?;
-        let _header = self.turn().await;
         let host = self.meta().host(a);
         let mut bytes: Vec<u8> = self.meta().l1.iter().flat_map(|e| e.to_be_bytes()).collect();
         bytes.resize((clusters << geo.cluster_bits) as usize, 0);
         self.write_patches(env.file, &[Patch { at: host.0, bytes, event: BlkEvent::L1GrowWriteTable }])
             .await?;
         self.flush_file(env.file).await?;
-        let undecided = self.undecided("switching to a larger L1 table");
-        let (patch, old) = {
+        claimed.keep();
+        {
+            // From here on the new table is the table. No round writes anything to it before the header names it,
+            // and the old one is not given back before that.
             let mut m = self.meta();
-            let old = (m.header.l1_table, m.header.l1_entries);
+            let first: ClusterIndex = geo.cluster_of(m.header.l1_table);
+            let count = geo.clusters_for(u64::from(m.header.l1_entries) * 8);
             m.header.l1_table = host;
             m.header.l1_entries = u32::try_from(entries).expect("below the limit");
-            (m.header_patch(BlkEvent::L1GrowActivateTable), old)
-        };
-        // When this fails it is not known which table the disk names.
-        let written = self.write_header(env, patch).await;
-        if let Err(e) = written {
-            let mut m = self.meta();
-            (m.header.l1_table, m.header.l1_entries) = old;
-            return Err(e);
+            m.header_dirty = true;
+            m.l1.resize(entries as usize, 0);
+            m.l1_dirty = Dirty::new(entries as usize * 8);
+            m.l2.grow_keys(entries as usize);
+            m.own(host, entries * 8);
+            for c in first.0..first.0 + count {
+                m.owned.remove(&c);
+            }
+            m.freed.push(Freed { first, count });
         }
-        undecided.decided();
-        claimed.keep();
-        let stamp = env.stamp();
-        let mut m = self.meta();
-        m.l1.resize(entries as usize, 0);
-        m.l1_dirty = Dirty::new(entries as usize * 8);
-        m.l2.grow_keys(entries as usize);
-        m.own(host, entries * 8);
-        let first: ClusterIndex = geo.cluster_of(old.0);
-        let count = geo.clusters_for(u64::from(old.1) * 8);
-        for c in first.0..first.0 + count {
-            m.owned.remove(&c);
-        }
-        m.unmapped.push_back((stamp, vec![Freed { first, count }]));
-        Ok(())
+        self.round(env).await
     }
 
     /// Allocates clusters for everything that has none in a range, so that later writes need no allocation.

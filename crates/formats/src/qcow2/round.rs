@@ -43,7 +43,7 @@ pub(super) struct Round {
     pub unreachable: Vec<Patch>,
     /// Phase B: refcount table entries.
     pub reftable: Vec<Patch>,
-    /// Phase B, after another flush: the header, when the table has moved.
+    /// Phase B, after another flush: the header, when a table has moved or the size has changed.
     pub header: Option<Patch>,
     /// Phase C.
     pub mappings: Vec<Patch>,
@@ -51,6 +51,7 @@ pub(super) struct Round {
     l2: Vec<(usize, bool)>,
     l1: Vec<(usize, usize)>,
     reftable_ranges: Vec<(usize, usize)>,
+    reftable_moved: bool,
     freed: Vec<Freed>,
 }
 
@@ -80,6 +81,7 @@ impl Meta {
             l2: Vec::new(),
             l1: Vec::new(),
             reftable_ranges: Vec::new(),
+            reftable_moved: false,
             freed: std::mem::take(&mut self.freed),
         };
         for slot in self.refblocks.slots_mut().filter(|s| s.fresh || s.dirty.any()) {
@@ -115,8 +117,14 @@ impl Meta {
             BlkEvent::RefblockAllocHookup
         };
         push_entries(&mut r.reftable, self.header.reftable.0, &self.reftable, &r.reftable_ranges, event);
-        if std::mem::take(&mut self.reftable_moved) {
-            r.header = Some(self.header_patch(BlkEvent::RefblockAllocSwitchTable));
+        r.reftable_moved = std::mem::take(&mut self.reftable_moved);
+        if std::mem::take(&mut self.header_dirty) || r.reftable_moved {
+            let event = if r.reftable_moved {
+                BlkEvent::RefblockAllocSwitchTable
+            } else {
+                BlkEvent::L1GrowActivateTable
+            };
+            r.header = Some(self.header_patch(event));
         }
         r
     }
@@ -145,7 +153,8 @@ impl Meta {
         }
         if reached < Reached::B {
             r.reftable_ranges.iter().for_each(|(a, b)| mark(&mut self.reftable_dirty, *a, *b));
-            self.reftable_moved |= r.header.is_some();
+            self.reftable_moved |= r.reftable_moved;
+            self.header_dirty |= r.header.is_some();
         }
         if reached < Reached::C {
             r.l1.iter().for_each(|(a, b)| mark(&mut self.l1_dirty, *a, *b));
