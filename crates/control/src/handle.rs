@@ -70,7 +70,7 @@ pub(crate) struct Shared {
 
 impl Shared {
     /// Completes when `flag` is set.
-    async fn until(&self, flag: &Cell<bool>) {
+    pub(crate) async fn until(&self, flag: &Cell<bool>) {
         while !flag.get() {
             let listener = self.progress.listen();
             if !flag.get() {

@@ -2,11 +2,12 @@
 
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_channel::{Receiver, Sender};
 use dolmen_exports::NbdServer;
-use dolmen_graph::{GraphEvent, GraphOwner};
+use dolmen_graph::{GraphEvent, GraphOwner, Notice, Notices};
 use dolmen_qmp::QmpError;
 use dolmen_types::OpId;
 use serde_json::{Value as Json, json};
@@ -49,6 +50,7 @@ enum Next {
 pub(crate) async fn run(shared: Rc<Shared>, config: Config, jobs: Receiver<Job>) {
     let (gone, gone_queue) = async_channel::unbounded();
     let owner = GraphOwner::new(shared.rt.clone());
+    shared.rt.spawn(announce(shared.clone(), owner.notices()));
     let mut task =
         Task { shared: shared.clone(), config, owner, exports: VecDeque::new(), server: None, gone };
     // The handle may be dropped without asking for the end; that is an end, too.
@@ -80,6 +82,24 @@ pub(crate) async fn run(shared: Rc<Shared>, config: Config, jobs: Receiver<Job>)
     futures_lite::future::or(said, shared.rt.sleep(LAST_WORDS)).await;
     shared.ended.set(true);
     shared.progress.notify(usize::MAX);
+}
+
+/// Makes events of what drivers notice by themselves, until everything has ended.
+async fn announce(shared: Rc<Shared>, notices: Arc<Notices>) {
+    loop {
+        let ended = async {
+            shared.until(&shared.ended).await;
+            None
+        };
+        let noticed = async { Some(notices.next().await) };
+        match futures_lite::future::or(noticed, ended).await {
+            None => return,
+            Some((node, Notice::Corrupted { message })) => shared.event(
+                "BLOCK_IMAGE_CORRUPTED",
+                json!({"device": "", "node-name": node.as_str(), "msg": message, "fatal": true}),
+            ),
+        }
+    }
 }
 
 async fn next(jobs: &Receiver<Job>, gone: &Receiver<Gone>) -> Option<Next> {

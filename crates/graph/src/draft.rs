@@ -12,6 +12,7 @@ use std::sync::Arc;
 use dolmen_rt::{Instant, Rt};
 use dolmen_types::{ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Result, Value};
 
+use crate::notice::{NoticeSink, Notices};
 use crate::{
     AccessRule, ChildEdge, Cx, Driver, DriverKind, Grants, Node, NodeChange, NodeFlags, NodeState, Prepared,
     TopoClaim, TopoNode, TopoUser, Topology, UserEdge, solve,
@@ -146,6 +147,7 @@ pub(crate) struct State {
     /// What each leaf was last told that its parents need and allow.
     pub(crate) told: BTreeMap<NodeName, Claim>,
     pub(crate) next_name: u32,
+    pub(crate) notices: Arc<Notices>,
 }
 
 impl State {
@@ -417,12 +419,13 @@ impl Draft {
         if let Some(owner) = &def.owner {
             self.known(owner)?;
         }
+        let sink = NoticeSink { node: def.name.clone(), notices: self.state.notices.clone() };
         self.state.nodes.push(DraftNode {
             def,
             driver: None,
             forced_read_only: false,
             children: Vec::new(),
-            state: Arc::default(),
+            state: Arc::new(NodeState::of(sink)),
         });
         Ok(())
     }

@@ -97,6 +97,7 @@ mod epoch;
 mod explain;
 mod io;
 mod node;
+mod notice;
 mod open;
 mod owner;
 mod range_lock;
@@ -114,6 +115,7 @@ pub use driver::{
 pub use epoch::{Epochs, Lease, Stamp};
 pub use io::{Access, Cx, Io, Read, Resize, Write, WriteUnchanged};
 pub use node::{ChildEdge, Graph, Node, NodeFlags, NodeState};
+pub use notice::{Notice, Notices};
 pub use open::{
     Implicit, MAX_CHAIN, MAX_NODES, OpenPolicy, Opener as NodeOpener, PROBE_BYTES, has_protocol, join,
     protocol_name,

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use dolmen_types::{ChildRole, Claim, NodeName, OpId, Value};
 
-use crate::{AccessRule, Driver, Epochs, UserEdge};
+use crate::notice::NoticeSink;
+use crate::{AccessRule, Driver, Epochs, Notice, UserEdge};
 
 /// Common properties of a node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,6 +28,21 @@ pub struct NodeFlags {
 pub struct NodeState {
     /// Leases of plans handed out by the node's driver.
     pub epochs: Epochs,
+    /// Where the driver's notices go; nowhere for a node outside of a graph.
+    sink: Option<NoticeSink>,
+}
+
+impl NodeState {
+    pub(crate) fn of(sink: NoticeSink) -> NodeState {
+        NodeState { epochs: Epochs::default(), sink: Some(sink) }
+    }
+
+    /// Tells whoever manages the graph about something that no request can tell.
+    pub fn notice(&self, notice: Notice) {
+        if let Some(sink) = &self.sink {
+            sink.notices.raise(&sink.node, notice);
+        }
+    }
 }
 
 /// An edge to a child, as granted by the solver.

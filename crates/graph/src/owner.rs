@@ -16,7 +16,7 @@ use dolmen_rt::Rt;
 use dolmen_types::{Error, ErrorKind, NodeName, OpId, Result, ResultExt};
 
 use crate::draft::State;
-use crate::{Cx, Draft, Graph, Node, OpClaim, OpInfo, UserEdge};
+use crate::{Cx, Draft, Graph, Node, Notices, OpClaim, OpInfo, UserEdge};
 
 /// How long a drain may take before the command that asked for it fails.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
@@ -78,6 +78,11 @@ impl GraphOwner {
     /// Whether a node stays until it is deleted by name.
     pub fn is_monitor_owned(&self, node: &str) -> bool {
         self.state.node(node).is_some_and(|n| n.def.monitor)
+    }
+
+    /// What drivers notice by themselves.
+    pub fn notices(&self) -> Arc<Notices> {
+        self.state.notices.clone()
     }
 
     /// What has happened since the last call.

@@ -692,3 +692,55 @@ fn the_public_python_client() {
     assert_eq!(text(&out.stdout).trim(), "all is well");
     assert!(d.wait().success());
 }
+
+/// A damaged L2 entry is met by a client's read: the client gets an error, everybody else
+/// an event, the image is marked, and the next writer is refused.
+#[test]
+fn damage_is_announced() {
+    use std::os::unix::fs::FileExt;
+
+    let b = crate::peer::Bench::new();
+    b.ok("dolmen", &["img", "create", "-q", "-f", "qcow2", "disk.qcow2", "1M"]);
+    b.ok("dolmen", &["io", "-f", "qcow2", "-c", "write -P 7 0 128k", "disk.qcow2"]);
+    // L1 table -> L2 table -> its second entry, which gets an offset inside a cluster.
+    let image =
+        std::fs::File::options().read(true).write(true).open(b.path("disk.qcow2")).expect("the image");
+    let word = |at: u64| {
+        let mut bytes = [0; 8];
+        image.read_exact_at(&mut bytes, at).expect("read");
+        u64::from_be_bytes(bytes)
+    };
+    let l1 = word(40);
+    let l2 = word(l1) & 0x00ff_ffff_ffff_fe00;
+    image.write_all_at(&(word(l2 + 8) | 0x400).to_be_bytes(), l2 + 8).expect("written");
+
+    let disk =
+        format!("qcow2,node-name=disk,file.driver=file,file.filename={}", b.path("disk.qcow2").display());
+    let mut daemon = Daemon::start(
+        |_| serve(),
+        &[
+            "--blockdev",
+            &disk,
+            "--nbd-server",
+            "addr.type=unix,addr.path=DIR/nbd.sock",
+            "--export",
+            "nbd,id=e,node-name=disk,name=d,writable=on",
+        ],
+    );
+    let mut m = daemon.monitor();
+    let uri = format!("nbd+unix:///d?socket={}", daemon.path("nbd.sock").display());
+    b.ok("dolmen", &["io", "-r", "-f", "raw", "-c", "read -P 7 0 64k", &uri]);
+    let read = b.run("dolmen", &["io", "-r", "-f", "raw", "-c", "read 64k 64k", &uri]);
+    assert!(read.out.contains("failed") || read.err.contains("failed"), "{read:?}");
+    let event = m.receive().expect("an event");
+    assert_eq!(event["event"], "BLOCK_IMAGE_CORRUPTED", "{event}");
+    assert_eq!(event["data"]["node-name"], "disk");
+    assert_eq!(event["data"]["fatal"], true);
+    assert!(event["data"]["msg"].as_str().is_some_and(|t| t.contains("unaligned")), "{event}");
+    m.ok("quit", json!({}));
+    assert!(daemon.wait().success());
+
+    let write = b.run("dolmen", &["io", "-f", "qcow2", "-c", "write 0 64k", "disk.qcow2"]);
+    assert_ne!(write.code, 0, "{write:?}");
+    assert!(write.err.contains("corrupt"), "{write:?}");
+}

@@ -11,7 +11,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
-use dolmen_graph::Prealloc;
+use dolmen_graph::{Notice, Prealloc};
 use dolmen_rt::{IoVec, Memory};
 use dolmen_types::{BlkEvent, Error, ErrorKind, ReadFlags, Result, ResultExt, Span, WriteFlags};
 
@@ -108,6 +108,7 @@ impl Core {
                 return e;
             }
             m.broken = Some(e.to_string());
+            env.state().notice(Notice::Corrupted { message: e.to_string() });
             if m.header.version < 3 {
                 return e;
             }

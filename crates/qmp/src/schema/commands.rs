@@ -118,11 +118,25 @@ pub static COMMANDS: &[Command] = &[
 ];
 
 /// Every event.
-pub static EVENTS: &[EventRow] = &[EventRow {
-    name: "BLOCK_EXPORT_DELETED",
-    data: &Shape::of(&[Field::required("id", Ty::Str)]),
-    help: "An export is gone and its id may be used again.",
-}];
+pub static EVENTS: &[EventRow] = &[
+    EventRow {
+        name: "BLOCK_EXPORT_DELETED",
+        data: &Shape::of(&[Field::required("id", Ty::Str)]),
+        help: "An export is gone and its id may be used again.",
+    },
+    EventRow {
+        name: "BLOCK_IMAGE_CORRUPTED",
+        data: &Shape::of(&[
+            Field::required("device", Ty::Str),
+            Field::optional("node-name", Ty::Str),
+            Field::required("msg", Ty::Str),
+            Field::optional("offset", Ty::Int),
+            Field::optional("size", Ty::Int),
+            Field::required("fatal", Ty::Bool),
+        ]),
+        help: "An image's metadata are damaged; it is marked corrupt and not written any more.",
+    },
+];
 
 /// The options of every export, besides `type`.
 pub(crate) static EXPORT_OPTIONS: &[Field] = &[
