@@ -152,3 +152,55 @@ fn over_backing_files_of_any_length() {
         case(600 + seed, 2048, "v3", 16, Some(len));
     }
 }
+
+#[test]
+fn the_refcount_table_grows() {
+    for bits in [16u64, 64] {
+        Sim::run(bits, |rt| async move {
+            // 512-byte clusters with 64-bit refcounts: one cluster of the table reaches for 2 MiB.
+            let options =
+                Options::new().with("size", "24M").with("cluster_size", 512u64).with("refcount_bits", bits);
+            let disk = create(&rt, options).await.unwrap();
+            let h = open(&rt, &disk, None).await.unwrap();
+            let user = h.user();
+            for i in 0..20u64 {
+                user.write(i << 20, &vec![i as u8 + 1; 1 << 20], WriteFlags::NONE).await.unwrap();
+                if i % 3 == 0 {
+                    user.flush().await.unwrap();
+                }
+            }
+            for i in 0..20u64 {
+                assert_eq!(user.read((i << 20) + 7777, 1).await.unwrap(), [i as u8 + 1]);
+            }
+            drop(user);
+            h.close().await.unwrap();
+            let check = own_check(&rt, &disk).await;
+            assert_eq!((check.corruptions, check.leaks), (0, 0), "{:?}", check.messages);
+            let files = Files::new();
+            assert_clean(&files.put("x.qcow2", &disk));
+        });
+    }
+}
+
+#[test]
+fn more_tables_than_memory_for_them() {
+    Sim::run(1, |rt| async move {
+        // 512-byte clusters: a table maps 32 KiB, and 4096 tables are kept.
+        const TABLES: u64 = 5000;
+        let options = Options::new().with("size", TABLES << 15).with("cluster_size", 512u64);
+        let disk = create(&rt, options).await.unwrap();
+        let h = open(&rt, &disk, None).await.unwrap();
+        let user = h.user();
+        let at = |i: u64| (i << 15) + i % 64 * 512 + 17;
+        for i in 0..TABLES {
+            user.write(at(i), &i.to_be_bytes(), WriteFlags::NONE).await.unwrap();
+        }
+        for i in (0..TABLES).rev().chain(0..TABLES) {
+            assert_eq!(user.read(at(i), 8).await.unwrap(), i.to_be_bytes());
+        }
+        drop(user);
+        h.close().await.unwrap();
+        let files = Files::new();
+        assert_clean(&files.put("x.qcow2", &disk));
+    });
+}
