@@ -75,6 +75,11 @@ fn new_images_are_what_the_installed_tool_expects() {
             Options::new().with("preallocation", "metadata").with("cluster_size", 512u64),
             "\"cluster-size\": 512",
         ),
+        (Options::new().with("preallocation", "falloc").with("compat", "v2"), "\"compat\": \"0.10\""),
+        (
+            Options::new().with("preallocation", "full").with("cluster_size", "2M"),
+            "\"cluster-size\": 2097152",
+        ),
     ] {
         let files = Files::new();
         let o = options.clone().with("size", "100M");
