@@ -44,7 +44,9 @@ pub(crate) fn run() -> Result<(), String> {
 
 fn tests(nextest: bool, which: &[&str]) -> Command {
     let mut c = crate::cargo();
-    c.args(if nextest { &["nextest", "run"][..] } else { &["test"][..] }).args(["--locked"]).args(which);
+    c.args(if nextest { &["nextest", "run"][..] } else { &["test"][..] })
+        .args(["--locked", "--no-fail-fast"])
+        .args(which);
     c
 }
 

@@ -124,8 +124,24 @@ impl Session {
         Ok(Image { edge, op, node, rt: self.rt.clone() })
     }
 
+    /// Whether the policy permits guessing formats.
+    ///
+    /// # Errors
+    /// `PermissionDenied`, with the option that permits it.
+    pub fn may_probe(&self) -> Result<()> {
+        if self.policy.probe {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::PermissionDenied,
+            "the format was not given, and guessing it is unsafe on images that a guest could have written",
+        )
+        .remedy(format!("name the format (-f), or permit guessing: {}", self.policy.probe_with)))
+    }
+
     /// The name of the format that the first bytes of `file` (a protocol's options) look
-    /// like. Opens nothing but that file, for reading.
+    /// like, whatever the policy says about guessing. Opens nothing but that file, for
+    /// reading.
     ///
     /// # Errors
     /// As [`Session::open`].

@@ -62,9 +62,11 @@ pub(crate) fn run(persona: Persona, a: Check) -> Outcome {
     let cache = cache(a.cache.as_deref(), "source cache")?;
     super::block_on(move |rt| async move {
         let mut session = a.open.session(&rt, persona);
-        // The checks of a format read its file and open nothing that it names, so a guess
-        // of the format is harmless.
-        session.policy_mut().probe = true;
+        // A check reads the image's file and opens nothing that it names, so a guess of the
+        // format is harmless. A repair of what only looks like an image is not.
+        if repair.is_none() {
+            session.policy_mut().probe = true;
+        }
         let mut source = a.open.source(&filename);
         source.read_only = repair.is_none();
         source.cache = cache;
@@ -125,6 +127,7 @@ pub(crate) async fn file_of(
     match options.take_str("driver")? {
         Some(format) => Ok((format, file)),
         None => {
+            session.may_probe()?;
             let mut for_reading = file.clone();
             for_reading.set("read-only", true);
             Ok((session.probe(for_reading).await?.to_owned(), file))

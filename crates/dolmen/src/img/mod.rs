@@ -3,8 +3,8 @@
 //! One file a verb. What differs between the two names is the [`Persona`] only: under
 //! the native name an image is opened with the format that was given (`-f`, or `-f auto`
 //! to permit guessing), and what it names is opened only beneath its own directory.
-//! `info` without `--backing-chain` may guess under either name: it reads the header and
-//! opens nothing that the header names.
+//! `info` without `--backing-chain` and `check` without `-r` may guess under either name:
+//! they read the image's own metadata, write nothing, and open nothing that it names.
 
 mod bench;
 mod check;

@@ -73,8 +73,6 @@ pub(crate) fn run(persona: Persona, a: Rebase) -> Outcome {
         if let Some(f) = &a.backing_format {
             session.registry().find(f).map_err(|_| Failure::new(format!("Invalid format name: '{f}'")))?;
         }
-        // Only the image's own header is read and written.
-        session.policy_mut().probe = true;
         let mut source = a.open.source(&filename);
         source.read_only = false;
         source.cache = cache;

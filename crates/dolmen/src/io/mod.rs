@@ -266,20 +266,21 @@ impl Shell {
         if how.force_share {
             options.set("force-share", true);
         }
+        let discard = if how.discard == Some(false) { "ignore" } else { "unmap" };
         if !options.has("discard") {
-            options.set("discard", if how.discard == Some(false) { "ignore" } else { "unmap" });
+            options.set("discard", discard);
         }
         if let Some(c) = how.cache {
             c.apply(&mut options);
         }
-        let mut copying = how.copy_on_read;
-        if copying {
-            options = Options::new().with("driver", "copy-on-read").with("file", options.into_value());
-        }
         let read_only =
             how.read_only || options.clone().take_bool("read-only").map_err(fail)?.unwrap_or(false);
-        copying &= !read_only;
-        let _ = copying;
+        if how.copy_on_read {
+            options = Options::new()
+                .with("driver", "copy-on-read")
+                .with("discard", discard)
+                .with("file", options.into_value());
+        }
         let claim = if read_only { READ } else { RESIZE };
         let image = self.session.open(options, claim).await.map_err(fail)?;
         // Without a cache mode each write is durable when it is acknowledged.

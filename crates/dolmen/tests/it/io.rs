@@ -149,6 +149,12 @@ fn opening() {
 fn copy_on_read() {
     let Some(b) = images() else { return };
     transcript(&b, &["-C"], &["read -P 0x61 4k 4k", "map", "read -P 0 1M 4k", "map"], "b.qcow2");
+    transcript(
+        &b,
+        &["-C"],
+        &["read -P 0x61 64k 4k", "discard 64k 64k", "map", "read -P 0 64k 4k"],
+        "b.qcow2",
+    );
     b.ok("ours/qemu-io", &["-C", "-c", "read -P 0x61 4k 4k", "b.qcow2"]);
     b.ok("qemu-img", &["check", "b.qcow2"]);
     b.ok("qemu-img", &["rebase", "-u", "-b", "", "b.qcow2"]);

@@ -21,6 +21,13 @@ fn formats_are_not_guessed() {
     // Reading the header, and opening nothing that it names, is harmless.
     assert!(b.ok("dolmen", &["img", "info", "a"]).contains("file format: qcow2"));
     b.ok("dolmen", &["img", "check", "a"]);
+    // Writing to what only looks like an image is not.
+    for args in [&["img", "check", "-r", "all", "a"][..], &["img", "rebase", "-u", "-b", "", "a"]] {
+        let r = b.run("dolmen", args);
+        assert_eq!(r.code, 1, "{args:?} {r:?}");
+        assert!(r.err.contains("-f auto"), "{args:?} {r:?}");
+    }
+    b.ok("dolmen", &["img", "check", "-f", "qcow2", "-r", "all", "a"]);
     // The established names guess.
     b.ok("ours/qemu-img", &["map", "a"]);
 }
