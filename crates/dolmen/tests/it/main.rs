@@ -4,6 +4,7 @@ mod daemon;
 mod peer;
 
 mod create;
+mod damage;
 mod inspect;
 mod io;
 mod locks;

@@ -38,6 +38,14 @@ pub const CREATE_OPTIONS: &[OptionSpec] = &[
         OptionType::Int,
         "width of a refcount: 1 to 64, power of two (default 16)",
     ),
+    OptionSpec::optional(
+        "compression_type",
+        OptionType::Enum(&["zlib"]),
+        "how compressed clusters are to be stored (default zlib)",
+    ),
+    OptionSpec::optional("extended_l2", OptionType::Bool, "subclusters: only off can be had"),
+    OptionSpec::optional("data_file_raw", OptionType::Bool, "external data file: only off can be had"),
+    OptionSpec::optional("encryption", OptionType::Bool, "only off can be had"),
 ];
 
 /// What the options mean.
@@ -52,6 +60,12 @@ struct Wanted {
 
 fn invalid(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidInput, message)
+}
+
+/// What the format has and this driver can't make.
+fn not_yet(what: &str) -> Error {
+    Error::new(ErrorKind::Unsupported, format!("qcow2 images with {what} can't be created here"))
+        .remedy(format!("leave {what} out"))
 }
 
 /// Options come with underscores from image tools and with hyphens from QMP.
@@ -99,6 +113,18 @@ fn understand(mut o: Options) -> Result<Wanted> {
             "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or \
              greater)",
         ));
+    }
+    let key = either(&mut o, "compression_type");
+    match o.take_str(&key)?.as_deref() {
+        None | Some("zlib") => {}
+        Some("zstd") => return Err(not_yet("compression type zstd")),
+        Some(other) => return Err(invalid(format!("Invalid parameter '{other}'"))),
+    }
+    for name in ["extended_l2", "data_file_raw", "encryption"] {
+        let key = either(&mut o, name);
+        if o.take_bool(&key)?.unwrap_or(false) {
+            return Err(not_yet(name));
+        }
     }
     if format.is_some() && name.is_none() {
         return Err(invalid("Backing format cannot be used without backing file"));

@@ -157,9 +157,10 @@ pub fn first_cluster_len(prefix: &[u8]) -> Result<usize> {
     Ok(1 << bits)
 }
 
-/// Whether data begin with the magic and a version that this driver knows; what probing asks.
+/// Whether data begin with the magic; what probing asks. The version does not matter: an
+/// image of one that this driver does not know must be refused, not taken for a raw disk.
 pub fn looks_like_qcow2(prefix: &[u8]) -> bool {
-    prefix.len() >= 8 && be32(prefix, 0) == MAGIC && (2..=3).contains(&be32(prefix, 4))
+    prefix.len() >= 8 && be32(prefix, 0) == MAGIC
 }
 
 impl Header {

@@ -1,0 +1,58 @@
+//! Images that are not what they seem.
+
+use std::os::unix::fs::FileExt;
+
+use crate::peer::Bench;
+
+fn patch(b: &Bench, name: &str, at: u64, bytes: &[u8]) {
+    let image = std::fs::File::options().write(true).open(b.path(name)).expect("the image");
+    image.write_all_at(bytes, at).expect("written");
+}
+
+fn word(b: &Bench, name: &str, at: u64) -> u64 {
+    let mut bytes = [0; 8];
+    std::fs::File::open(b.path(name)).expect("the image").read_exact_at(&mut bytes, at).expect("read");
+    u64::from_be_bytes(bytes)
+}
+
+/// The story: a qcow2 image of a version to come was not recognised, so it was taken for
+/// a raw disk, whose content is then silently wrong, and which may be written.
+#[test]
+fn an_image_of_an_unknown_version_is_not_a_raw_disk() {
+    let b = Bench::new();
+    b.ok("dolmen", &["img", "create", "-q", "-f", "qcow2", "x", "1M"]);
+    patch(&b, "x", 7, &[4]);
+    let runs: [&[&str]; 4] = [&["info", "x"], &["map", "x"], &["check", "x"], &["compare", "x", "x"]];
+    for args in runs {
+        let r = b.run("ours/qemu-img", args);
+        assert_ne!(r.code, 0, "{args:?}: {r:?}");
+        assert!(r.err.contains("Unsupported qcow2 version 4"), "{args:?}: {r:?}");
+    }
+}
+
+/// Counts past the end of the file keep no space from anybody; both sides pass over them.
+#[test]
+fn refcounts_past_the_end_of_the_file() {
+    let Some(b) = Bench::with_peers() else { return };
+    b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "x", "1M"]);
+    let refblock = word(&b, "x", word(&b, "x", 48));
+    patch(&b, "x", refblock + 2 * 1000, &[0, 1]);
+    for tool in ["qemu-img", "ours/qemu-img"] {
+        let r = b.run(tool, &["check", "--output=json", "x"]);
+        assert_eq!(r.code, 0, "{tool}: {r:?}");
+        assert!(!r.out.contains("leaks"), "{tool}: {r:?}");
+    }
+}
+
+/// Scripts give the defaults explicitly.
+#[test]
+fn defaults_of_what_cannot_be_made_are_accepted() {
+    let b = Bench::new();
+    let defaults = "compression_type=zlib,extended_l2=off,data_file_raw=off,encryption=off";
+    b.ok("dolmen", &["img", "create", "-q", "-f", "qcow2", "-o", defaults, "x", "1M"]);
+    for more in ["extended_l2=on", "compression_type=zstd", "encryption=on"] {
+        let r = b.run("dolmen", &["img", "create", "-q", "-f", "qcow2", "-o", more, "y", "1M"]);
+        assert_eq!(r.code, 1, "{r:?}");
+        assert!(r.err.contains("can't be created here"), "{r:?}");
+    }
+}
