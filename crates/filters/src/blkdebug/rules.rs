@@ -115,6 +115,17 @@ impl Rules {
         if self.inject.len() + self.set_state.len() >= RULES_MAX {
             return Err(Error::new(ErrorKind::Limit, format!("more than {RULES_MAX} blkdebug rules")));
         }
+        let inject = match section {
+            "inject-error" => true,
+            "set-state" => false,
+            other => {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    format!("There is no option group '{other}'"),
+                )
+                .remedy("use [inject-error] or [set-state]"));
+            }
+        };
         let event = match members.take_str("event")? {
             None => return Err(Error::new(ErrorKind::InvalidInput, "Missing event name for rule")),
             Some(name) => BlkEvent::parse(&name).ok_or_else(|| {
@@ -124,34 +135,24 @@ impl Rules {
             })?,
         };
         let state = members.take_size("state")?.filter(|s| *s != 0);
-        match section {
-            "inject-error" => {
-                let io = members.take_enum("iotype", IO_TYPES)?;
-                let errno = members.take_size("errno")?.map_or(Ok(EIO), |n| match i32::try_from(n) {
-                    Ok(n) if n > 0 => Ok(n),
-                    _ => Err(Error::new(ErrorKind::InvalidInput, format!("{n} is no errno"))),
-                })?;
-                self.inject.push(Inject {
-                    event,
-                    state,
-                    io: io.and_then(|word| IoType::ALL.into_iter().find(|t| t.as_str() == word)),
-                    errno,
-                    sector: members.take_size("sector")?,
-                    once: members.take_bool("once")?.unwrap_or(false),
-                    immediately: members.take_bool("immediately")?.unwrap_or(false),
-                });
-            }
-            "set-state" => {
-                let new_state = members.take_size("new_state")?.unwrap_or(0);
-                self.set_state.push(SetState { event, state, new_state });
-            }
-            other => {
-                return Err(Error::new(
-                    ErrorKind::InvalidInput,
-                    format!("There is no option group '{other}'"),
-                )
-                .remedy("use [inject-error] or [set-state]"));
-            }
+        if inject {
+            let io = members.take_enum("iotype", IO_TYPES)?;
+            let errno = members.take_size("errno")?.map_or(Ok(EIO), |n| match i32::try_from(n) {
+                Ok(n) if n > 0 => Ok(n),
+                _ => Err(Error::new(ErrorKind::InvalidInput, format!("{n} is no errno"))),
+            })?;
+            self.inject.push(Inject {
+                event,
+                state,
+                io: io.and_then(|word| IoType::ALL.into_iter().find(|t| t.as_str() == word)),
+                errno,
+                sector: members.take_size("sector")?,
+                once: members.take_bool("once")?.unwrap_or(false),
+                immediately: members.take_bool("immediately")?.unwrap_or(false),
+            });
+        } else {
+            let new_state = members.take_size("new_state")?.unwrap_or(0);
+            self.set_state.push(SetState { event, state, new_state });
         }
         members.finish(&format!("[{section}]"))
     }
@@ -320,7 +321,7 @@ mod tests {
             ("inject-error", on("read_aio").with("foo", "1"), "has no option 'foo'"),
             ("inject-error", on("read_aio").with("once", "maybe"), "expects 'on' or 'off'"),
             ("set-state", on("read_aio").with("new-state", 2), "has no option 'new-state'"),
-            ("bogus", on("read_aio"), "no option group 'bogus'"),
+            ("bogus", on("bogus"), "no option group 'bogus'"),
         ] {
             let e = Rules::default().add(section, members).unwrap_err().to_string();
             assert!(e.contains(says), "{e}");
