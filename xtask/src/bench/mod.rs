@@ -45,7 +45,7 @@ struct Options {
     /// Rounds of each row [default: 7; with --quick 3]
     #[arg(long)]
     rounds: Option<usize>,
-    /// How long one measurement takes about, in seconds [default: 1; with --quick 0.2]
+    /// How long one measurement takes about, in seconds [default: 1; with --quick 0.12]
     #[arg(long)]
     seconds: Option<f64>,
     /// Size of the images in MiB [default: 1024; with --quick 256]
@@ -129,7 +129,7 @@ fn run(options: &Options) -> Result<bool> {
         images: images::Images::new(dir, options.size.unwrap_or(if quick { 256 } else { 1024 }) << 20)?,
         counter: if options.no_syscalls { count::Counter::None } else { count::Counter::find() },
         rounds: options.rounds.unwrap_or(if quick { 3 } else { 7 }).max(1),
-        seconds: options.seconds.unwrap_or(if quick { 0.2 } else { 1.0 }),
+        seconds: options.seconds.unwrap_or(if quick { 0.12 } else { 1.0 }),
         their_ring: rows::their_ring()?,
         dolmen,
         against: options.against.clone(),

@@ -466,27 +466,32 @@ impl Driver for FileDriver {
     }
 
     fn run<'a>(&'a self, cx: Cx<'a>, op: Op<'a>) -> LocalFuture<'a, Result<()>> {
-        Box::pin(async move {
-            let io = cx.rt.io().ok_or_else(no_files)?;
-            let flags = cx.node.flags;
-            let fua = |f: WriteFlags| f.has(WriteFlags::FUA) && !flags.no_flush;
-            match op {
-                Op::Read { span, to, flags: _ } => self.read(io, span, to).await.context(|| self.name()),
-                Op::Write { span, from, flags: f } => {
-                    self.write(cx.rt, io, span, from, fua(f)).await.context(|| self.name())
-                }
-                Op::WriteZeroes { span, flags: f } => {
-                    self.write_zeroes(cx, io, span, f, fua(f)).await.context(|| self.name())
-                }
-                Op::Discard { span, flags: f } => {
-                    self.discard(io, span, fua(f)).await.context(|| self.name())
-                }
-                Op::Flush => self.flush(io).await.context(|| self.name()),
-                Op::Resize { size, prealloc } => {
-                    self.resize(io, size, prealloc).await.context(|| self.name())
-                }
+        let Some(io) = cx.rt.io() else { return Box::pin(async { Err(no_files()) }) };
+        let flags = cx.node.flags;
+        let fua = move |f: WriteFlags| f.has(WriteFlags::FUA) && !flags.no_flush;
+        // A box for each kind: a small read should not pay for the largest of them.
+        match op {
+            Op::Read { span, to, flags: _ } => {
+                Box::pin(async move { self.read(io, span, to).await.context(|| self.name()) })
             }
-        })
+            Op::Write { span, from, flags: f } => {
+                Box::pin(
+                    async move { self.write(cx.rt, io, span, from, fua(f)).await.context(|| self.name()) },
+                )
+            }
+            Op::WriteZeroes { span, flags: f } => {
+                Box::pin(
+                    async move { self.write_zeroes(cx, io, span, f, fua(f)).await.context(|| self.name()) },
+                )
+            }
+            Op::Discard { span, flags: f } => {
+                Box::pin(async move { self.discard(io, span, fua(f)).await.context(|| self.name()) })
+            }
+            Op::Flush => Box::pin(async move { self.flush(io).await.context(|| self.name()) }),
+            Op::Resize { size, prealloc } => {
+                Box::pin(async move { self.resize(io, size, prealloc).await.context(|| self.name()) })
+            }
+        }
     }
 
     fn status<'a>(&'a self, cx: Cx<'a>, span: Span) -> LocalFuture<'a, Result<Extent>> {
