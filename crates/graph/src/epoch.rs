@@ -22,6 +22,13 @@ pub struct Lease<'a> {
     slot: &'a AtomicU64,
 }
 
+impl Lease<'_> {
+    /// Never ends the lease: what it protects is not reused as long as the node is open.
+    pub(crate) fn keep(self) {
+        let _ = std::mem::ManuallyDrop::new(self);
+    }
+}
+
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
         self.slot.fetch_sub(1, SeqCst);
@@ -89,6 +96,18 @@ mod tests {
         drop(newer);
         assert!(e.over(freed));
         assert!(e.over(later));
+    }
+
+    #[test]
+    fn a_kept_lease_never_ends() {
+        let e = Epochs::default();
+        let freed = {
+            let lease = e.enter();
+            let freed = e.stamp();
+            lease.keep();
+            freed
+        };
+        assert!(!e.over(freed));
     }
 
     #[test]

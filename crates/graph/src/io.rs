@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 
 use dolmen_rt::{IoVec, Rt};
 use dolmen_types::{
-    Actions, BlkEvent, ChildRole, Claim, Error, ErrorKind, ReadFlags, Result, Span, WriteFlags,
+    Actions, BlkEvent, ChildRole, Claim, Error, ErrorKind, OpKind, ReadFlags, Result, Span, WriteFlags,
 };
 use smallvec::SmallVec;
 
@@ -324,6 +324,25 @@ impl Io<'_, Resize> {
 /// more than four times before they reach a leaf.
 type Leases<'g> = SmallVec<[Lease<'g>; 4]>;
 
+/// The leases of a piece that is under way.
+///
+/// A request whose future is dropped may still reach the disk: the kernel has its memory.
+/// A write that comes late must not land on a place that belongs to somebody else by
+/// then, and nobody is left who could say when it has landed. So its leases are kept,
+/// and what they protect is given back only when the node is closed.
+struct UnderWay<'g> {
+    leases: Leases<'g>,
+    writes: bool,
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        if self.writes {
+            self.leases.drain(..).for_each(Lease::keep);
+        }
+    }
+}
+
 /// What the walk came to for the first `len` bytes of the span it was given.
 enum Step<'g> {
     Zeroes { len: u64 },
@@ -440,9 +459,9 @@ async fn pieces<'a>(
 ) -> Result<()> {
     let mut rest = span;
     while !rest.is_empty() {
-        let mut leases = Leases::new();
+        let mut held = UnderWay { leases: Leases::new(), writes: false };
         let done = (span.len() - rest.len()) as usize;
-        let len = match walk(node, request, rest, &mut leases) {
+        let len = match walk(node, request, rest, &mut held.leases) {
             Step::Done { len } => len,
             Step::Zeroes { len } => {
                 if let Piece::Read { whole, .. } = make(rest.prefix(len), done, request) {
@@ -455,7 +474,11 @@ async fn pieces<'a>(
                 len
             }
             Step::Run { node, at, len, request } => {
-                run_piece(&*node.driver, Cx { node, rt }, make(Span::new(at, len), done, request)).await?;
+                held.writes = request.kind() != OpKind::Read;
+                let ran =
+                    run_piece(&*node.driver, Cx { node, rt }, make(Span::new(at, len), done, request)).await;
+                held.writes = false;
+                ran?;
                 len
             }
         };

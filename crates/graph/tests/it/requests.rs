@@ -10,9 +10,9 @@ use dolmen_graph::{
 };
 use dolmen_rt::{IoVec, LocalFuture, Memory, Rt};
 use dolmen_sim::stand_in as op;
-use dolmen_sim::{Image, MemoryDisk, Random, Sim};
+use dolmen_sim::{DiskConfig, Image, MemoryDisk, Random, Sim, SimDisk};
 use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, Options, ReadFlags, Result, Span, WriteFlags};
-use futures_lite::future::{block_on, yield_now};
+use futures_lite::future::{block_on, poll_once, yield_now};
 
 use crate::support::{add_filter, edge, still};
 
@@ -520,4 +520,51 @@ fn range_locks_exclude_overlaps_in_order() {
             assert!(!lock.is_locked(Span::new(0, 32)));
         });
     }
+}
+
+/// The story: a write in place is told where to go, its future is dropped, and the disk does
+/// it all the same, later. Had the place been given to somebody else meanwhile, their data
+/// would be gone. So the lease of such a write does not end with its future.
+#[test]
+fn a_dropped_write_keeps_its_place() {
+    Sim::run(1, |rt| async move {
+        let mut owner = GraphOwner::new(rt.clone());
+        let mut d = owner.draft();
+        let disk = SimDisk::new(Image::new(4 * CLUSTER), DiskConfig::default());
+        op::add(&mut d, "disk", disk, None, &[]).unwrap();
+        let mapping = Mapping {
+            size: 2 * CLUSTER,
+            table: Mutex::new(vec![Some(1), Some(3)]),
+            free: Mutex::new(Vec::new()),
+            slow: vec![false; 2],
+            lock: RangeLock::new(),
+        };
+        let children = [("file", ChildRole::Metadata, "disk")];
+        op::add(&mut d, "map", Layer::Mapping(mapping), None, &children).unwrap();
+        op::export(&mut d, "e", "map", true).unwrap();
+        owner.commit(d).await.unwrap();
+        let e = edge(&owner, "e");
+        let state = e.node().state.clone();
+
+        let memory = Memory::zeroed(CLUSTER as usize);
+        let v = memory.iovec();
+        let token = e.begin().await.unwrap();
+        {
+            let io = token.read(&rt).unwrap();
+            let mut read = std::pin::pin!(io.read(Span::new(0, CLUSTER), &v, ReadFlags::NONE));
+            assert!(poll_once(&mut read).await.is_none(), "a disk takes its time");
+        }
+        let freed = state.epochs.stamp();
+        assert!(state.epochs.over(freed), "a dropped read harms nobody");
+        let io = token.write(&rt).unwrap();
+        io.write(Span::new(0, CLUSTER), &v, WriteFlags::NONE).await.unwrap();
+        let freed = state.epochs.stamp();
+        assert!(state.epochs.over(freed), "a write that is done has no lease");
+        {
+            let mut write = std::pin::pin!(io.write(Span::new(0, CLUSTER), &v, WriteFlags::NONE));
+            assert!(poll_once(&mut write).await.is_none(), "a disk takes its time");
+        }
+        let freed = state.epochs.stamp();
+        assert!(!state.epochs.over(freed), "it may still land");
+    });
 }
