@@ -144,6 +144,7 @@ pub(super) fn write_json(path: &Path, cx: &Context, rows: &[Measured], goals: &[
     let side = |s: &Side| {
         let m = s.median();
         json!({
+            "requests": s.requests,
             "wall_ns": m.wall_ns,
             "cpu_ns": m.cpu_ns,
             "syscalls": s.syscalls,
@@ -156,7 +157,6 @@ pub(super) fn write_json(path: &Path, cx: &Context, rows: &[Measured], goals: &[
             let (o, t) = (m.ours.median(), m.theirs.median());
             json!({
                 "name": m.name,
-                "requests": m.requests,
                 "peer": m.peer,
                 "ours": side(&m.ours),
                 "theirs": side(&m.theirs),
@@ -196,12 +196,12 @@ mod tests {
     #[test]
     fn goals_compare_rounds() {
         let side = |v: &[f64]| Side {
+            requests: 1,
             samples: v.iter().map(|n| Sample { wall_ns: *n, cpu_ns: *n }).collect(),
             syscalls: None,
         };
         let row = |name, ours: &[f64], theirs: &[f64]| Measured {
             name,
-            requests: 1,
             peer: "peer",
             ours: side(ours),
             theirs: side(theirs),

@@ -332,15 +332,17 @@ fn completed(out: &str) -> Result<f64> {
 fn alternate(cx: &Context, pairs: Vec<Pair>) -> Result<Vec<Measured>> {
     let mut all = Vec::new();
     for p in &pairs {
-        // The slower side decides: both get the same number.
-        let n = p.ours.calibrate(cx.seconds)?.min(p.theirs.calibrate(cx.seconds)?);
-        let side = || Side { samples: Vec::new(), syscalls: None };
-        all.push(Measured { name: p.name, requests: n, peer: p.peer, ours: side(), theirs: side() });
+        // Each side gets as many as fill the time: with the number that suits the slower
+        // one, the faster one would be over before it can be measured.
+        let side = |s: &Subject| -> Result<Side> {
+            Ok(Side { requests: s.calibrate(cx.seconds)?, samples: Vec::new(), syscalls: None })
+        };
+        all.push(Measured { name: p.name, peer: p.peer, ours: side(&p.ours)?, theirs: side(&p.theirs)? });
     }
     for _ in 0..cx.rounds {
         for (p, m) in pairs.iter().zip(&mut all) {
-            m.ours.samples.push(p.ours.sample(m.requests)?);
-            m.theirs.samples.push(p.theirs.sample(m.requests)?);
+            m.ours.samples.push(p.ours.sample(m.ours.requests)?);
+            m.theirs.samples.push(p.theirs.sample(m.theirs.requests)?);
         }
     }
     for (p, m) in pairs.iter().zip(&mut all) {

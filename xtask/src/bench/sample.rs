@@ -12,6 +12,8 @@ pub(super) struct Sample {
 /// A side of a row: its rounds, and the system calls that were counted apart.
 #[derive(Clone, Debug)]
 pub(super) struct Side {
+    /// Requests of each measurement.
+    pub(super) requests: u64,
     /// One for each round.
     pub(super) samples: Vec<Sample>,
     /// System calls per request, if they could be counted.
@@ -32,8 +34,6 @@ impl Side {
 #[derive(Clone, Debug)]
 pub(super) struct Measured {
     pub(super) name: &'static str,
-    /// Requests of each measurement.
-    pub(super) requests: u64,
     /// The name of the program that stands for "theirs".
     pub(super) peer: &'static str,
     pub(super) ours: Side,
