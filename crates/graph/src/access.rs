@@ -73,14 +73,15 @@ impl AccessRule {
                 allows: if !facts.active || allows.contains(A::V) { A::DATA } else { A::D | A::M },
             },
             (AccessRule::Format, ChildRole::Data) => {
-                let mut n = needs - A::M;
+                let mut n = needs;
                 if needs.intersects(A::V | A::M) {
                     n |= A::V | A::S;
                 }
                 Claim { needs: n, allows: allows - A::S }
             }
             (AccessRule::Format, ChildRole::Metadata | ChildRole::Filtered) => {
-                let mut n = (needs | A::D) - A::M;
+                // M stays beside V: other processes see it as a lock byte of its own.
+                let mut n = needs | A::D;
                 if facts.writable || needs.intersects(A::V | A::M) {
                     n |= A::V | A::S;
                 }

@@ -7,6 +7,7 @@ mod create;
 mod damage;
 mod inspect;
 mod io;
+mod lock_bytes;
 mod locks;
 mod main_job;
 mod nbd;

@@ -607,19 +607,10 @@ fn normal(mut reply: Json) -> Json {
                 false => n["type"].clone(),
             }
         };
-        // Who may write may write what readers can't see: a format turns the one need into
-        // the other, where the established daemon keeps both.
-        let needs = |e: &Json| {
-            let mut perm = e["perm"].as_array().cloned().expect("perm");
-            if perm.contains(&json!("write")) {
-                perm.retain(|p| p != "write-unchanged");
-            }
-            perm
-        };
         let edges = graph["edges"].as_array().expect("edges").iter();
         let mut edges: Vec<_> = edges
             .map(|e| {
-                json!([name(&e["parent"]), e["name"], name(&e["child"]), needs(e), e["shared-perm"]])
+                json!([name(&e["parent"]), e["name"], name(&e["child"]), e["perm"], e["shared-perm"]])
                     .to_string()
             })
             .collect();
