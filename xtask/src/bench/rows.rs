@@ -11,6 +11,10 @@ use super::{Context, Result};
 const FIRST: u64 = 256;
 /// Requests of the passes that count system calls.
 const COUNTED: u64 = 20_000;
+/// Requests in one run of the installed bench tool. It goes one call deeper with each
+/// read that completes at once, and ends with a segmentation fault when its stack is full:
+/// at depth 1, with all data in the page cache, somewhat above 100,000.
+const THEIR_MOST: u64 = 40_000;
 /// The distance from one request to the next: an odd number of 4k blocks, so that every
 /// block of an image whose size is a power of two is visited, and never two neighbours
 /// one after the other. Read-ahead has nothing to guess.
@@ -177,12 +181,15 @@ struct Pair {
 
 impl Pair {
     fn bench(cx: &Context, name: &'static str, args: Vec<String>, only_theirs: Vec<String>) -> Pair {
-        let dolmen = |program| Subject::Bench(Line::new(program, ["img", "bench"]).with(&args));
+        let dolmen = |program| Subject::Bench {
+            line: Line::new(program, ["img", "bench"]).with(&args),
+            most: u64::MAX,
+        };
         let (peer, theirs) = match &cx.against {
             Some(other) => (OTHER, dolmen(other)),
             None => {
                 let line = Line::new("qemu-img", ["bench"]).with(&only_theirs).with(&args);
-                ("qemu-img", Subject::Bench(line))
+                ("qemu-img", Subject::Bench { line, most: THEIR_MOST })
             }
         };
         Pair { name, peer, ours: dolmen(&cx.dolmen), theirs }
@@ -237,8 +244,8 @@ impl Pair {
 
 /// Something that can be measured.
 enum Subject {
-    /// A bench verb, without its number of requests.
-    Bench(Line),
+    /// A bench verb, without its number of requests, and how many it can stand.
+    Bench { line: Line, most: u64 },
     /// A server, and the load for it.
     Served(Server, Load),
     /// A program from start to end.
@@ -250,7 +257,7 @@ impl Subject {
     fn sample(&self, n: u64) -> Result<Sample> {
         let per = |ns: f64| ns / n as f64;
         match self {
-            Subject::Bench(line) => {
+            Subject::Bench { line, .. } => {
                 let (_, idle) = requests(line, 1).run()?;
                 let (out, cost) = requests(line, n).run()?;
                 let cpu = cost.cpu.saturating_sub(idle.cpu);
@@ -283,7 +290,7 @@ impl Subject {
     /// System calls per request, counted in a pass of its own.
     fn syscalls(&self, counter: Counter) -> Result<Option<f64>> {
         Ok(match self {
-            Subject::Bench(line) => {
+            Subject::Bench { line, .. } => {
                 let few = counter.of_program(&requests(line, 1))?;
                 let many = counter.of_program(&requests(line, COUNTED))?;
                 few.zip(many).map(|(f, m)| m.saturating_sub(f) as f64 / (COUNTED - 1) as f64)
@@ -302,13 +309,17 @@ impl Subject {
             self.sample(1)?;
             return Ok(((seconds * 1e9 / self.sample(1)?.wall_ns) as u64).max(1));
         }
+        let most = match self {
+            Subject::Bench { most, .. } => *most,
+            Subject::Served(..) | Subject::Program(_) => u64::MAX,
+        };
         let mut n = FIRST;
         loop {
             let took = self.sample(n)?.wall_ns * n as f64 / 1e9;
-            if took >= seconds / 8.0 {
-                return Ok(((n as f64 * seconds / took) as u64).max(FIRST));
+            if took >= seconds / 8.0 || n == most {
+                return Ok(((n as f64 * seconds / took) as u64).clamp(FIRST, most));
             }
-            n *= 4;
+            n = (n * 4).min(most);
         }
     }
 }
