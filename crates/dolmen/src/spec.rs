@@ -24,10 +24,20 @@ pub fn protocol_options(name: &str) -> Result<Options> {
     }
     if let Some(rest) = name.strip_prefix("blkdebug:") {
         let (config, image) = rest.split_once(':').ok_or_else(|| {
-            Error::new(ErrorKind::InvalidInput, format!("'{name}' is not blkdebug:CONFIG:IMAGE"))
+            Error::new(ErrorKind::InvalidInput, "blkdebug requires both config file and image path")
+                .remedy("write blkdebug:CONFIG:IMAGE; CONFIG may be empty")
         })?;
         let options = Options::new().with("driver", "blkdebug").with("image", file(image)?.into_value());
         return Ok(if config.is_empty() { options } else { options.with("config", config) });
+    }
+    if let Some(rest) = name.strip_prefix("null-co:") {
+        return match rest {
+            "//" => Ok(Options::new().with("driver", "null-co")),
+            _ => Err(Error::new(
+                ErrorKind::InvalidInput,
+                "The only allowed filename for this driver is 'null-co://'",
+            )),
+        };
     }
     if let Some(rest) = name.strip_prefix("nbd:")
         && !rest.starts_with("//")
@@ -163,6 +173,9 @@ mod tests {
             r#"{"driver": "blkdebug", "image": {"driver": "file", "filename": "/x"}, "config": "c.conf"}"#
         );
         assert!(protocol_options("blkdebug:x").is_err());
+        assert_eq!(text(protocol_options("null-co://")), r#"{"driver": "null-co"}"#);
+        assert!(protocol_options("null-co:").is_err());
+        assert!(protocol_options("null-co://x").is_err());
         assert!(protocol_options("nbd:nonsense").is_err());
         assert!(protocol_options("gopher://x").is_err());
     }

@@ -429,8 +429,10 @@ pub fn protocol_name(name: &str) -> Result<Options> {
             .with("server", server.into_value())
             .with("export", export));
     }
-    Err(Error::new(ErrorKind::Unsupported, format!("'{name}' is not a kind of name that can be opened here"))
-        .remedy("give the child's options explicitly (backing.driver=...)"))
+    let protocol = name.split(':').next().unwrap_or(name);
+    Err(Error::new(ErrorKind::Unsupported, format!("Unknown protocol '{protocol}'")).remedy(format!(
+        "write './{name}' for a file of that name, or name a driver and its options instead"
+    )))
 }
 
 #[cfg(test)]

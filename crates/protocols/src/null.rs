@@ -43,6 +43,7 @@ pub static NULL_CO: DriverKind = DriverKind {
 
 fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
     let null = Null {
+        plain: !["size", "latency-ns", "read-zeroes"].iter().any(|o| options.has(o)),
         size: AtomicU64::new(options.take_size("size")?.unwrap_or(DEFAULT_SIZE).min(Span::MAX_END)),
         latency: Duration::from_nanos(options.take_size("latency-ns")?.unwrap_or(0)),
         read_zeroes: options.take_bool("read-zeroes")?.unwrap_or(false),
@@ -65,6 +66,8 @@ impl Opener for OpenNull {
 
 #[derive(Debug)]
 struct Null {
+    /// No option was given.
+    plain: bool,
     size: AtomicU64,
     latency: Duration,
     read_zeroes: bool,
@@ -151,7 +154,9 @@ impl Driver for Null {
     }
 
     fn describe(&self, _: &Node) -> Description {
-        // It takes no space, and says so as the established driver does.
-        Description { actual_size: Some(0), ..Description::default() }
+        // It takes no space, and says so as the established driver does. Its name stands
+        // for the disk without options.
+        let filename = self.plain.then(|| "null-co://".to_owned());
+        Description { actual_size: Some(0), filename, ..Description::default() }
     }
 }

@@ -26,8 +26,7 @@ use dolmen_nbd::consts::{STATE_ZERO, cmd};
 use dolmen_nbd::{CommandFlags, TransmissionFlags};
 use dolmen_rt::{Instant, IoVec, LocalFuture, Memory, Rt};
 use dolmen_types::{
-    Actions, BlkEvent, Error, ErrorKind, OptionSpec, OptionType, Options, ReadFlags, Result, ResultExt, Span,
-    WriteFlags,
+    Actions, BlkEvent, Error, ErrorKind, OptionSpec, OptionType, Options, ReadFlags, Result, Span, WriteFlags,
 };
 
 use address::Address;
@@ -142,7 +141,10 @@ async fn connect(rt: &Rt, config: &Config) -> Result<Arc<Link>> {
         .unwrap_or_else(|| {
             Err(Error::new(ErrorKind::TimedOut, format!("no answer within {} s", limit.as_secs())))
         })
-        .context(|| format!("Failed to connect to NBD server at {}", config.address))
+        .map_err(|e| match e.to_string().starts_with("Failed to connect") {
+            true => e,
+            false => e.context(format!("NBD server at {}", config.address)),
+        })
 }
 
 /// Connects; tries again until `deadline` as long as nobody answers. A server that
