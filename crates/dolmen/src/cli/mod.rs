@@ -67,6 +67,8 @@ pub(crate) struct Failure {
     pub(crate) message: String,
     /// What the user can do, on a line of its own.
     pub(crate) hint: Option<String>,
+    /// The command was called in a wrong way: its help is pointed at.
+    pub(crate) misused: Option<&'static str>,
     /// Exit code.
     pub(crate) code: u8,
 }
@@ -74,16 +76,12 @@ pub(crate) struct Failure {
 impl Failure {
     /// Exit code 1.
     pub(crate) fn new(message: impl Into<String>) -> Failure {
-        Failure { message: message.into(), hint: None, code: 1 }
+        Failure { message: message.into(), hint: None, misused: None, code: 1 }
     }
 
-    /// A mistake in how the command was called.
-    pub(crate) fn usage(message: impl Into<String>, command: &str) -> Failure {
-        Failure {
-            message: message.into(),
-            hint: Some(format!("Try '{command} --help' for more info")),
-            code: 1,
-        }
+    /// A mistake in how `verb` was called; an empty verb is the program itself.
+    pub(crate) fn usage(message: impl Into<String>, verb: &'static str) -> Failure {
+        Failure { misused: Some(verb), ..Failure::new(message) }
     }
 
     /// Another exit code.
@@ -114,6 +112,10 @@ pub(crate) fn finish(program: &str, outcome: Outcome) -> u8 {
             if let Some(h) = f.hint {
                 eprintln!("{h}");
             }
+            if let Some(verb) = f.misused {
+                let blank = if verb.is_empty() { "" } else { " " };
+                eprintln!("Try '{program}{blank}{verb} --help' for more info");
+            }
             f.code
         }
     }
@@ -142,15 +144,80 @@ macro_rules! out {
     };
 }
 
-/// Parses arguments with clap, with the established exit code for mistakes.
-pub(crate) fn parse<P: clap::Parser>(program: &str, args: Vec<std::ffi::OsString>) -> Result<P, u8> {
+/// Parses arguments with clap, with the established exit code for mistakes. Under an
+/// established name mistakes are told in the words of getopt, since scripts that try
+/// whether an option exists look for them.
+pub(crate) fn parse<P: clap::Parser>(
+    program: &str,
+    persona: Persona,
+    args: Vec<std::ffi::OsString>,
+) -> Result<P, u8> {
+    let words: Vec<String> = args.iter().skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
     let command = P::command().bin_name(program.to_owned()).name(program.to_owned());
     let parsed = command.try_get_matches_from(args).and_then(|m| P::from_arg_matches(&m));
     parsed.map_err(|e| {
-        // A closed pipe is all that can go wrong here.
-        let _ = e.print();
+        match getopt_words(&e, &words).filter(|_| persona == Persona::Established) {
+            // An argument too many is no option's mistake: the tool itself speaks.
+            Some(Mistake::Extra(word)) => {
+                let tool = program.split(' ').next().unwrap_or(program);
+                eprintln!("{tool}: Unexpected argument: {word}");
+                eprintln!("Try '{program} --help' for more info");
+            }
+            Some(Mistake::Option(message)) => {
+                eprintln!("{program}: {message}");
+                eprintln!("Try '{program} --help' for more info");
+            }
+            // A closed pipe is all that can go wrong here.
+            None => drop(e.print()),
+        }
         u8::from(e.use_stderr())
     })
+}
+
+/// A mistake in a command line.
+#[derive(Debug, PartialEq, Eq)]
+enum Mistake {
+    /// About an option, in the words of getopt.
+    Option(String),
+    /// An argument that is one too many.
+    Extra(String),
+}
+
+/// What getopt would say, for the mistakes that it knows.
+fn getopt_words(e: &clap::Error, words: &[String]) -> Option<Mistake> {
+    use clap::error::{ContextKind, ContextValue, ErrorKind};
+    let context = |kind| match e.get(kind) {
+        Some(ContextValue::String(s)) => Some(s.as_str()),
+        _ => None,
+    };
+    let option = |message| Some(Mistake::Option(message));
+    let arg = context(ContextKind::InvalidArg)?;
+    match e.kind() {
+        ErrorKind::UnknownArgument => match arg.strip_prefix('-') {
+            None | Some("") => Some(Mistake::Extra(arg.to_owned())),
+            Some(rest) if rest.starts_with('-') => {
+                // As it was typed, with its value.
+                let typed = words.iter().find(|w| w.split('=').next() == Some(arg));
+                option(format!("unrecognized option '{}'", typed.map_or(arg, String::as_str)))
+            }
+            Some(rest) => option(format!("invalid option -- '{}'", rest.chars().next()?)),
+        },
+        ErrorKind::InvalidValue if context(ContextKind::InvalidValue) == Some("") => {
+            // "--format <FMT>"; what was typed may be the short option.
+            let long = arg.split([' ', '=']).next().unwrap_or(arg);
+            match words.last() {
+                Some(last) if last.starts_with('-') && !last.starts_with("--") => {
+                    option(format!("option requires an argument -- '{}'", last.chars().last()?))
+                }
+                _ => option(format!("option '{long}' requires an argument")),
+            }
+        }
+        ErrorKind::TooManyValues => {
+            let long = arg.split([' ', '=']).next().unwrap_or(arg);
+            option(format!("option '{long}' doesn't allow an argument"))
+        }
+        _ => None,
+    }
 }
 
 /// A cache mode of `-t` and `-T`, as node options: direct, no-flush, writethrough.

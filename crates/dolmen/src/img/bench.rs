@@ -66,7 +66,8 @@ pub(crate) struct Bench {
     #[arg(long)]
     counters: bool,
     /// Image
-    filename: Option<String>,
+    #[arg(value_name = "FILENAME")]
+    filenames: Vec<String>,
 }
 
 /// What the tasks share. All of it stays on one core.
@@ -124,8 +125,8 @@ pub(crate) fn run(persona: Persona, a: Bench) -> Outcome {
         return Err(Failure::new("count, depth and buffer size must not be 0"));
     }
     let cache = cache(a.cache.as_deref(), "cache")?;
-    let Some(filename) = a.filename.clone() else {
-        return Err(Failure::usage("Expecting one image file name", "img bench"));
+    let Ok([filename]) = <[String; 1]>::try_from(a.filenames.clone()) else {
+        return Err(Failure::usage("Expecting one image file name", "bench"));
     };
     super::block_on(move |rt| async move {
         let mut session = a.open.session(&rt, persona);

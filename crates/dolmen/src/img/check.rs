@@ -4,6 +4,7 @@
 use clap::Parser;
 use dolmen::Session;
 use dolmen::formats::qcow2::{CheckResult, Repair, check, check_and_repair};
+use dolmen::session::READ;
 use dolmen::types::{Actions, Claim, Options, Value};
 use serde_json::{Map, Value as Json};
 
@@ -30,7 +31,8 @@ pub(crate) struct Check {
     #[arg(short, long)]
     quiet: bool,
     /// Image
-    filename: Option<String>,
+    #[arg(value_name = "FILENAME")]
+    filenames: Vec<String>,
 }
 
 /// Nobody may write an image that is being checked, as no two formats may have one file.
@@ -44,7 +46,7 @@ const REPAIRING: Claim = Claim {
 
 /// Runs it.
 pub(crate) fn run(persona: Persona, a: Check) -> Outcome {
-    let json = is_json(a.output.as_deref(), "img check")?;
+    let json = is_json(a.output.as_deref(), "check")?;
     let repair = match a.repair.as_deref() {
         None => None,
         Some("leaks") => Some(Repair::Leaks),
@@ -52,12 +54,12 @@ pub(crate) fn run(persona: Persona, a: Check) -> Outcome {
         Some(other) => {
             return Err(Failure::usage(
                 format!("--repair (-r) expects 'leaks' or 'all' not '{other}'"),
-                "img check",
+                "check",
             ));
         }
     };
-    let Some(filename) = a.filename.clone() else {
-        return Err(Failure::usage("Expecting one image file name", "img check"));
+    let Ok([filename]) = <[String; 1]>::try_from(a.filenames.clone()) else {
+        return Err(Failure::usage("Expecting one image file name", "check"));
     };
     let cache = cache(a.cache.as_deref(), "source cache")?;
     super::block_on(move |rt| async move {
@@ -71,9 +73,14 @@ pub(crate) fn run(persona: Persona, a: Check) -> Outcome {
         source.read_only = repair.is_none();
         source.cache = cache;
         let options = source.options(&mut session, persona)?;
-        let opened = file_of(&mut session, options).await;
+        let opened = file_of(&mut session, options.clone()).await;
         let (format, file) = dolmen::session::opening(opened, &filename)?;
         if format != "qcow2" {
+            // That the image can't be opened is the first thing to be told.
+            let mut options = options;
+            options.set("driver", format);
+            dolmen::session::opening(session.open(options, READ).await, &filename)?;
+            session.close().await?;
             return Err(Failure::new("This image format does not support checks").with_code(63));
         }
         let claim = if repair.is_some() { REPAIRING } else { CHECKING };
@@ -196,7 +203,7 @@ fn human(r: &CheckResult, repair: bool) -> String {
             s.push_str(&format!("\n{} internal errors have occurred during the check.\n", r.check_errors));
         }
     }
-    if r.total_clusters > 0 {
+    if r.total_clusters > 0 && r.allocated_clusters > 0 {
         let percent = |n: u64, of: u64| if of == 0 { 0.0 } else { n as f64 * 100.0 / of as f64 };
         s.push_str(&format!(
             "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters\n",

@@ -47,13 +47,15 @@ pub(crate) struct Compare {
 
 /// How much is read at once, in bytes.
 const CHUNK: u64 = 2 << 20;
+/// Less progress than this is not shown, in percent.
+const PROGRESS_STEP: f64 = 2.0;
 /// Differences are reported by this unit.
 const SECTOR: usize = 512;
 
 /// Runs it.
 pub(crate) fn run(persona: Persona, a: Compare) -> Outcome {
     let Ok([first, second]) = <[String; 2]>::try_from(a.filenames.clone()) else {
-        return Err(Failure::usage("Expecting two image file names", "img compare"));
+        return Err(Failure::usage("Expecting two image file names", "compare"));
     };
     let cache = cache(a.cache.as_deref(), "source cache").map_err(|f| f.with_code(2))?;
     super::block_on(move |rt| async move {
@@ -74,12 +76,17 @@ pub(crate) fn run(persona: Persona, a: Compare) -> Outcome {
             .open(&mut session, persona, READ)
             .await
             .map_err(|f| f.with_code(2))?;
-        let found = compare(&one, &two, &a).await.map_err(|f| f.with_code(4))?;
-        if a.progress {
-            out!("");
+        // Nothing is shown to those who want to hear nothing.
+        let mut progress = Progress { shown: a.progress && !a.quiet, last: None };
+        let found = compare(&one, &two, &a, &mut progress).await.map_err(|f| f.with_code(4))?;
+        if found.is_none() {
+            progress.at(1, 1);
         }
         if !a.quiet {
             out!("{}", found.as_deref().unwrap_or("Images are identical."));
+        }
+        if progress.shown {
+            out!("");
         }
         session.close_image(one).await.map_err(Failure::from).map_err(|f| f.with_code(4))?;
         session.close_image(two).await.map_err(Failure::from).map_err(|f| f.with_code(4))?;
@@ -89,7 +96,12 @@ pub(crate) fn run(persona: Persona, a: Compare) -> Outcome {
 }
 
 /// What differs first, in words; `None` if nothing does.
-async fn compare(one: &Image, two: &Image, a: &Compare) -> Result<Option<String>, Failure> {
+async fn compare(
+    one: &Image,
+    two: &Image,
+    a: &Compare,
+    progress: &mut Progress,
+) -> Result<Option<String>, Failure> {
     let (size_one, size_two) = (one.size(), two.size());
     if a.strict && size_one != size_two {
         return Ok(Some("Strict mode: Image size mismatch!".into()));
@@ -98,7 +110,7 @@ async fn compare(one: &Image, two: &Image, a: &Compare) -> Result<Option<String>
     let common = size_one.min(size_two);
     let mut at = 0;
     while at < common {
-        progress(a, at, total);
+        progress.at(at, total);
         let s1 = one.status(at, common - at).await?;
         let s2 = two.status(at, common - at).await?;
         let len = s1.len.min(s2.len);
@@ -129,7 +141,7 @@ async fn compare(one: &Image, two: &Image, a: &Compare) -> Result<Option<String>
     }
     let longer = if size_one > size_two { one } else { two };
     while at < total {
-        progress(a, at, total);
+        progress.at(at, total);
         let s = longer.status(at, total - at).await?;
         if !s.zero {
             let mut done = 0;
@@ -165,10 +177,22 @@ async fn read(image: &Image, at: u64, len: u64, status: &ChainStatus) -> Result<
     Ok(memory.to_vec())
 }
 
-fn progress(a: &Compare, at: u64, total: u64) {
-    if a.progress {
-        cli::say(format_args!("    ({:.2}/100%)\r", at as f64 * 100.0 / total as f64));
-        cli::flush();
+/// The line that tells how far it is.
+struct Progress {
+    shown: bool,
+    /// What it shows, in percent.
+    last: Option<f64>,
+}
+
+impl Progress {
+    /// Shows that `at` of `total` bytes have been compared, if that is news.
+    fn at(&mut self, at: u64, total: u64) {
+        let percent = at as f64 * 100.0 / total as f64;
+        if self.shown && self.last.is_none_or(|last| percent >= last + PROGRESS_STEP || percent >= 100.0) {
+            self.last = Some(percent);
+            cli::say(format_args!("    ({percent:.2}/100%)\r"));
+            cli::flush();
+        }
     }
 }
 

@@ -77,7 +77,7 @@ pub(crate) fn run(persona: Persona, a: Create) -> Outcome {
         }
     }
     let Some(filename) = a.filename.clone() else {
-        return Err(Failure::usage("Expecting image file name", &format!("{} create", name(persona))));
+        return Err(Failure::usage("Expecting image file name", "create"));
     };
     if let Some(size) = &a.size {
         if options.has("size") {
@@ -125,13 +125,6 @@ pub(crate) fn run(persona: Persona, a: Create) -> Outcome {
         session.close().await?;
         Ok(0)
     })
-}
-
-fn name(persona: Persona) -> &'static str {
-    match persona {
-        Persona::Native => "dolmen img",
-        Persona::Established => "qemu-img",
-    }
 }
 
 fn size_argument(text: &str) -> Result<u64, Failure> {

@@ -31,14 +31,15 @@ pub(crate) struct Info {
     #[arg(long, value_name = "FMT")]
     output: Option<String>,
     /// Image
-    filename: Option<String>,
+    #[arg(value_name = "FILENAME")]
+    filenames: Vec<String>,
 }
 
 /// Runs it.
 pub(crate) fn run(persona: Persona, a: Info) -> Outcome {
-    let json = is_json(a.output.as_deref(), "img info")?;
-    let Some(filename) = a.filename.clone() else {
-        return Err(Failure::usage("Expecting one image file name", "img info"));
+    let json = is_json(a.output.as_deref(), "info")?;
+    let Ok([filename]) = <[String; 1]>::try_from(a.filenames.clone()) else {
+        return Err(Failure::usage("Expecting one image file name", "info"));
     };
     super::block_on(move |rt| async move {
         let mut session = a.open.session(&rt, persona);

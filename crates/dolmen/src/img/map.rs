@@ -24,7 +24,8 @@ pub(crate) struct MapArgs {
     #[arg(long, value_name = "FMT")]
     output: Option<String>,
     /// Image
-    filename: Option<String>,
+    #[arg(value_name = "FILENAME")]
+    filenames: Vec<String>,
 }
 
 /// A range with one state.
@@ -103,7 +104,7 @@ impl Entry {
 
 /// Runs it.
 pub(crate) fn run(persona: Persona, a: MapArgs) -> Outcome {
-    let json = is_json(a.output.as_deref(), "img map")?;
+    let json = is_json(a.output.as_deref(), "map")?;
     let number = |text: &Option<String>, what: &str| match text {
         None => Ok(None),
         Some(t) => cli::parse_size(t)
@@ -112,8 +113,8 @@ pub(crate) fn run(persona: Persona, a: MapArgs) -> Outcome {
     };
     let start = number(&a.start_offset, "start offset")?.unwrap_or(0);
     let max = number(&a.max_length, "maximum length")?.unwrap_or(u64::MAX);
-    let Some(filename) = a.filename.clone() else {
-        return Err(Failure::usage("Expecting one image file name", "img map"));
+    let Ok([filename]) = <[String; 1]>::try_from(a.filenames.clone()) else {
+        return Err(Failure::usage("Expecting one image file name", "map"));
     };
     super::block_on(move |rt| async move {
         let mut session = a.open.session(&rt, persona);

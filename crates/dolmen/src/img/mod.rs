@@ -49,29 +49,42 @@ pub(crate) fn main(program: &str, persona: Persona, args: Vec<OsString>) -> u8 {
             }
             "-T" | "--trace" => {
                 args.next();
-                args.next();
+                if args.next().is_none() {
+                    let message = match a.strip_prefix("--") {
+                        Some(_) => format!("option '{a}' requires an argument"),
+                        None => "option requires an argument -- 'T'".to_owned(),
+                    };
+                    return cli::finish(program, Err(Failure::usage(message, "")));
+                }
             }
             _ if a.starts_with("--trace=") || (a.starts_with("-T") && a.len() > 2) => {
                 args.next();
+            }
+            _ if a.len() > 1 && a.starts_with('-') => {
+                let message = match a.strip_prefix("--") {
+                    Some(_) => format!("unrecognized option '{a}'"),
+                    None => format!("invalid option -- '{}'", a.chars().nth(1).unwrap_or('-')),
+                };
+                return cli::finish(program, Err(Failure::usage(message, "")));
             }
             _ => break,
         }
     }
     let Some(command) = args.next() else {
-        return cli::finish(program, Err(Failure::usage("Not enough arguments", program)));
+        return cli::finish(program, Err(Failure::usage("Not enough arguments", "")));
     };
     let command = command.to_string_lossy().into_owned();
     let full = format!("{program} {command}");
     let args: Vec<OsString> = std::iter::once(OsString::from(&full)).chain(args).collect();
     let outcome = match command.as_str() {
-        "bench" => cli::parse(&full, args).map(|a| bench::run(persona, a)),
-        "check" => cli::parse(&full, args).map(|a| check::run(persona, a)),
-        "compare" => cli::parse(&full, args).map(|a| compare::run(persona, a)),
-        "create" => cli::parse(&full, args).map(|a| create::run(persona, a)),
-        "info" => cli::parse(&full, args).map(|a| info::run(persona, a)),
-        "map" => cli::parse(&full, args).map(|a| map::run(persona, a)),
-        "rebase" => cli::parse(&full, args).map(|a| rebase::run(persona, a)),
-        other => Ok(Err(Failure::usage(format!("Command not found: {other}"), program))),
+        "bench" => cli::parse(&full, persona, args).map(|a| bench::run(persona, a)),
+        "check" => cli::parse(&full, persona, args).map(|a| check::run(persona, a)),
+        "compare" => cli::parse(&full, persona, args).map(|a| compare::run(persona, a)),
+        "create" => cli::parse(&full, persona, args).map(|a| create::run(persona, a)),
+        "info" => cli::parse(&full, persona, args).map(|a| info::run(persona, a)),
+        "map" => cli::parse(&full, persona, args).map(|a| map::run(persona, a)),
+        "rebase" => cli::parse(&full, persona, args).map(|a| rebase::run(persona, a)),
+        other => Ok(Err(Failure::usage(format!("Command not found: {other}"), ""))),
     };
     match outcome {
         Ok(done) => cli::finish(program, done),
@@ -172,7 +185,7 @@ impl Source<'_> {
                     Failure::new(format!("Could not open '{}': Unknown driver '{f}'", self.name))
                 })?;
             }
-            session.named(self.name, format)?
+            dolmen::session::opening(session.named(self.name, format), self.name)?
         };
         if self.read_only {
             options.set("read-only", true);
@@ -205,13 +218,11 @@ pub(crate) fn cache(mode: Option<&str>, what: &str) -> Result<CacheMode, Failure
 }
 
 /// `--output`.
-pub(crate) fn is_json(output: Option<&str>, command: &str) -> Result<bool, Failure> {
+pub(crate) fn is_json(output: Option<&str>, verb: &'static str) -> Result<bool, Failure> {
     match output {
         None | Some("human") => Ok(false),
         Some("json") => Ok(true),
-        Some(other) => {
-            Err(Failure::usage(format!("--output expects 'human' or 'json' not '{other}'"), command))
-        }
+        Some(other) => Err(Failure::usage(format!("--output expects 'human' or 'json' not '{other}'"), verb)),
     }
 }
 

@@ -40,7 +40,8 @@ pub(crate) struct Rebase {
     #[arg(short, long)]
     quiet: bool,
     /// Image
-    filename: Option<String>,
+    #[arg(value_name = "FILENAME")]
+    filenames: Vec<String>,
 }
 
 /// The header is changed in place: nobody may write the file, or rely on what it names.
@@ -51,49 +52,50 @@ const CHANGING: Claim = Claim {
 
 /// Runs it.
 pub(crate) fn run(persona: Persona, a: Rebase) -> Outcome {
-    let Some(filename) = a.filename.clone() else {
-        return Err(Failure::usage("Expecting one image file name", "img rebase"));
+    let Ok([filename]) = <[String; 1]>::try_from(a.filenames.clone()) else {
+        return Err(Failure::usage("Expecting one image file name", "rebase"));
     };
     if !a.backing_unsafe {
         if a.backing.is_none() {
-            return Err(Failure::usage(
-                "Must specify backing file (-b) or use unsafe mode (-u)",
-                "img rebase",
-            ));
+            return Err(Failure::usage("Must specify backing file (-b) or use unsafe mode (-u)", "rebase"));
         }
         return Err(Failure {
             hint: Some("If both backing files have the same content, use -u.".into()),
             ..Failure::new("Rebasing with a copy of the differences is not available")
         });
     }
-    let cache = cache(a.cache.as_deref(), "cache")?;
+    let cache = {
+        let of_backing = super::cache(a.backing_cache.as_deref(), "source cache");
+        let of_image = cache(a.cache.as_deref(), "cache")?;
+        of_backing.map(|_| of_image)?
+    };
     let backing = a.backing.clone().filter(|b| !b.is_empty());
     super::block_on(move |rt| async move {
         let mut session = a.open.session(&rt, persona);
-        if let Some(f) = &a.backing_format {
-            session.registry().find(f).map_err(|_| Failure::new(format!("Invalid format name: '{f}'")))?;
-        }
         let mut source = a.open.source(&filename);
         source.read_only = false;
         source.cache = cache;
         let options = source.options(&mut session, persona)?;
         let (format, file) = dolmen::session::opening(file_of(&mut session, options).await, &filename)?;
+        let image = dolmen::session::opening(session.open(file, CHANGING).await, &filename)?;
+        if let Some(f) = &a.backing_format {
+            session.registry().find(f).map_err(|_| Failure::new(format!("Invalid format name: '{f}'")))?;
+        }
         let failed = |why: String| {
             Failure::new(format!(
                 "Could not change the backing file to '{}': {why}",
                 backing.as_deref().unwrap_or_default()
             ))
         };
-        if format != "qcow2" {
-            return Err(failed("Operation not supported".into()));
-        }
         if backing.is_some() && a.backing_format.is_none() {
             return Err(failed("backing format must be specified".into()));
+        }
+        if format != "qcow2" {
+            return Err(failed("Operation not supported".into()));
         }
         if a.progress && !a.quiet {
             cli::say(format_args!("    (0.00/100%)\r"));
         }
-        let image = dolmen::session::opening(session.open(file, CHANGING).await, &filename)?;
         let changed = async {
             let token = image.edge().begin().await?;
             let (read, write) = (token.read(&rt)?, token.write(&rt)?);

@@ -38,7 +38,7 @@ struct Args {
     /// Open for reading
     #[arg(short, long)]
     read_only: bool,
-    /// Use a snapshot file (not available)
+    /// Write to a temporary snapshot file (refused: not available)
     #[arg(short, long)]
     snapshot: bool,
     /// Bypass the page cache
@@ -87,7 +87,7 @@ struct Args {
 
 /// Runs the tool and gives its exit code.
 pub(crate) fn main(program: &str, persona: Persona, args: Vec<OsString>) -> u8 {
-    let args: Args = match cli::parse(program, args) {
+    let args: Args = match cli::parse(program, persona, args) {
         Ok(a) => a,
         Err(code) => return code,
     };
@@ -111,6 +111,7 @@ struct How {
     force_share: bool,
     cache: Option<CacheMode>,
     discard: Option<bool>,
+    native_aio: bool,
     format: Option<String>,
     /// Options given with `-o`, or an option string.
     options: Options,
@@ -127,7 +128,15 @@ async fn run(program: String, persona: Persona, args: Args, rt: Rt) -> u8 {
         ..How::default()
     };
     let opened = async {
-        shell.modes(&mut how, args.nocache, args.cache.as_deref(), args.discard.as_deref(), args.snapshot)?;
+        let aio = args.aio.as_deref().or(args.native_aio.then_some("native"));
+        shell.modes(
+            &mut how,
+            args.nocache,
+            args.cache.as_deref(),
+            args.discard.as_deref(),
+            aio,
+            args.snapshot,
+        )?;
         let Some(file) = &args.file else { return Ok(()) };
         if args.image_opts {
             how.options = dolmen::spec::image_opts(file)?;
@@ -211,21 +220,27 @@ impl Shell {
         nocache: bool,
         cache: Option<&str>,
         discard: Option<&str>,
+        aio: Option<&str>,
         snapshot: bool,
     ) -> Result<(), Failure> {
         let mode = cache.or(nocache.then_some("none"));
         if let Some(m) = mode {
             how.cache =
-                Some(cli::cache_mode(m).ok_or_else(|| Failure::new(format!("invalid cache option: {m}")))?);
+                Some(cli::cache_mode(m).ok_or_else(|| Failure::new(format!("Invalid cache option: {m}")))?);
         }
         how.discard = match discard {
             None => None,
             Some("unmap" | "on") => Some(true),
             Some("ignore" | "off") => Some(false),
-            Some(d) => return Err(Failure::new(format!("invalid discard option: {d}"))),
+            Some(d) => return Err(Failure::new(format!("Invalid discard option: {d}"))),
+        };
+        how.native_aio = match aio {
+            None | Some("threads" | "io_uring") => false,
+            Some("native") => true,
+            Some(a) => return Err(Failure::new(format!("Invalid aio option: {a}"))),
         };
         if snapshot {
-            return Err(Failure::new("snapshot files are not available"));
+            return Err(Failure::new("-s: writing to a temporary snapshot file is not available"));
         }
         Ok(())
     }
@@ -240,6 +255,19 @@ impl Shell {
         };
         if how.copy_on_read && how.read_only {
             return Err(Failure::new(format!("{what}: Can't use copy-on-read on read-only device")));
+        }
+        let read_only =
+            how.read_only || how.options.clone().take_bool("read-only").map_err(fail)?.unwrap_or(false);
+        if how.force_share && !read_only {
+            return Err(Failure {
+                hint: Some("To get on: add -r".into()),
+                ..Failure::new(format!("{what}: force-share=on can only be used with read-only images"))
+            });
+        }
+        if how.native_aio && !how.cache.is_some_and(|c| c.direct) {
+            return Err(Failure::new(format!(
+                "{what}: aio=native was specified, but it requires cache.direct=on, which was not specified."
+            )));
         }
         let mut options = how.options.clone();
         if let Some(path) = path {
@@ -381,10 +409,18 @@ impl Shell {
             }
             Verb::Sleep => {
                 let ms = opts.rest.first().and_then(|a| a.parse::<u64>().ok());
-                let Some(ms) = ms else { return usage(row) };
+                let Some(ms) = ms else {
+                    out!("{} is not a valid number", opts.rest.first().map_or("", String::as_str));
+                    return Err(Failed);
+                };
                 self.session.rt().sleep(std::time::Duration::from_millis(ms)).await;
                 Ok(())
             }
+            Verb::Abort => {
+                cli::flush();
+                std::process::abort();
+            }
+            Verb::Sigraise => sigraise(opts.rest.first().map_or("", String::as_str)),
             Verb::Help => help(opts.rest.first().map(String::as_str)),
             Verb::Quit => {
                 self.quit = true;
@@ -422,16 +458,14 @@ impl Shell {
     }
 
     async fn open_command(&mut self, row: &Row, opts: &getopt::Parsed) -> Done {
-        if self.image.is_some() {
-            return Err(self.say(Failure::new("file open already, try 'help close'")));
-        }
         let mut how = How {
             read_only: opts.has('r'),
             copy_on_read: opts.has('C'),
             force_share: opts.has('U'),
             ..How::default()
         };
-        self.modes(&mut how, opts.has('n'), opts.value('t'), opts.value('d'), opts.has('s'))
+        let aio = opts.value('i').or(opts.has('k').then_some("native"));
+        self.modes(&mut how, opts.has('n'), opts.value('t'), opts.value('d'), aio, opts.has('s'))
             .map_err(|f| self.say(f))?;
         if let Some(text) = opts.value('o') {
             let value = keyval::parse_value(text, None).and_then(Options::from_value);
@@ -443,6 +477,9 @@ impl Shell {
             [path] => Some(path.clone()),
             _ => return usage(row),
         };
+        if self.image.is_some() {
+            return Err(self.say(Failure::new("file open already, try 'help close'")));
+        }
         if path.is_none() {
             how.options = dolmen::spec::with_file_drivers(how.options);
         }
@@ -465,7 +502,7 @@ impl Shell {
             let _ = new.options.take("read-only");
         }
         if let Some(c) = opts.value('c') {
-            self.modes(&mut new, false, Some(c), None, false).map_err(|f| self.say(f))?;
+            self.modes(&mut new, false, Some(c), None, None, false).map_err(|f| self.say(f))?;
         }
         close(&mut self.session, open).await.map_err(|e| self.say(e))?;
         if let Err(f) = self.open(name.as_deref(), name.as_deref(), new).await {
@@ -508,6 +545,23 @@ fn help(name: Option<&str>) -> Done {
                 Err(Failed)
             }
         },
+    }
+}
+
+/// Signal 0 only asks whether there is a process to send it to.
+fn sigraise(text: &str) -> Done {
+    let signal = number(text)?;
+    cli::flush();
+    if signal == 0 {
+        return Ok(());
+    }
+    let signal = i32::try_from(signal).ok().and_then(rustix::process::Signal::from_named_raw);
+    match signal.map(|s| rustix::process::kill_process(rustix::process::getpid(), s)) {
+        Some(Ok(())) => Ok(()),
+        Some(Err(_)) | None => {
+            out!("{text} is not a signal that can be raised");
+            Err(Failed)
+        }
     }
 }
 

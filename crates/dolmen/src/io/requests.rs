@@ -7,7 +7,7 @@ use std::time::Duration;
 use dolmen::Image;
 use dolmen::graph::{Prealloc, own_status};
 use dolmen::rt::{IoVec, Memory, Rt};
-use dolmen::types::{ReadFlags, Result, Span, WriteFlags};
+use dolmen::types::{Error, ErrorKind, ReadFlags, Result, Span, WriteFlags};
 use event_listener::Event;
 
 use super::getopt::Parsed;
@@ -246,6 +246,11 @@ impl Shell {
                 return Err(Failed);
             }
         }
+        if o.has('c') && !o.has('z') {
+            // Storing the data uncompressed would not be what was asked for.
+            let e = Error::new(ErrorKind::Unsupported, "writing compressed clusters is not available");
+            return Err(self.failed(row.name, &e));
+        }
         if o.rest.len() < 2 || (!several || o.has('z')) && o.rest.len() != 2 {
             return Err(usage(row).err().unwrap_or(Failed));
         }
@@ -255,7 +260,6 @@ impl Shell {
             (o.has('f') || writethrough, WriteFlags::FUA),
             (o.has('u'), WriteFlags::MAY_UNMAP),
             (o.has('n'), WriteFlags::NO_FALLBACK),
-            (o.has('c') && !o.has('z'), WriteFlags::COMPRESSED),
         ] {
             if set {
                 flags = flags | flag;

@@ -63,6 +63,10 @@ pub(crate) enum Verb {
     Close,
     /// Wait.
     Sleep,
+    /// End as a crash does.
+    Abort,
+    /// Send a signal to the program itself.
+    Sigraise,
     /// Help.
     Help,
     /// End.
@@ -87,6 +91,7 @@ macro_rules! rows {
 
 /// All commands, by name.
 pub(crate) const ROWS: &[Row] = rows! {
+    "abort", Abort, 0 ..= Some(0), true, "", "", "ends the program as a crash does: nothing is flushed";
     "aio_flush", AioFlush, 0 ..= Some(0), false, "", "", "waits for the requests in the background";
     "aio_read", AioRead, 2 ..= None, false, "Ciqrs:vP:", "[-Ciqrv] [-P pattern] off len [len..]", "reads in the background";
     "aio_write", AioWrite, 2 ..= None, false, "CfiqrucP:z", "[-Cfiqruz] [-P pattern] off len [len..]", "writes in the background";
@@ -103,6 +108,7 @@ pub(crate) const ROWS: &[Row] = rows! {
     "read" | "r", Read, 2 ..= None, false, "bCl:pP:qrs:v", "[-bCpqrv] [-P pattern [-s off] [-l len]] off len", "reads a range";
     "readv" | "rv", Readv, 2 ..= None, false, "CP:qrv", "[-Cqrv] [-P pattern] off len [len..]", "reads a range into several buffers";
     "reopen", Reopen, 0 ..= None, false, "rwc:o:", "[(-r|-w)] [-c cache]", "opens the image again with other options";
+    "sigraise", Sigraise, 1 ..= Some(1), true, "", "signal", "sends the program a signal, by its number";
     "sleep", Sleep, 1 ..= Some(1), true, "", "milliseconds", "waits";
     "truncate" | "t", Truncate, 1 ..= Some(3), false, "m:", "[-m prealloc_mode] off", "changes the size";
     "write" | "w", Write, 2 ..= None, false, "bcCfnpP:qrs:uz", "[-bcCfnpqruz] [-P pattern | -s source_file] off len", "writes a range";

@@ -81,6 +81,10 @@ fn check() {
         b.same("qemu-img", &["check", "-q", image], no_change);
     }
     b.same("qemu-img", &["check", "r.raw"], no_change);
+    b.same("qemu-img", &["check", "-f", "raw", "r.raw"], no_change);
+    b.same("qemu-img", &["check", "null-co://"], no_change);
+    b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "empty.qcow2", "1M"]);
+    b.same("qemu-img", &["check", "empty.qcow2"], no_change);
     b.same("qemu-img", &["check", "-r", "foo", "a.qcow2"], no_change);
 }
 
@@ -98,6 +102,8 @@ fn compare() {
         &["a.qcow2", "b.qcow2"],
         &["-s", "a.qcow2", "b.qcow2"],
         &["-q", "a.qcow2", "b.qcow2"],
+        &["-p", "r.raw", "r.raw"],
+        &["-p", "-q", "r.raw", "r.raw"],
         &["b.qcow2", "sub/c.qcow2"],
         &["sub/c.qcow2", "b.qcow2"],
         &["c.raw", "d.raw"],
@@ -173,4 +179,79 @@ fn over_nbd() {
     server.wait().expect("it ends");
     let r = b.run("ours/qemu-img", &["info", &format!("nbd:unix:{socket}.gone")]);
     assert_eq!(r.code, 1, "{r:?}");
+}
+
+/// Mistakes on the command line, and images that can't be opened, in the same words and
+/// with the same exit code: scripts try whether an option exists, and tell a file that is
+/// not there from a format without checks.
+#[test]
+fn mistakes() {
+    let Some(b) = chain() else { return };
+    if !is_reference(&b, "messages of mistakes on the command line") {
+        return;
+    }
+    for verb in ["info", "map", "check", "compare", "rebase", "bench"] {
+        for args in
+            [&[][..], &["--foo"], &["--foo=3", "a.qcow2"], &["-9"], &["-U9"], &["-f"], &["a", "b", "c"]]
+        {
+            // Every one of these has -U but bench and rebase, whose options before it count too.
+            b.same_words("qemu-img", &[&[verb], args].concat());
+        }
+    }
+    for args in [
+        &[][..],
+        &["foo"],
+        &["--foo"],
+        &["-x"],
+        &["-T"],
+        &["info", "--output"],
+        &["info", "--output=foo", "a.qcow2"],
+        &["check", "--quiet=3"],
+        &["create"],
+        &["create", "-f"],
+        &["create", "--foo"],
+        &["create", "a", "1M", "c", "d"],
+        &["check", "-f", "raw", "nope"],
+        &["check", "-f", "foo", "nope"],
+        &["check", "-f", "qcow2", "r.raw"],
+        &["check", "-r", "foo", "nope"],
+        &["check", "--image-opts", "driver=raw,file.filename=nope"],
+        &["rebase", "a.qcow2"],
+        &["rebase", "-u", "-F", "bar", "nope"],
+        &["rebase", "-f", "qcow2", "-u", "-F", "bar", "nope"],
+        &["rebase", "-u", "-F", "bar", "b.qcow2"],
+        &["rebase", "-u", "-b", "a.qcow2", "a.qcow2"],
+        &["rebase", "-u", "-t", "foo", "nope"],
+        &["rebase", "-u", "-T", "foo", "nope"],
+        &["rebase", "-f", "raw", "-u", "-b", "y", "r.raw"],
+        &["rebase", "-f", "raw", "-u", "-b", "y", "-F", "raw", "r.raw"],
+        &["info", "null-co:"],
+        &["info", "nbd+unix:///?socket=nope"],
+    ] {
+        b.same_words("qemu-img", args);
+    }
+    // The native name explains more.
+    let r = b.run("dolmen", &["img", "info"]);
+    assert!(r.err.ends_with("Try 'dolmen img info --help' for more info\n"), "{r:?}");
+}
+
+/// Names that stand for more than a file.
+#[test]
+fn names() {
+    let Some(b) = chain() else { return };
+    if !is_reference(&b, "img info of names with a protocol") {
+        return;
+    }
+    for output in ["human", "json"] {
+        b.same("qemu-img", &["info", "--output", output, "-f", "raw", "null-co://"], no_change);
+        b.same("qemu-img", &["info", "--output", output, "--image-opts", "driver=null-co"], no_change);
+        b.same(
+            "qemu-img",
+            &["info", "--output", output, "--image-opts", "driver=null-co,size=1M"],
+            no_change,
+        );
+    }
+    b.same("qemu-img", &["check", "blkdebug::a.qcow2"], no_change);
+    let r = b.run("ours/qemu-img", &["info", "foo:bar"]);
+    assert!(r.code == 1 && r.err.contains("Unknown protocol 'foo'") && !r.err.contains("backing"), "{r:?}");
 }

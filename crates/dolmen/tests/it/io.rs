@@ -94,6 +94,11 @@ fn mistakes() {
         "truncate",
         "truncate abc",
         "sleep",
+        "sleep x",
+        "sleep 1",
+        "sigraise",
+        "sigraise x",
+        "sigraise 0",
         "write -u 0 64k",
         "write -n 0 64k",
         "write -z -P 3 0 64k",
@@ -141,6 +146,62 @@ fn opening() {
     same(&["-r", "-U", "-c", "length", "a.qcow2"]);
     for mode in ["none", "writeback", "writethrough", "directsync", "unsafe", "foo"] {
         same(&["-t", mode, "-c", "write 0 4k", "-c", "read -P 0xcd 0 4k", "a.qcow2"]);
+    }
+}
+
+/// Modes that do not exist are refused; aio=native is for files without a page cache.
+#[test]
+fn modes() {
+    let Some(b) = images() else { return };
+    if !is_reference(&b, "messages of wrong modes") {
+        return;
+    }
+    for options in [
+        &["-i", "foo"][..],
+        &["-t", "foo"],
+        &["-d", "foo"],
+        &["-i", "native"],
+        &["-k"],
+        &["-i", "threads"],
+        &["-n", "-i", "native"],
+        &["-c", "open -i foo a.qcow2"],
+        &["-f", "raw", "-c", "read 0 0", "null-co:"],
+    ] {
+        b.same_words(
+            "qemu-io",
+            &[options, &["-c", "length", "a.qcow2"][..if options.contains(&"null-co:") { 0 } else { 3 }]]
+                .concat(),
+        );
+    }
+    b.same("qemu-io", &["-f", "raw", "-c", "read -q 0 4k", "-c", "length", "null-co://"], without_times);
+    let r = b.run("ours/qemu-io", &["-U", "-c", "length", "a.qcow2"]);
+    assert!(r.code == 1 && !r.err.contains("read-only=on"), "{r:?}");
+    let r = b.run("ours/qemu-io", &["--foo", "a.qcow2"]);
+    assert!(r.code == 1 && r.err.starts_with("qemu-io: unrecognized option '--foo'\n"), "{r:?}");
+}
+
+/// What can't be done is refused, not done in another way.
+#[test]
+fn refusals() {
+    let Some(b) = images() else { return };
+    transcript(&b, &["-f", "raw"], &["write -c 0 64k", "read -P 0 0 64k"], "r.raw");
+    let r = b.run("ours/qemu-io", &["-c", "write -c 0 64k", "-c", "read -q -P 0x61 0 64k", "a.qcow2"]);
+    assert_eq!((r.code, r.out.as_str()), (1, "write failed: Operation not supported\n"), "{r:?}");
+    let r = b.run("ours/qemu-io", &["-s", "-c", "write 0 64k", "a.qcow2"]);
+    assert!(r.code == 1 && r.err.contains("-s: "), "{r:?}");
+}
+
+/// Commands with which tests make the program crash.
+#[test]
+fn crashes() {
+    use std::os::unix::process::ExitStatusExt;
+    let Some(b) = images() else { return };
+    for (command, signal) in [("abort", 6), ("sigraise 9", 9), ("sigraise 15", 15)] {
+        for program in ["ours/qemu-io", "qemu-io"] {
+            let args = ["-c", "read -q 0 4k", "-c", command, "-c", "sleep 10000", "a.qcow2"];
+            let out = b.command(program).args(args).output().expect("the program starts");
+            assert_eq!(out.status.signal(), Some(signal), "{program} {command}");
+        }
     }
 }
 

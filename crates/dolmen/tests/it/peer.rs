@@ -91,6 +91,16 @@ impl Bench {
     }
 }
 
+impl Bench {
+    /// As [`Bench::same`], with the same words on the standard error.
+    pub(crate) fn same_words(&self, tool: &str, args: &[&str]) {
+        let dir = in_path(tool).and_then(|p| Some(format!("{}/", p.parent()?.display()))).unwrap_or_default();
+        let mut theirs = self.run(tool, args);
+        theirs.err = theirs.err.replace(&dir, "");
+        assert_eq!(self.run(&format!("ours/{tool}"), args), theirs, "{tool} {args:?}");
+    }
+}
+
 pub(crate) fn ran(out: Output) -> Ran {
     Ran {
         code: out.status.code().unwrap_or(-1),
