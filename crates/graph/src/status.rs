@@ -37,6 +37,9 @@ enum Layer {
         data: bool,
         compressed: bool,
         place: Option<(Arc<Node>, u64)>,
+        /// The child that holds the bytes, where in it, and in which unit the node
+        /// allocates, if the bytes are not a leaf's own.
+        inside: Option<(Arc<Node>, u64, u64)>,
     },
     /// The layer does not hold it: look at this offset of this backing node, if any.
     Below(Option<Arc<Node>>, u64),
@@ -66,11 +69,13 @@ async fn layer(top: &Arc<Node>, rt: &Rt, mut span: Span) -> Result<(u64, Layer)>
             }
             Where::Data { child: SELF, at, compressed } => {
                 let place = at.map(|at| (node.clone(), at));
-                return Ok((e.len, Layer::Held { zero: false, data: true, compressed, place }));
+                return Ok((e.len, Layer::Held { zero: false, data: true, compressed, place, inside: None }));
             }
             Where::Data { child, at, compressed } => {
-                let place = at.map(|at| leaf_of(&node.children[child as usize].node, at));
-                return Ok((e.len, Layer::Held { zero: false, data: true, compressed, place }));
+                let unit = u64::from(node.driver.limits(&node).cluster_size).max(1);
+                let inside = at.map(|at| (node.children[child as usize].node.clone(), at, unit));
+                let place = inside.as_ref().map(|(file, at, _)| leaf_of(file, *at));
+                return Ok((e.len, Layer::Held { zero: false, data: true, compressed, place, inside }));
             }
             Where::Zero { at } => {
                 let place = at.map(|(child, at)| {
@@ -80,13 +85,38 @@ async fn layer(top: &Arc<Node>, rt: &Rt, mut span: Span) -> Result<(u64, Layer)>
                         leaf_of(&node.children[child as usize].node, at)
                     }
                 });
-                return Ok((e.len, Layer::Held { zero: true, data: false, compressed: false, place }));
+                return Ok((
+                    e.len,
+                    Layer::Held { zero: true, data: false, compressed: false, place, inside: None },
+                ));
             }
             Where::Unallocated => {
                 return Ok((e.len, Layer::Below(node.backing().cloned(), span.offset())));
             }
         }
     }
+}
+
+/// Whether data that a format keeps in `file` lie in a hole there (space that was mapped in
+/// advance and never written), and for how many bytes of `span` that holds. Only holes of
+/// whole units count: the unwritten rest of a cluster is not worth an extent of its own.
+async fn hole(file: &Arc<Node>, rt: &Rt, span: Span, unit: u64) -> Result<(bool, u64)> {
+    let size = file.size();
+    if span.offset() >= size {
+        // An image may end within its last cluster.
+        return Ok((true, span.len()));
+    }
+    let (len, found) = layer(file, rt, span.prefix(size - span.offset())).await?;
+    let end = span.offset() + len;
+    let zero = matches!(found, Layer::Held { zero: true, .. });
+    if zero && (end >= span.end() || end == size) {
+        return Ok((true, span.len()));
+    }
+    let whole = end / unit * unit;
+    if zero && whole > span.offset() {
+        return Ok((true, whole - span.offset()));
+    }
+    Ok((false, span.len().min(end.next_multiple_of(unit) - span.offset())))
 }
 
 /// The node that a format's file offset is reported for: the format's file itself, or
@@ -128,7 +158,12 @@ pub async fn chain_status(top: &Arc<Node>, rt: &Rt, span: Span, base: Option<&No
         let (n, found) = layer(&node, rt, part).await?;
         len = n;
         match found {
-            Layer::Held { zero, data, compressed, place } => {
+            Layer::Held { mut zero, data, compressed, place, inside } => {
+                if let Some((file, at, unit)) = inside {
+                    let (hole, n) = hole(&file, rt, Span::new(at, len), unit).await?;
+                    zero |= hole;
+                    len = n;
+                }
                 return Ok(ChainStatus {
                     len,
                     depth,

@@ -255,3 +255,19 @@ fn names() {
     let r = b.run("ours/qemu-img", &["info", "foo:bar"]);
     assert!(r.code == 1 && r.err.contains("Unknown protocol 'foo'") && !r.err.contains("backing"), "{r:?}");
 }
+
+/// Space that was mapped in advance and never written reads as zeroes, and `map` says so.
+#[test]
+fn holes_of_the_file_below_a_format() {
+    let Some(b) = Bench::with_peers() else { return };
+    if !is_reference(&b, "map of preallocated images") {
+        return;
+    }
+    b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", "a.qcow2", "1M"]);
+    b.ok("qemu-io", &["-f", "qcow2", "-c", "write -P 1 192k 128k", "a.qcow2"]);
+    b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "top.qcow2"]);
+    for image in ["a.qcow2", "top.qcow2"] {
+        b.same("qemu-img", &["map", "--output=json", image], str::to_owned);
+        b.same("qemu-img", &["map", image], str::to_owned);
+    }
+}
