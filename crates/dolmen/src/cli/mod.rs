@@ -93,7 +93,22 @@ impl Failure {
 
 impl From<Error> for Failure {
     fn from(e: Error) -> Failure {
-        Failure { hint: e.remedy_text().map(|r| format!("To get on: {r}")), ..Failure::new(e.to_string()) }
+        let text = e.to_string();
+        if let (Some(c), Some(lock)) = (e.conflict(), e.lock_text()) {
+            // The established words first, for those who look for them; then who it is.
+            let before = text.split(&c.to_string()).next().unwrap_or_default();
+            let message = format!("{before}{lock}");
+            let mut c = c.clone();
+            // A verb that writes does not become another by reading.
+            c.remedies.retain(|r| r != "open it read-only");
+            // The name of our own node tells the user nothing.
+            let us = if c.asks.kind == "process" { &mut c.denies } else { &mut c.asks };
+            us.detail.clear();
+            let ours = us.to_string();
+            let story = c.to_string().replacen(&format!(" {ours} "), " this command ", 1);
+            return Failure { hint: Some(story), ..Failure::new(message) };
+        }
+        Failure { hint: e.remedy_text().map(|r| format!("To get on: {r}")), ..Failure::new(text) }
     }
 }
 

@@ -119,8 +119,9 @@ pub(crate) fn run(persona: Persona, a: Create) -> Outcome {
         }
         let path = filename.strip_prefix("file:").unwrap_or(&filename);
         session.create(path, &a.format, options).await.map_err(|e| {
+            let lock = e.lock_text();
             let f = Failure::from(e);
-            Failure { message: format!("{filename}: {}", f.message), ..f }
+            Failure { message: format!("{filename}: {}", lock.as_deref().unwrap_or(&f.message)), ..f }
         })?;
         session.close().await?;
         Ok(0)

@@ -56,6 +56,10 @@ fn a_used_image_is_refused_by_name() {
         assert_eq!(ours.code, theirs.code, "{args:?} {ours:?} {theirs:?}");
         assert_ne!(ours.code, 0, "{args:?}");
         assert!(ours.err.contains(&holder.pid.to_string()), "{args:?} names the holder: {ours:?}");
+        // Scripts look for these words.
+        let first = |text: &str| text.lines().take(2).map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(first(&ours.err), first(&theirs.err), "{args:?}");
+        assert!(!ours.err.contains('#'), "{args:?}: {ours:?}");
     }
     for args in [&["info", "-U", "a.qcow2"][..], &["map", "-U", "a.qcow2"]] {
         b.ok("ours/qemu-img", args);

@@ -239,7 +239,11 @@ impl Locks {
                     "not visible: another user, container or host".into(),
                     Stance::default(),
                 ),
-                vec!["Look for the holder on the other hosts that use the file".to_owned()],
+                vec![
+                    "Look for the holder as root if it may be another user's, and in the containers and on the other \
+                     hosts that use the file"
+                        .to_owned(),
+                ],
             ),
         };
         let readable = !target.needs.intersects(Actions::V | Actions::M | Actions::S);
