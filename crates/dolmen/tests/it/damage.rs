@@ -56,3 +56,40 @@ fn defaults_of_what_cannot_be_made_are_accepted() {
         assert!(r.err.contains("can't be created here"), "{r:?}");
     }
 }
+
+/// The story: one damaged L1 entry hid an L2 table, so everything it maps looked leaked, and
+/// repairing the "leaks" gave all of it back. The data were gone and the image was called clean.
+#[test]
+fn leaks_beside_a_damaged_mapping_are_not_given_back() {
+    let b = Bench::new();
+    let pattern = "write -P 5 0 1M";
+    b.ok("dolmen", &["img", "create", "-q", "-f", "qcow2", "good", "1M"]);
+    b.ok("dolmen", &["io", "-f", "qcow2", "-c", pattern, "good"]);
+    let l1 = word(&b, "good", 40);
+    let entry = word(&b, "good", l1);
+    // Flags and no offset; one bit that leads behind the end of the file.
+    for damaged in [1u64 << 63, entry | 1 << 40] {
+        std::fs::copy(b.path("good"), b.path("x")).expect("a copy");
+        patch(&b, "x", l1, &damaged.to_be_bytes());
+        let r = b.run("dolmen", &["img", "check", "x"]);
+        assert_eq!(r.code, 2, "damage, not only leaks: {r:?}");
+        let r = b.run("dolmen", &["img", "check", "-f", "qcow2", "-r", "leaks", "x"]);
+        assert_eq!(r.code, 2, "{r:?}");
+        // Whoever knows what the entry was gets everything back.
+        patch(&b, "x", l1, &entry.to_be_bytes());
+        b.ok("dolmen", &["img", "check", "x"]);
+        b.ok("dolmen", &["io", "-r", "-f", "qcow2", "-c", "read -P 5 0 1M", "x"]);
+
+        // The whole repair makes the image usable and still gives nothing back by itself.
+        patch(&b, "x", l1, &damaged.to_be_bytes());
+        let r = b.run("dolmen", &["img", "check", "-f", "qcow2", "-r", "all", "x"]);
+        assert_eq!(r.code, 3, "leaks are left: {r:?}");
+        assert!(r.out.contains("are kept") || r.err.contains("are kept"), "{r:?}");
+        patch(&b, "x", l1, &entry.to_be_bytes());
+        b.ok("dolmen", &["io", "-r", "-f", "qcow2", "-c", "read -P 5 0 1M", "x"]);
+        // Asked once more, it does.
+        patch(&b, "x", l1, &[0; 8]);
+        b.ok("dolmen", &["img", "check", "-f", "qcow2", "-r", "leaks", "x"]);
+        b.ok("dolmen", &["img", "check", "x"]);
+    }
+}

@@ -4,6 +4,8 @@
 //! live in a sparse map of pages, so it grows with the metadata that there really are and not with the offsets that
 //! they name, and there is a budget. Every L2 table is read once, however many L1 tables share it.
 //!
+//! A repair never gives back what a damaged entry may have referred to: as long as there are such entries, leaks stay.
+//!
 //! Repairing leaks lowers refcounts in place. Repairing anything else builds new refcounts behind the end of the
 //! image and switches to them with one write of the header, so a crash in the middle leaves the old state.
 
@@ -141,6 +143,9 @@ struct Checker<'a> {
     rebuild: bool,
     /// L1 and L2 entries that have to be changed: file offset and new value.
     fixes: Vec<(u64, u64)>,
+    /// Entries that refer to something that can't be found any more. What they used to refer to may be among
+    /// the leaks, so while there are such entries no leak is given back: somebody may still want to salvage it.
+    lost: u64,
 }
 
 /// Counts of guest clusters on the way through the active tables.
@@ -168,6 +173,7 @@ impl<'a> Checker<'a> {
             tables: BTreeMap::new(),
             rebuild: false,
             fixes: Vec::new(),
+            lost: 0,
         })
     }
 
@@ -264,10 +270,11 @@ impl<'a> Checker<'a> {
     fn collect_tables(&mut self, l1: &[u64], active_at: Option<u64>) -> Result<()> {
         for (i, raw) in l1.iter().enumerate() {
             let table = match L1Entry(*raw).table(self.geo) {
-                Ok(None) => continue,
+                Ok(None) if *raw == 0 => continue,
                 Ok(Some(h)) => h,
-                Err(_) => {
-                    self.result.corruption(|| format!("L1 entry {i} has the unaligned offset {raw:#x}"));
+                Ok(None) | Err(_) => {
+                    self.result.corruption(|| format!("L1 entry {i} has no possible offset: {raw:#x}"));
+                    self.lost += 1;
                     self.fixes.extend(active_at.map(|at| (at + i as u64 * 8, 0)));
                     continue;
                 }
@@ -277,6 +284,7 @@ impl<'a> Checker<'a> {
                 self.fixes.extend(active_at.map(|at| (at + i as u64 * 8, raw & !L1_RESERVED)));
             }
             if !self.refer(table.0, self.geo.cluster_size(), 1, "L2 table")? {
+                self.lost += 1;
                 self.fixes.extend(active_at.map(|at| (at + i as u64 * 8, 0)));
                 continue;
             }
@@ -331,6 +339,7 @@ impl<'a> Checker<'a> {
                 Ok(e) => e,
                 Err(bad) => {
                     self.result.corruption(|| format!("L2 entry at {at:#x} is bad: {bad:?}"));
+                    self.lost += 1;
                     self.fixes.push((at, lost));
                     continue;
                 }
@@ -338,6 +347,12 @@ impl<'a> Checker<'a> {
             if raw & COMPRESSED == 0 && raw & L2_RESERVED != 0 {
                 self.result.corruption(|| format!("L2 entry at {at:#x} has reserved bits set: {raw:#x}"));
                 self.fixes.push((at, raw & !L2_RESERVED));
+                continue;
+            }
+            if entry == L2Entry::Unallocated {
+                self.result.corruption(|| format!("L2 entry at {at:#x} has flags and no offset: {raw:#x}"));
+                self.lost += 1;
+                self.fixes.push((at, lost));
                 continue;
             }
             let Some((first, count)) = entry.clusters(geo) else { continue };
@@ -350,6 +365,7 @@ impl<'a> Checker<'a> {
                 _ => first.0 << geo.cluster_bits,
             };
             if !self.refer(start, bytes, u.weight, "data cluster")? {
+                self.lost += 1;
                 self.fixes.push((at, lost));
                 continue;
             }
@@ -510,6 +526,13 @@ impl<'a> Checker<'a> {
         write.flush().await
     }
 
+    /// Counts what nothing refers to as used all the same.
+    fn keep_leaks(&mut self) -> Result<()> {
+        let leaks: Vec<(u64, u64)> =
+            self.actual.nonzero().filter(|(c, _)| *c < self.file_clusters && self.wanted(*c) == 0).collect();
+        leaks.into_iter().try_for_each(|(c, n)| self.expected.add(c, n))
+    }
+
     /// Writes new refcounts behind everything that is in use and switches to them.
     async fn rebuild(&mut self, write: Io<'_, Write>, resize: Io<'_, Resize>) -> Result<()> {
         let geo = self.geo;
@@ -645,8 +668,12 @@ pub async fn check_and_repair(
         return Ok(before);
     }
     match repair {
+        Repair::Leaks if c.lost > 0 => {}
         Repair::Leaks => c.lower_refcounts(write).await?,
         Repair::All => {
+            if c.lost > 0 {
+                c.keep_leaks()?;
+            }
             if c.rebuild {
                 c.rebuild(write, resize).await?;
             } else {
@@ -657,7 +684,7 @@ pub async fn check_and_repair(
             // Entries that were taken away leave leaks behind.
             let mut again = Checker::new(read).await?;
             again.run().await?;
-            if again.result.leaks > 0 {
+            if again.result.leaks > 0 && c.lost == 0 {
                 again.lower_refcounts(write).await?;
             }
         }
@@ -672,5 +699,12 @@ pub async fn check_and_repair(
     result.corruptions_fixed = before.corruptions.saturating_sub(result.corruptions);
     result.leaks_fixed = before.leaks.saturating_sub(result.leaks);
     result.messages = before.messages;
+    if c.lost > 0 && result.leaks > 0 {
+        result.messages.push(format!(
+            "{} leaked clusters are kept: {} entries refer to something that can't be found, and it may be among \
+             them. To give them back all the same, repair with 'all', then with 'leaks'",
+            result.leaks, c.lost
+        ));
+    }
     Ok(result)
 }
