@@ -10,5 +10,5 @@ static DRIVERS: &[&DriverKind] =
 
 /// All drivers.
 pub fn registry() -> Registry {
-    Registry::new(DRIVERS)
+    Registry::new(DRIVERS).recognising(dolmen_formats::foreign)
 }

@@ -153,7 +153,7 @@ impl Session {
         let name = image.node().driver.describe(&image.node()).filename.unwrap_or_default();
         self.close_image(image).await?;
         read?;
-        Ok(self.registry.probe(&memory.to_vec(), &name))
+        self.registry.probe(&memory.to_vec(), &name)
     }
 
     /// Closes an image, and with it the nodes that nobody else uses.

@@ -4,11 +4,13 @@
 //! are values in, values out; the driver on top waits and moves data.
 #![forbid(unsafe_code)]
 
+mod foreign;
 pub mod qcow2;
 mod raw;
 
 use dolmen_graph::DriverKind;
 
+pub use foreign::foreign;
 pub use qcow2::QCOW2;
 pub use raw::RAW;
 

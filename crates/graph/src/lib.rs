@@ -123,8 +123,8 @@ pub use open::{
 pub use owner::{GraphEvent, GraphOwner};
 pub use range_lock::{RangeGuard, RangeLock};
 pub use registry::{
-    ChildDef, ChildSpec, Common, CreateCx, CreateFn, DriverKind, ImplicitChild, OpenCx, Opened, Opener,
-    Parsed, Registry, common_options,
+    ChildDef, ChildSpec, Common, CreateCx, CreateFn, DriverKind, Foreign, ImplicitChild, OpenCx, Opened,
+    Opener, Parsed, Registry, common_options,
 };
 pub use solver::{EdgeRef, Grants, Refusal, TopoClaim, TopoNode, TopoUser, Topology, solve};
 pub use status::{ChainStatus, chain_status, own_status};

@@ -312,7 +312,7 @@ impl Opener<'_> {
                 io.read(Span::new(0, len), &memory.iovec(), Default::default()).await?;
                 header.copy_from_slice(&memory.to_vec());
             }
-            (self.registry.probe(&header, &filename), filename)
+            (self.registry.probe(&header, &filename)?, filename)
         };
         let _ = filename;
         options.set("file", file.as_str());

@@ -299,12 +299,22 @@ impl Common {
 
 /// The drivers that this program has.
 #[derive(Clone, Copy, Debug)]
-pub struct Registry(&'static [&'static DriverKind]);
+pub struct Registry(&'static [&'static DriverKind], Foreign);
+
+/// Names a format by its first bytes that no driver here opens.
+pub type Foreign = fn(header: &[u8]) -> Option<&'static str>;
 
 impl Registry {
     /// These drivers.
     pub const fn new(rows: &'static [&'static DriverKind]) -> Registry {
-        Registry(rows)
+        Registry(rows, |_| None)
+    }
+
+    /// The same, with a way to recognise formats that can't be opened here, so that their images are not
+    /// taken for raw disks.
+    #[must_use]
+    pub const fn recognising(self, foreign: Foreign) -> Registry {
+        Registry(self.0, foreign)
     }
 
     /// All rows.
@@ -322,12 +332,27 @@ impl Registry {
     }
 
     /// The format that is surest of these first bytes of a file; `raw` when none is.
-    pub fn probe(self, header: &[u8], filename: &str) -> &'static str {
-        self.0
+    ///
+    /// # Errors
+    /// `Unsupported` when they belong to a format that can't be opened here: as a raw disk its content would be
+    /// silently wrong.
+    pub fn probe(self, header: &[u8], filename: &str) -> Result<&'static str> {
+        let sure = self
+            .0
             .iter()
             .filter_map(|d| Some((d.probe?(header, filename), d.name)))
             .filter(|(score, _)| *score > 0)
-            .max_by_key(|(score, _)| *score)
-            .map_or("raw", |(_, name)| name)
+            .max_by_key(|(score, _)| *score);
+        match (sure, (self.1)(header)) {
+            (Some((_, name)), None) => Ok(name),
+            // Surer than "it may be anything".
+            (Some((score, name)), Some(_)) if score > 1 => Ok(name),
+            (None, None) => Ok("raw"),
+            (_, Some(name)) => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("the image has the format {name}, which can't be opened here"),
+            )
+            .remedy("convert it first, or name the format 'raw' to get its bytes as they are")),
+        }
     }
 }

@@ -93,3 +93,21 @@ fn leaks_beside_a_damaged_mapping_are_not_given_back() {
         b.ok("dolmen", &["img", "check", "x"]);
     }
 }
+
+/// Images of formats that are not there yet are refused, not taken for raw disks.
+#[test]
+fn foreign_images_are_not_raw_disks() {
+    let b = Bench::new();
+    for magic in [&b"conectix"[..], b"vhdxfile", b"KDMV", b"WithoutFreeSpace"] {
+        let mut image = magic.to_vec();
+        image.resize(64 << 10, 0);
+        std::fs::write(b.path("x"), &image).expect("an image");
+        let r = b.run("ours/qemu-img", &["info", "x"]);
+        assert_eq!(r.code, 1, "{r:?}");
+        assert!(r.err.contains("can't be opened here"), "{r:?}");
+        let r = b.run("ours/qemu-io", &["-c", "write 4k 4k", "x"]);
+        assert_ne!(r.code, 0, "{r:?}");
+        assert_eq!(std::fs::read(b.path("x")).expect("the image"), image, "untouched");
+        b.ok("ours/qemu-img", &["info", "-f", "raw", "x"]);
+    }
+}
