@@ -160,13 +160,15 @@ async fn wait_for_signal(signals: &mut Signals) {
     }
 }
 
-/// A chardev that no monitor has taken yet.
+/// A chardev.
 struct Chardev {
     id: String,
     /// Clients that come later.
     socket: Option<MonitorSocket>,
     /// The client that is there already.
     stream: Option<Stream>,
+    /// The monitor that has taken it.
+    monitor: Option<MonitorOptions>,
 }
 
 /// Executes the options in order.
@@ -174,6 +176,16 @@ async fn start_all(control: &Control, plan: &Plan) -> std::result::Result<Option
     let mut chardevs: Vec<Chardev> = Vec::new();
     for given in &plan.given {
         execute(control, given, &mut chardevs).await.map_err(|e| Failed::at(given, e.desc))?;
+    }
+    let pid_path = plan.given.iter().rev().find(|g| g.kind == Kind::Pidfile).map(|g| &g.value);
+    let pid_file = pid_path
+        .map(|p| PidFile::create(Path::new(p)))
+        .transpose()
+        .map_err(|e| Failed { option: None, message: QmpError::from(e).desc })?;
+    // Only now, as with the established daemon: whoever is greeted may rely on everything that the command line
+    // asks for.
+    for chardev in &mut chardevs {
+        answer_on(control, chardev);
     }
     // Chardevs without a monitor stay, as sockets that nobody answers on.
     control.rt().spawn({
@@ -183,11 +195,6 @@ async fn start_all(control: &Control, plan: &Plan) -> std::result::Result<Option
             drop(chardevs);
         }
     });
-    let pid_path = plan.given.iter().rev().find(|g| g.kind == Kind::Pidfile).map(|g| &g.value);
-    let pid_file = pid_path
-        .map(|p| PidFile::create(Path::new(p)))
-        .transpose()
-        .map_err(|e| Failed { option: None, message: QmpError::from(e).desc })?;
     if plan.background {
         background::announce().map_err(|e| Failed { option: None, message: e.to_string() })?;
     }
@@ -220,7 +227,7 @@ async fn execute(
             }
             chardevs.push(chardev);
         }
-        Kind::Monitor => start_monitor(control, text, chardevs)?,
+        Kind::Monitor => take_for_monitor(text, chardevs)?,
         Kind::Object => {
             let kind = text.split(',').next().unwrap_or_default();
             let kind = kind.strip_prefix("qom-type=").unwrap_or(kind);
@@ -275,7 +282,7 @@ async fn open_chardev(control: &Control, text: &str) -> Result<Chardev> {
             // Whether the terminal's keys make signals: they always do here.
             options.take_bool("signal")?;
             options.finish("chardev stdio")?;
-            Ok(Chardev { id, socket: None, stream: Some(io.stdio()?) })
+            Ok(Chardev { id, socket: None, stream: Some(io.stdio()?), monitor: None })
         }
         "socket" => {
             if let Some(other) = ["host", "port", "fd"].into_iter().find(|k| options.has(k)) {
@@ -291,7 +298,7 @@ async fn open_chardev(control: &Control, text: &str) -> Result<Chardev> {
                     return Err(generic("'wait' option is incompatible with socket in client connect mode"));
                 }
                 let stream = io.connect(&Addr::Unix(path.into())).await?;
-                return Ok(Chardev { id, socket: None, stream: Some(stream) });
+                return Ok(Chardev { id, socket: None, stream: Some(stream), monitor: None });
             }
             let socket = listen_monitor(control, &path).await?;
             let stream = match wait.unwrap_or(true) {
@@ -301,7 +308,7 @@ async fn open_chardev(control: &Control, text: &str) -> Result<Chardev> {
                 }
                 false => None,
             };
-            Ok(Chardev { id, socket: Some(socket), stream })
+            Ok(Chardev { id, socket: Some(socket), stream, monitor: None })
         }
         other => {
             Err(generic(format!("'{other}' is not a valid char driver name")).remedy("use socket or stdio"))
@@ -309,12 +316,8 @@ async fn open_chardev(control: &Control, text: &str) -> Result<Chardev> {
     }
 }
 
-/// Speaks QMP on a chardev.
-fn start_monitor(
-    control: &Control,
-    text: &str,
-    chardevs: &mut [Chardev],
-) -> std::result::Result<(), QmpError> {
+/// Notes that QMP is to be spoken on a chardev.
+fn take_for_monitor(text: &str, chardevs: &mut [Chardev]) -> std::result::Result<(), QmpError> {
     let mut options = Options::from_value(keyval::parse_value(text, Some("chardev"))?)?;
     let id = options.require_str("chardev")?;
     options.take_str("id")?;
@@ -327,21 +330,24 @@ fn start_monitor(
     let Some(i) = chardevs.iter().position(|c| c.id == id) else {
         return Err(QmpError::generic(format!("chardev \"{id}\" not found")));
     };
-    // The id stays known, so that a second monitor is told what is wrong.
-    let (socket, stream) = (chardevs[i].socket.take(), chardevs[i].stream.take());
-    if socket.is_none() && stream.is_none() {
+    if chardevs[i].monitor.replace(monitor).is_some() {
         return Err(QmpError::generic(format!("chardev \"{id}\" already has a monitor")));
     }
-    if let Some(stream) = stream {
+    Ok(())
+}
+
+/// Speaks QMP on a chardev that a monitor has taken.
+fn answer_on(control: &Control, chardev: &mut Chardev) {
+    let Some(monitor) = chardev.monitor else { return };
+    if let Some(stream) = chardev.stream.take() {
         let control = control.clone();
         control.rt().clone().spawn(async move {
             // A lost connection is the client's affair.
             let _ = serve_monitor(&control, stream, monitor).await;
         });
     }
-    if let Some(socket) = socket {
+    if let Some(socket) = chardev.socket.take() {
         let control = control.clone();
         control.rt().clone().spawn(async move { socket.serve(&control, monitor).await });
     }
-    Ok(())
 }
