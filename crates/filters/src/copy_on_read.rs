@@ -73,7 +73,7 @@ impl Opener for Open {
                 check_bottom(&cx.child("file")?.node, bottom)?;
             }
             let driver = Arc::new(CopyOnRead { bottom: self.bottom });
-            Ok(Opened { driver, implicit: Vec::new() })
+            Ok(Opened::of(driver))
         })
     }
 }
@@ -250,6 +250,14 @@ impl Driver for CopyOnRead {
 
     fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
         Box::pin(async { Ok(()) })
+    }
+
+    fn set_backing<'a>(
+        &'a self,
+        cx: Cx<'a>,
+        _: Option<dolmen_graph::BackingName<'a>>,
+    ) -> LocalFuture<'a, Result<()>> {
+        dolmen_graph::no_backing(cx)
     }
 
     fn describe(&self, _: &Node) -> Description {

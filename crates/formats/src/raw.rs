@@ -134,7 +134,7 @@ impl Opener for Open {
                 fixed: self.size.is_some(),
                 probed: self.probed,
             };
-            Ok(Opened { driver: Arc::new(driver), implicit: Vec::new() })
+            Ok(Opened::of(Arc::new(driver)))
         })
     }
 }
@@ -302,6 +302,14 @@ impl Driver for Raw {
 
     fn close<'a>(&'a self, _cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {
         Box::pin(async { Ok(()) })
+    }
+
+    fn set_backing<'a>(
+        &'a self,
+        cx: Cx<'a>,
+        _: Option<dolmen_graph::BackingName<'a>>,
+    ) -> LocalFuture<'a, Result<()>> {
+        dolmen_graph::no_backing(cx)
     }
 
     fn describe(&self, _node: &Node) -> Description {

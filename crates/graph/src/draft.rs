@@ -100,6 +100,8 @@ pub(crate) struct DraftNode {
     pub(crate) driver: Option<Arc<dyn Driver>>,
     /// The leaf could only be opened for reading.
     pub(crate) forced_read_only: bool,
+    /// Its options have changed: the driver has to be opened again.
+    pub(crate) reopening: bool,
     pub(crate) children: Vec<DraftChild>,
     pub(crate) state: Arc<NodeState>,
 }
@@ -131,6 +133,8 @@ pub(crate) struct DraftUser {
     pub(crate) op: OpId,
     pub(crate) node: NodeName,
     pub(crate) claim: Claim,
+    /// Attached beneath whatever is interposed on the node, on purpose.
+    pub(crate) below_filters: bool,
     /// `None` until it has been published.
     pub(crate) edge: Option<Arc<UserEdge>>,
 }
@@ -155,7 +159,7 @@ impl State {
         self.nodes.iter().find(|n| n.def.name.as_str() == name)
     }
 
-    fn index(&self, name: &NodeName) -> usize {
+    pub(crate) fn index(&self, name: &NodeName) -> usize {
         self.nodes.iter().position(|n| n.def.name == *name).expect("links lead to nodes of the draft")
     }
 
@@ -209,7 +213,7 @@ impl State {
 
     /// Whether `to` is `from` or below it. Each node is looked at once: a graph may have
     /// more paths than atoms.
-    fn reaches(&self, from: &NodeName, to: &NodeName) -> bool {
+    pub(crate) fn reaches(&self, from: &NodeName, to: &NodeName) -> bool {
         let numbers = self.numbers();
         let mut seen = vec![false; self.nodes.len()];
         let mut todo = vec![from];
@@ -248,7 +252,7 @@ pub struct Draft {
     held_before: BTreeSet<NodeName>,
     /// The operations that there were then; others are just being tried.
     ops_before: BTreeSet<OpId>,
-    prepared: Vec<Box<dyn Prepared>>,
+    pub(crate) prepared: Vec<Box<dyn Prepared>>,
     now: Instant,
 }
 
@@ -371,7 +375,7 @@ impl Draft {
     /// `NotFound`, for the node or the operation.
     pub fn add_user(&mut self, op: &OpId, node: &str, claim: Claim) -> Result<()> {
         let node = self.resolve(node)?;
-        self.attach(op, node, claim)
+        self.attach(op, node, claim, false)
     }
 
     /// Attaches an operation to exactly this node, below whatever is interposed on it:
@@ -382,12 +386,12 @@ impl Draft {
     /// As [`Draft::add_user`].
     pub fn add_user_below_filters(&mut self, op: &OpId, node: &str, claim: Claim) -> Result<()> {
         let node = self.state.node(node).ok_or_else(|| no_such_node(node))?.def.name.clone();
-        self.attach(op, node, claim)
+        self.attach(op, node, claim, true)
     }
 
-    fn attach(&mut self, op: &OpId, node: NodeName, claim: Claim) -> Result<()> {
+    fn attach(&mut self, op: &OpId, node: NodeName, claim: Claim, below_filters: bool) -> Result<()> {
         self.known(op)?;
-        self.state.users.push(DraftUser { op: op.clone(), node, claim, edge: None });
+        self.state.users.push(DraftUser { op: op.clone(), node, claim, below_filters, edge: None });
         Ok(())
     }
 
@@ -424,6 +428,7 @@ impl Draft {
             def,
             driver: None,
             forced_read_only: false,
+            reopening: false,
             children: Vec::new(),
             state: Arc::new(NodeState::of(sink)),
         });
@@ -802,7 +807,7 @@ impl Draft {
         at.driver.describe(at).filename
     }
 
-    /// Solves, then lets every driver prepare whose parents' needs and allows differ from
+    /// Opens again the drivers of nodes whose options have changed, then solves and lets every driver prepare whose parents' needs and allows differ from
     /// what it was told last (leaf drivers take locks). May be called several times while
     /// a draft grows.
     ///
@@ -810,6 +815,12 @@ impl Draft {
     /// The solver's, or `Locked` when another process holds the image. What was prepared
     /// before stays prepared until the draft is dropped.
     pub async fn prepare(&mut self, rt: &Rt) -> Result<Grants> {
+        self.reopen_drivers(rt).await?;
+        self.tell(rt).await
+    }
+
+    /// Tells drivers what their parents need and allow, where that has changed.
+    pub(crate) async fn tell(&mut self, rt: &Rt) -> Result<Grants> {
         let grants = self.solve()?;
         let built = self.build(&grants);
         for i in 0..self.state.nodes.len() {
@@ -846,7 +857,7 @@ struct Known<'a> {
 }
 
 /// The operation id under which a node's driver holds claims.
-fn driver_op(node: &NodeName) -> OpId {
+pub(crate) fn driver_op(node: &NodeName) -> OpId {
     OpId::internal(format!("driver:{node}"))
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use dolmen_rt::{IoVec, LocalFuture};
-use dolmen_types::{Actions, BlkEvent, OpKind, ReadFlags, Result, Span, Value, WriteFlags};
+use dolmen_types::{Actions, BlkEvent, Error, ErrorKind, OpKind, ReadFlags, Result, Span, Value, WriteFlags};
 
 use crate::{AccessRule, Cx, DriverKind, Node};
 
@@ -271,6 +271,26 @@ pub struct SnapshotInfo {
     pub icount: Option<u64>,
 }
 
+/// The backing file as it is written into an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackingName<'a> {
+    /// File name, URL or `json:` text; relative to the image's directory.
+    pub name: &'a str,
+    /// Its format; `None` leaves it to be guessed.
+    pub format: Option<&'a str>,
+}
+
+/// The answer of drivers without backing files to [`Driver::set_backing`].
+pub fn no_backing<'a>(cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {
+    let (node, kind) = (&cx.node.name, cx.node.driver.kind().name);
+    Box::pin(async move {
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("node '{node}' has driver '{kind}', whose images name no backing file"),
+        ))
+    })
+}
+
 /// A change that a driver has to prepare for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeChange {
@@ -311,7 +331,7 @@ pub enum Class {
 ///
 /// There are no default methods: whoever adds a method has to think about every driver.
 /// Metadata locks inside a driver are never held across an await.
-pub trait Driver: fmt::Debug + Send + Sync + 'static {
+pub trait Driver: fmt::Debug + std::any::Any + Send + Sync + 'static {
     /// Its registry row.
     fn kind(&self) -> &'static DriverKind;
     /// Size in bytes. Filters ask their child (through `node`).
@@ -342,6 +362,14 @@ pub trait Driver: fmt::Debug + Send + Sync + 'static {
     /// Writes out what is in memory, on a clean end. Called once, with no request in
     /// flight; the node is gone afterwards even if it fails.
     fn close<'a>(&'a self, cx: Cx<'a>) -> LocalFuture<'a, Result<()>>;
+    /// Makes the image name another backing file, or none, without touching any data. The
+    /// data in memory are written out first; durable when it returns. The node's links
+    /// stay as they are.
+    ///
+    /// Fails with `Unsupported` if the format has no backing files ([`no_backing`]), and with
+    /// `InvalidInput` or `NoSpace` for a name that does not fit into the header; the old
+    /// name then still stands. Not to be cancelled.
+    fn set_backing<'a>(&'a self, cx: Cx<'a>, to: Option<BackingName<'a>>) -> LocalFuture<'a, Result<()>>;
     /// What it can tell about itself.
     fn describe(&self, node: &Node) -> Description;
 }

@@ -102,6 +102,7 @@ mod open;
 mod owner;
 mod range_lock;
 mod registry;
+mod reopen;
 mod solver;
 mod status;
 mod user;
@@ -109,8 +110,8 @@ mod user;
 pub use access::{AccessRule, NodeFacts};
 pub use draft::{ClaimScope, Draft, NodeDef, OpClaim, OpInfo};
 pub use driver::{
-    Class, Description, Driver, Extent, Limits, NodeChange, Op, Plan, Prealloc, Prepared, Request, SELF,
-    SnapshotInfo, Where,
+    BackingName, Class, Description, Driver, Extent, Limits, NodeChange, Op, Plan, Prealloc, Prepared,
+    Request, SELF, SnapshotInfo, Where, no_backing,
 };
 pub use epoch::{Epochs, Lease, Stamp};
 pub use io::{Access, Cx, Io, Read, Resize, Write, WriteUnchanged};

@@ -64,7 +64,7 @@ pub struct Opener<'a> {
 
 /// What a node inherits from the parent that it is defined in.
 #[derive(Clone, Copy, Default)]
-struct Inherited {
+pub(crate) struct Inherited {
     flags: NodeFlags,
     auto_read_only: bool,
     depth: usize,
@@ -89,7 +89,7 @@ impl Opener<'_> {
         self.node(draft, options, false, Some(op.clone()), Inherited::default()).await
     }
 
-    fn node<'b>(
+    pub(crate) fn node<'b>(
         &'b self,
         draft: &'b mut Draft,
         options: Options,
@@ -153,13 +153,14 @@ impl Opener<'_> {
         }
         draft.prepare(self.rt).await?;
         let edges = draft.edges_of(&name)?;
-        let cx = OpenCx { name: &name, children: &edges, common: &common, rt: self.rt };
+        let cx = OpenCx { name: &name, children: &edges, common: &common, replaces: None, rt: self.rt };
         let opened = parsed.open.open(cx).await?;
         let forced = common.auto_read_only && !common.flags.read_only && {
             let node = draft.probe_node(&name, opened.driver.clone(), &edges);
             opened.driver.describe(&node).read_only
         };
         drop(edges);
+        draft.prepared.extend(opened.effect);
         draft.set_driver(&name, opened.driver, forced);
         if from_image {
             for implicit in opened.implicit {
@@ -326,7 +327,7 @@ impl Opener<'_> {
 }
 
 /// What an inline child inherits.
-fn below(common: &Common, parent: AccessRule, role: ChildRole, depth: usize) -> Inherited {
+pub(crate) fn below(common: &Common, parent: AccessRule, role: ChildRole, depth: usize) -> Inherited {
     let f = common.flags;
     let backing = role == ChildRole::Backing;
     Inherited {

@@ -140,7 +140,7 @@ impl GraphOwner {
         let stopped: Vec<Arc<UserEdge>> =
             gone.iter().cloned().chain(moved.iter().map(|m| m.0.clone())).collect();
         let gates = Gates::close(&stopped);
-        self.quiesce_and_settle(&stopped, &draft, &built).await?;
+        self.quiesce_and_settle(&stopped, &built).await?;
 
         // Publish. From here on nothing fails.
         let retired: Vec<Arc<Node>> = self
@@ -178,7 +178,6 @@ impl GraphOwner {
     async fn quiesce_and_settle(
         &self,
         stopped: &[Arc<UserEdge>],
-        draft: &Draft,
         built: &BTreeMap<NodeName, Arc<Node>>,
     ) -> Result<()> {
         let flushing: RefCell<Option<NodeName>> = RefCell::new(None);
@@ -186,8 +185,8 @@ impl GraphOwner {
             for e in stopped {
                 e.drained().await;
             }
-            // Nodes that existed and whose links change write out what they hold, so that
-            // every crash point is right in the old graph and in the new one.
+            // Nodes that existed and whose links or options change write out what they hold,
+            // so that every crash point is right in the old graph and in the new one.
             for old in &self.current.nodes {
                 let Some(new) = built.get(&old.name) else { continue };
                 let relinked = Arc::ptr_eq(&old.state, &new.state)
@@ -197,7 +196,8 @@ impl GraphOwner {
                             .iter()
                             .zip(&new.children)
                             .any(|(a, b)| !Arc::ptr_eq(&a.node.state, &b.node.state)));
-                if relinked && !draft.state.node(&old.name).is_some_and(|n| n.def.flags.read_only) {
+                let reopened = !Arc::ptr_eq(&old.driver, &new.driver);
+                if (relinked || reopened) && !old.flags.read_only {
                     flushing.replace(Some(old.name.clone()));
                     crate::io::submit(old, &self.rt, crate::Op::Flush)
                         .await

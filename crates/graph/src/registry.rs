@@ -9,7 +9,9 @@
 use dolmen_rt::{LocalFuture, Rt};
 use dolmen_types::{ChildRole, Error, ErrorKind, NodeName, OptionSpec, OptionType, Options, Result, Value};
 
-use crate::{AccessRule, ChildEdge, Class, Driver, Io, NodeFlags, Read, Resize, Write};
+use std::sync::Arc;
+
+use crate::{AccessRule, ChildEdge, Class, Driver, Io, NodeFlags, Prepared, Read, Resize, Write};
 
 /// A driver's registry row.
 pub struct DriverKind {
@@ -118,13 +120,22 @@ pub trait Opener {
 }
 
 /// A driver that has been opened.
-#[derive(Debug)]
 pub struct Opened {
     /// The driver.
-    pub driver: std::sync::Arc<dyn Driver>,
+    pub driver: Arc<dyn Driver>,
     /// What the image names for the children that were left to it
     /// ([`ChildDef::FromImage`]).
     pub implicit: Vec<ImplicitChild>,
+    /// What happens when the driver takes its place: for one that shares state with the
+    /// driver that it replaces ([`OpenCx::replaces`]). Dropped if it never does.
+    pub effect: Option<Box<dyn Prepared>>,
+}
+
+impl Opened {
+    /// A driver and nothing else.
+    pub fn of(driver: Arc<dyn Driver>) -> Opened {
+        Opened { driver, implicit: Vec::new(), effect: None }
+    }
 }
 
 /// A reference to another file inside an image.
@@ -150,11 +161,23 @@ pub struct OpenCx<'a> {
     pub children: &'a [ChildEdge],
     /// Common options.
     pub common: &'a Common,
+    /// The driver that the node has now, when it is reopened with other options. It goes
+    /// on serving requests until the change is published, then every request goes to the
+    /// new one; it is not closed. The node has been flushed at that instant if it was
+    /// writable. A driver that keeps state or locks takes them over from it
+    /// ([`OpenCx::replaced`]); what becomes effective only then is [`Opened::effect`].
+    pub replaces: Option<&'a Arc<dyn Driver>>,
     /// The runtime.
     pub rt: &'a Rt,
 }
 
 impl<'a> OpenCx<'a> {
+    /// The driver that is replaced, if it is of this type.
+    pub fn replaced<D: Driver>(&self) -> Option<&'a D> {
+        let any: &dyn std::any::Any = &**self.replaces?;
+        any.downcast_ref()
+    }
+
     /// A child by name.
     pub fn child(&self, name: &str) -> Result<&'a ChildEdge> {
         self.children.iter().find(|c| c.name == name).ok_or_else(|| {

@@ -60,7 +60,7 @@ struct OpenNull(Null);
 
 impl Opener for OpenNull {
     fn open<'a>(self: Box<Self>, _: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
-        Box::pin(async move { Ok(Opened { driver: Arc::new(self.0), implicit: Vec::new() }) })
+        Box::pin(async move { Ok(Opened::of(Arc::new(self.0))) })
     }
 }
 
@@ -151,6 +151,14 @@ impl Driver for Null {
 
     fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
         Box::pin(async { Ok(()) })
+    }
+
+    fn set_backing<'a>(
+        &'a self,
+        cx: Cx<'a>,
+        _: Option<dolmen_graph::BackingName<'a>>,
+    ) -> LocalFuture<'a, Result<()>> {
+        dolmen_graph::no_backing(cx)
     }
 
     fn describe(&self, _: &Node) -> Description {

@@ -57,7 +57,7 @@ impl Opener for OpenMemory {
     fn open<'a>(self: Box<Self>, _: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
         Box::pin(async move {
             let driver = Arc::new(MemoryDisk::new(Image::new(self.size)));
-            Ok(Opened { driver, implicit: Vec::new() })
+            Ok(Opened::of(driver))
         })
     }
 }
@@ -161,6 +161,14 @@ macro_rules! leaf_methods {
 
         fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
             Box::pin(async { Ok(()) })
+        }
+
+        fn set_backing<'a>(
+            &'a self,
+            cx: Cx<'a>,
+            _: Option<dolmen_graph::BackingName<'a>>,
+        ) -> LocalFuture<'a, Result<()>> {
+            dolmen_graph::no_backing(cx)
         }
 
         fn describe(&self, _: &Node) -> Description {

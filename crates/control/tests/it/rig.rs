@@ -68,7 +68,7 @@ struct Open(fn() -> Result<Arc<dyn Driver>>);
 
 impl Opener for Open {
     fn open<'a>(self: Box<Self>, _: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
-        Box::pin(async move { Ok(Opened { driver: (self.0)()?, implicit: Vec::new() }) })
+        Box::pin(async move { Ok(Opened::of((self.0)()?)) })
     }
 }
 
@@ -114,6 +114,14 @@ impl Driver for Pass {
         };
         Box::pin(async move { result })
     }
+    fn set_backing<'a>(
+        &'a self,
+        cx: Cx<'a>,
+        _: Option<dolmen_graph::BackingName<'a>>,
+    ) -> LocalFuture<'a, Result<()>> {
+        dolmen_graph::no_backing(cx)
+    }
+
     fn describe(&self, _: &Node) -> Description {
         Description::default()
     }

@@ -44,7 +44,7 @@ fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
 struct Open(Memory);
 impl Opener for Open {
     fn open<'a>(self: Box<Self>, _: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
-        Box::pin(async { Ok(Opened { driver: Arc::new(self.0), implicit: Vec::new() }) })
+        Box::pin(async { Ok(Opened::of(Arc::new(self.0))) })
     }
 }
 
@@ -218,6 +218,14 @@ impl Driver for Memory {
     fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
         Box::pin(async { Ok(()) })
     }
+    fn set_backing<'a>(
+        &'a self,
+        cx: Cx<'a>,
+        _: Option<dolmen_graph::BackingName<'a>>,
+    ) -> LocalFuture<'a, Result<()>> {
+        dolmen_graph::no_backing(cx)
+    }
+
     fn describe(&self, _: &Node) -> Description {
         let s = self.state.lock().unwrap();
         let packed = s.flushes | s.fua_writes << 16 | s.discards << 32 | (s.running_most as u64) << 48;

@@ -119,7 +119,7 @@ impl Opener for Open {
             rules.append(self.rules);
             let machine = Mutex::new(Machine::new(&rules));
             let driver = Arc::new(BlkDebug { shape: self.shape, rules, machine, ranges: RangeLock::new() });
-            Ok(Opened { driver, implicit: Vec::new() })
+            Ok(Opened::of(driver))
         })
     }
 }
@@ -407,6 +407,14 @@ impl Driver for BlkDebug {
 
     fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
         Box::pin(async { Ok(()) })
+    }
+
+    fn set_backing<'a>(
+        &'a self,
+        cx: Cx<'a>,
+        _: Option<dolmen_graph::BackingName<'a>>,
+    ) -> LocalFuture<'a, Result<()>> {
+        dolmen_graph::no_backing(cx)
     }
 
     fn describe(&self, _: &Node) -> Description {

@@ -48,7 +48,7 @@ impl Opener for Open {
     fn open<'a>(self: Box<Self>, _: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
         Box::pin(async move {
             let driver = Arc::new(Overlay { allocated: Mutex::new(self.0), ranges: RangeLock::new() });
-            Ok(Opened { driver, implicit: Vec::new() })
+            Ok(Opened::of(driver))
         })
     }
 }
@@ -163,6 +163,14 @@ impl Driver for Overlay {
     fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
         Box::pin(async { Ok(()) })
     }
+    fn set_backing<'a>(
+        &'a self,
+        cx: Cx<'a>,
+        _: Option<dolmen_graph::BackingName<'a>>,
+    ) -> LocalFuture<'a, Result<()>> {
+        dolmen_graph::no_backing(cx)
+    }
+
     fn describe(&self, _: &Node) -> Description {
         Description::default()
     }

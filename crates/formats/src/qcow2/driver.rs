@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use dolmen_graph::{
-    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent,
+    AccessRule, BackingName, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent,
     ImplicitChild, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock,
     Request, SnapshotInfo, Where,
 };
@@ -98,6 +98,15 @@ impl Opener for Open {
     fn open<'a>(self: Box<Self>, cx: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
         Box::pin(async move {
             let writable = !cx.common.flags.read_only;
+            // What a writable image has in memory goes on; of a read-only one there is nothing that is
+            // not on disk, so it is read anew.
+            if let Some(old) = cx.replaced::<Qcow2>()
+                && old.core.writable()
+            {
+                let core = old.core.clone();
+                let effect = Reopened { core: core.clone(), writable, pass_discard: self.pass_discard };
+                return Ok(Opened { effect: Some(Box::new(effect)), ..Opened::of(Arc::new(Qcow2 { core })) });
+            }
             let core = Core::open(File::new(cx.child("file")?, cx.rt), writable, self.pass_discard).await?;
             let mut implicit = Vec::new();
             let m = core.meta();
@@ -110,8 +119,22 @@ impl Opener for Open {
                 });
             }
             drop(m);
-            Ok(Opened { driver: Arc::new(Qcow2 { core }), implicit })
+            Ok(Opened { implicit, ..Opened::of(Arc::new(Qcow2 { core })) })
         })
+    }
+}
+
+/// Other options of an image that stays open.
+struct Reopened {
+    core: Arc<Core>,
+    writable: bool,
+    pass_discard: bool,
+}
+
+impl Prepared for Reopened {
+    fn commit(self: Box<Self>) {
+        self.core.writable.store(self.writable, SeqCst);
+        self.core.pass_discard.store(self.pass_discard, SeqCst);
     }
 }
 
@@ -124,11 +147,11 @@ pub(super) struct Core {
     /// Numbers that never change, at hand without the lock.
     pub(super) geo: Geometry,
     /// Opened for writing.
-    pub writable: bool,
+    pub writable: AtomicBool,
     /// Autoclear bits of features that Dolmen does not keep up have been cleared on disk.
     pub write_ready: AtomicBool,
     /// Discard freed clusters in the file.
-    pub pass_discard: bool,
+    pass_discard: AtomicBool,
     /// Guest ranges of requests that change mappings. Waited for asynchronously.
     pub ranges: RangeLock,
     /// One round at a time, and the header belongs to who holds it.
@@ -185,9 +208,9 @@ impl Core {
             meta: Mutex::new(meta),
             size: AtomicU64::new(size),
             geo,
-            writable,
+            writable: AtomicBool::new(writable),
             write_ready: AtomicBool::new(ready),
-            pass_discard,
+            pass_discard: AtomicBool::new(pass_discard),
             ranges: RangeLock::new(),
             rounds: RangeLock::new(),
             loads: RangeLock::new(),
@@ -202,6 +225,16 @@ impl Core {
     /// The metadata. Not to be held across an await.
     pub(super) fn meta(&self) -> MutexGuard<'_, Meta> {
         self.meta.lock().expect("no panic while metadata were changed")
+    }
+
+    /// Opened for writing, as far as the node goes.
+    pub(super) fn writable(&self) -> bool {
+        self.writable.load(SeqCst)
+    }
+
+    /// Whether freed clusters are discarded in the file.
+    pub(super) fn pass_discard(&self) -> bool {
+        self.pass_discard.load(SeqCst)
     }
 
     /// Virtual size in bytes.
@@ -454,6 +487,10 @@ impl Driver for Qcow2 {
 
     fn close<'a>(&'a self, cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {
         Box::pin(self.core.close(Env::of(cx)))
+    }
+
+    fn set_backing<'a>(&'a self, cx: Cx<'a>, to: Option<BackingName<'a>>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.core.set_backing(Env::of(cx), to))
     }
 
     fn describe(&self, _node: &Node) -> Description {

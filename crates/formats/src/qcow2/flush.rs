@@ -65,7 +65,7 @@ impl Shielded {
 impl Core {
     /// A flush request.
     pub(super) async fn flush(&self, env: Env<'_>) -> Result<()> {
-        if self.writable { self.round(env).await } else { self.flush_file(env.file).await }
+        if self.writable() { self.round(env).await } else { self.flush_file(env.file).await }
     }
 
     /// Makes everything that has been acknowledged so far durable. Requests that come while a round is under way
@@ -166,7 +166,7 @@ impl Core {
             {
                 last += 1;
             }
-            if last > 0 && self.pass_discard {
+            if last > 0 && self.pass_discard() {
                 let bits = self.geo.cluster_bits;
                 let span = Span::new(first.0 << bits, last << bits);
                 let inside = span.intersect(Span::new(0, env.file.size()));
@@ -186,7 +186,7 @@ impl Core {
 
     /// Writes out everything and leaves nothing behind.
     pub(super) async fn close(&self, env: Env<'_>) -> Result<()> {
-        if !self.writable || self.meta().broken.is_some() {
+        if !self.writable() || self.meta().broken.is_some() {
             return Ok(());
         }
         let orphans = std::mem::take(&mut self.meta().orphans);

@@ -26,6 +26,7 @@
 //! Specification: "Qcow2 Image File Format"; section names in comments are its sections.
 
 mod alloc;
+mod backing;
 mod bitmap;
 mod check;
 mod compress;

@@ -99,7 +99,7 @@ impl Core {
 
     /// Marks the image corrupt when the error says so, and returns the error.
     pub(super) async fn note_damage(&self, env: Env<'_>, e: Error) -> Error {
-        if e.kind() != ErrorKind::Corrupt || !self.writable {
+        if e.kind() != ErrorKind::Corrupt || !self.writable() {
             return e;
         }
         {

@@ -83,7 +83,7 @@ impl Opener for OpenFile {
             let beneath = self.beneath.map_or(String::new(), |b| format!(" beneath {b}"));
             OPENED.with_borrow_mut(|o| o.push(format!("{}{beneath}{}", self.filename, flags(cx.common))));
             let disk = MemoryDisk::new(Image::from_bytes(content.as_bytes()));
-            Ok(Opened { driver: Arc::new(File { filename: self.filename, disk }), implicit: Vec::new() })
+            Ok(Opened::of(Arc::new(File { filename: self.filename, disk })))
         })
     }
 }
@@ -129,6 +129,14 @@ impl Driver for File {
     fn close<'a>(&'a self, cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {
         self.disk.close(cx)
     }
+    fn set_backing<'a>(
+        &'a self,
+        cx: Cx<'a>,
+        _: Option<dolmen_graph::BackingName<'a>>,
+    ) -> LocalFuture<'a, Result<()>> {
+        dolmen_graph::no_backing(cx)
+    }
+
     fn describe(&self, _: &Node) -> Description {
         Description { filename: Some(self.filename.clone()), ..Description::default() }
     }
@@ -189,7 +197,7 @@ struct OpenRaw;
 impl Opener for OpenRaw {
     fn open<'a>(self: Box<Self>, _: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
         let driver = Arc::new(StandIn::new(&RAW, AccessRule::Filter));
-        Box::pin(async move { Ok(Opened { driver, implicit: Vec::new() }) })
+        Box::pin(async move { Ok(Opened::of(driver)) })
     }
 }
 
@@ -214,7 +222,7 @@ impl Opener for OpenFmt {
             }
             OPENED.with_borrow_mut(|o| o.push(format!("fmt{}", flags(cx.common))));
             let driver = Arc::new(StandIn::new(&FORMAT, AccessRule::Format));
-            Ok(Opened { driver, implicit })
+            Ok(Opened { implicit, ..Opened::of(driver) })
         })
     }
 }

@@ -216,6 +216,14 @@ impl Driver for Layer {
     fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
         Box::pin(async { Ok(()) })
     }
+    fn set_backing<'a>(
+        &'a self,
+        cx: Cx<'a>,
+        _: Option<dolmen_graph::BackingName<'a>>,
+    ) -> LocalFuture<'a, Result<()>> {
+        dolmen_graph::no_backing(cx)
+    }
+
     fn describe(&self, _: &Node) -> Description {
         Description::default()
     }

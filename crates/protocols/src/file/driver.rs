@@ -72,6 +72,7 @@ impl FileDriver {
         filename: String,
         made: Made,
         read_only: bool,
+        old: Option<&FileDriver>,
     ) -> Arc<FileDriver> {
         let Made { file, facts, direct, writable: _, locking } = made;
         let known = |align: u32| if align == 0 { DIRECT_ALIGN } else { align };
@@ -83,7 +84,11 @@ impl FileDriver {
         Arc::new_cyclic(|me| FileDriver {
             me: me.clone(),
             kind,
-            locks: Arc::new(Locks::new(file.clone(), facts.id, filename.clone(), locking)),
+            locks: match old {
+                // One node's locks are one set.
+                Some(old) => old.locks.clone(),
+                None => Arc::new(Locks::new(file.clone(), facts.id, filename.clone(), locking)),
+            },
             filename,
             file,
             is_device: facts.kind == FileKind::Block,
@@ -99,6 +104,26 @@ impl FileDriver {
             lost: AtomicI32::new(0),
             status: StatusCache::default(),
         })
+    }
+
+    /// Makes sure that this is the same file, locked in the same way.
+    pub(super) fn check_same(&self, filename: &str, locking: bool) -> Result<()> {
+        let fixed = |option: &str| {
+            Err(Error::new(ErrorKind::InvalidInput, format!("Cannot change the option '{option}'"))
+                .remedy("add a node for the other file, and link that instead"))
+        };
+        if self.filename != filename {
+            return fixed("filename");
+        }
+        if self.locks.between_processes() != locking {
+            return fixed("locking");
+        }
+        Ok(())
+    }
+
+    /// What has to happen when this driver takes the place of `old`.
+    pub(super) fn takes_over(self: &Arc<Self>, old: &FileDriver) -> Option<Box<dyn Prepared>> {
+        Some(Box::new(TakeOver { new: self.clone(), old: old.me.upgrade()? }))
     }
 
     fn size_now(&self) -> u64 {
@@ -534,6 +559,14 @@ impl Driver for FileDriver {
         })
     }
 
+    fn set_backing<'a>(
+        &'a self,
+        cx: Cx<'a>,
+        _: Option<dolmen_graph::BackingName<'a>>,
+    ) -> LocalFuture<'a, Result<()>> {
+        dolmen_graph::no_backing(cx)
+    }
+
     fn describe(&self, _: &Node) -> Description {
         Description {
             filename: Some(self.filename.clone()),
@@ -546,6 +579,25 @@ impl Driver for FileDriver {
             ])),
             ..Description::default()
         }
+    }
+}
+
+/// A file that was opened anew for the same node.
+struct TakeOver {
+    new: Arc<FileDriver>,
+    old: Arc<FileDriver>,
+}
+
+impl Prepared for TakeOver {
+    fn commit(self: Box<Self>) {
+        let TakeOver { new, old } = *self;
+        new.locks.hand_over(new.file.clone());
+        new.size.store(old.size_now(), Ordering::Release);
+        new.lost.store(old.lost.load(Ordering::Acquire), Ordering::Release);
+        new.dirty.store(old.dirty.load(Ordering::Acquire), Ordering::Release);
+        // A write that was given up may still be on its way.
+        let unsure = old.status.unsure.load(Ordering::Acquire);
+        new.status.unsure.store(unsure, Ordering::Release);
     }
 }
 

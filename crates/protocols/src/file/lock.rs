@@ -61,7 +61,8 @@ impl Stance {
 /// The locks of one node.
 #[derive(Debug)]
 pub(super) struct Locks {
-    file: File,
+    /// The descriptor that has the locks. Replaced when the node is reopened.
+    file: Mutex<File>,
     filename: String,
     /// Whether bytes are locked; the table of this process is used in any case.
     between_processes: bool,
@@ -82,11 +83,47 @@ struct State {
 impl Locks {
     pub(super) fn new(file: File, id: (u64, u64), filename: String, between_processes: bool) -> Locks {
         let (entry, table) = enter_table(id);
-        Locks { file, filename, between_processes, state: Mutex::default(), entry, _table: table }
+        Locks {
+            file: Mutex::new(file),
+            filename,
+            between_processes,
+            state: Mutex::default(),
+            entry,
+            _table: table,
+        }
+    }
+
+    fn file(&self) -> File {
+        self.file.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Moves what is held to another descriptor of the same file: taken there first, so that
+    /// nobody else can come between. Conflicts were tested through the old one, which does
+    /// not see its own locks.
+    pub(super) fn hand_over(&self, to: File) {
+        let state = self.state();
+        if self.between_processes {
+            for byte in state.held.bytes() {
+                // Shared locks get along with those of the old descriptor and of others. Should
+                // the kernel have no memory for one, the old descriptor keeps it until it is closed.
+                let _ = sys::lock_byte(&to, byte);
+            }
+        }
+        let old = std::mem::replace(&mut *self.file.lock().unwrap_or_else(|e| e.into_inner()), to);
+        if self.between_processes {
+            for byte in state.held.bytes() {
+                let _ = sys::unlock_byte(&old, byte);
+            }
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Whether bytes are locked.
+    pub(super) fn between_processes(&self) -> bool {
+        self.between_processes
     }
 
     /// Whether nobody else may do this now, as far as locks can say.
@@ -140,7 +177,7 @@ impl Locks {
         let taken = || {
             for byte in wanted.bytes().filter(|b| !held.contains(b)) {
                 let locked =
-                    sys::lock_byte(&self.file, byte).context(|| format!("Failed to lock byte {byte}"))?;
+                    sys::lock_byte(&self.file(), byte).context(|| format!("Failed to lock byte {byte}"))?;
                 if !locked {
                     // A write lock: some other kind of program has the whole file.
                     let (first, needed) =
@@ -150,10 +187,12 @@ impl Locks {
             }
             for (i, action) in LOCKED.into_iter().enumerate() {
                 let i = i as u64;
-                if wanted.needs.contains(action.into()) && sys::byte_is_locked(&self.file, FIRST_DENY + i)? {
+                if wanted.needs.contains(action.into()) && sys::byte_is_locked(&self.file(), FIRST_DENY + i)?
+                {
                     return Ok(Some((action, true)));
                 }
-                if wanted.denies.contains(action.into()) && sys::byte_is_locked(&self.file, FIRST_NEED + i)? {
+                if wanted.denies.contains(action.into()) && sys::byte_is_locked(&self.file(), FIRST_NEED + i)?
+                {
                     return Ok(Some((action, false)));
                 }
             }
@@ -175,7 +214,7 @@ impl Locks {
         for byte in from.bytes().filter(|b| !keep.contains(b)) {
             // Unlocking an open local file cannot fail. On a network file system the server frees the lock when the
             // file is closed; until then we are stricter than we say.
-            let _ = sys::unlock_byte(&self.file, byte);
+            let _ = sys::unlock_byte(&self.file(), byte);
         }
     }
 
@@ -208,7 +247,7 @@ impl Locks {
     }
 
     async fn holders(&self, io: &CoreIo) -> Vec<LockHolder> {
-        let file = self.file.clone();
+        let file = self.file();
         io.blocking(move || sys::lock_holders(&file)).await
     }
 

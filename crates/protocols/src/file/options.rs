@@ -131,8 +131,13 @@ impl Opener for OpenFile {
                 .await
                 .context(|| format!("Could not open '{}'", self.filename))?;
             let read_only = want.write && !made.writable;
-            let driver = FileDriver::new(self.kind, self.filename, made, read_only);
-            Ok(Opened { driver, implicit: Vec::new() })
+            let old = cx.replaced::<FileDriver>();
+            if let Some(old) = old {
+                old.check_same(&self.filename, made.locking)?;
+            }
+            let driver = FileDriver::new(self.kind, self.filename, made, read_only, old);
+            let effect = old.and_then(|old| driver.takes_over(old));
+            Ok(Opened { effect, ..Opened::of(driver) })
         })
     }
 }

@@ -129,7 +129,7 @@ impl Opener for OpenNbd {
                 connecting: async_lock::Mutex::new(()),
                 unaligned: RangeLock::new(),
             };
-            Ok(Opened { driver: Arc::new(driver), implicit: Vec::new() })
+            Ok(Opened::of(Arc::new(driver)))
         })
     }
 }
@@ -572,6 +572,14 @@ impl Driver for Nbd {
             link.say_goodbye(cx.rt).await;
             Ok(())
         })
+    }
+
+    fn set_backing<'a>(
+        &'a self,
+        cx: Cx<'a>,
+        _: Option<dolmen_graph::BackingName<'a>>,
+    ) -> LocalFuture<'a, Result<()>> {
+        dolmen_graph::no_backing(cx)
     }
 
     fn describe(&self, _node: &Node) -> Description {
