@@ -1,11 +1,34 @@
 //! Block jobs.
 //!
-//! What exists so far is the life of a job as data: its [`Status`], the transitions
-//! between them, and which [`Verb`]s of the user are legal in which. The jobs themselves
-//! (stream, commit, mirror, backup, ...) will be built on it; none of them decides on its own what
-//! `job-cancel` means while it is paused.
+//! ```text
+//!   commands --verbs--> Job <--JobCx-- Work::run     what moves the data
+//!                        |
+//!   owner of the graph --+--> Group::advance         who waits for whom, settle, end, events
+//! ```
+//!
+//! - [`Status`] and [`Verb`]: the states of a job and what a user may ask in which, as tables.
+//! - [`Job`]: a job as queries and verbs see it; [`JobCx`]: as its work sees it.
+//! - [`Work`]: what a kind of job does. Nothing else differs between jobs; none of them decides on its own
+//!   what `job-cancel` means while it is paused.
+//! - [`prepare`], [`launch`], [`Group`]: how jobs begin and end, alone or several in one commit.
+//!
+//! Everything runs on the control task's core, and as well in the simulation: no clock, thread or random
+//! number but those of the runtime handle.
 #![forbid(unsafe_code)]
 
+mod cx;
+mod job;
+mod life;
+mod policy;
+mod rate;
 mod status;
+#[cfg(test)]
+mod tests;
+mod work;
 
+pub use cx::JobCx;
+pub use job::{Attention, Emit, IoStatus, Job, JobEvent, JobOptions, Progress, Wish};
+pub use life::{Group, JobTable, launch, prepare};
+pub use policy::{Action, Again, OnError, Side};
 pub use status::{Status, Verb};
+pub use work::{BeginCx, Details, Ending, Kind, SettleCx, Work, nothing_to_change};

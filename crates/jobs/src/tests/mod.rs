@@ -1,0 +1,4 @@
+//! Tests of the framework, in the simulation.
+
+mod life;
+mod rig;

@@ -1,0 +1,180 @@
+//! What a job does, as the framework sees it: [`Work`].
+//!
+//! A work names the changes of the graph that its job needs ([`Work::begin`]), moves data
+//! ([`Work::run`]), and names the changes that make the result visible ([`Work::settle`],
+//! [`Work::end`]). When it may do which, who waits for whom, what events are raised and what a
+//! user may ask is the business of the framework ([`Job`](crate::Job), [`Group`](crate::Group)).
+
+use std::fmt;
+use std::sync::Arc;
+
+use dolmen_graph::{Draft, GraphOwner, NodeOpener, UserEdge};
+use dolmen_rt::{LocalFuture, Rt};
+use dolmen_types::{Error, ErrorKind, OpId, Options, Result};
+
+use crate::JobCx;
+
+/// What kind of job it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Copies backing files into the node above them.
+    Stream,
+    /// Copies overlays into a node below them.
+    Commit,
+    /// Copies a node and what is written to it meanwhile.
+    Mirror,
+    /// Copies a node as it was when the job began.
+    Backup,
+    /// Makes an image.
+    Create,
+    /// Populates ranges of a node from its backing files.
+    Prefetch,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: &'static [Kind] =
+        &[Kind::Stream, Kind::Commit, Kind::Mirror, Kind::Backup, Kind::Create, Kind::Prefetch];
+
+    /// The word that QMP clients know.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Kind::Stream => "stream",
+            Kind::Commit => "commit",
+            Kind::Mirror => "mirror",
+            Kind::Backup => "backup",
+            Kind::Create => "create",
+            Kind::Prefetch => "prefetch",
+        }
+    }
+
+    /// Whether it works on nodes of the graph: then it is also listed by `query-block-jobs`, knows
+    /// the `block-job-` commands and raises their events.
+    pub const fn is_block_job(self) -> bool {
+        match self {
+            Kind::Stream | Kind::Commit | Kind::Mirror | Kind::Backup | Kind::Prefetch => true,
+            Kind::Create => false,
+        }
+    }
+}
+
+/// How a job ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Its result becomes visible.
+    Success,
+    /// It failed, was cancelled, or another job of its group was.
+    Abort,
+}
+
+/// What [`Work::begin`] works with.
+pub struct BeginCx<'a> {
+    /// The job's operation; it is in the draft already.
+    pub op: &'a OpId,
+    /// The draft that the job is to be part of.
+    pub draft: &'a mut Draft,
+    /// Opens nodes into the draft: filters by their options, for example.
+    pub opener: &'a NodeOpener<'a>,
+    /// The runtime.
+    pub rt: &'a Rt,
+}
+
+impl fmt::Debug for BeginCx<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BeginCx({})", self.op)
+    }
+}
+
+/// What [`Work::settle`] works with. The graph is as it was while the job ran.
+pub struct SettleCx<'a> {
+    /// The job's operation.
+    pub op: &'a OpId,
+    /// The owner of the graph.
+    pub owner: &'a GraphOwner,
+    /// The runtime.
+    pub rt: &'a Rt,
+}
+
+impl SettleCx<'_> {
+    /// An edge of the job, counted in the order in which [`Work::begin`] added them.
+    ///
+    /// # Errors
+    /// `NotFound` when there are not so many.
+    pub fn edge(&self, i: usize) -> Result<Arc<UserEdge>> {
+        self.owner.edges(self.op).nth(i).cloned().ok_or_else(|| no_edge(self.op, i))
+    }
+}
+
+impl fmt::Debug for SettleCx<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SettleCx({})", self.op)
+    }
+}
+
+pub(crate) fn no_edge(op: &OpId, i: usize) -> Error {
+    Error::new(ErrorKind::NotFound, format!("job '{op}' has no edge {i}"))
+}
+
+/// What a job tells about itself beyond what all jobs do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Details {
+    /// Of a mirror: whether every write goes to both sides before it is acknowledged.
+    pub actively_synced: Option<bool>,
+}
+
+/// What a job does. There are no default methods: whoever adds a method has to think about
+/// every job.
+pub trait Work: fmt::Debug + 'static {
+    /// What kind of job it is.
+    fn kind(&self) -> Kind;
+
+    /// What it does to what, for messages: "stream of 'top'". The framework adds the state.
+    fn detail(&self) -> String;
+
+    /// Puts the job's filters, edges and claims into the draft, in the name of its operation.
+    ///
+    /// Nothing outside of the draft may change: the draft may be shared with other changes, and it
+    /// may be dropped, because one of them is refused or because nobody wanted more than to know.
+    ///
+    /// # Errors
+    /// Why the job can't be; the draft is then of no more use.
+    fn begin<'a>(&'a self, cx: BeginCx<'a>) -> LocalFuture<'a, Result<()>>;
+
+    /// The work itself, once the draft has been published. It ends early, with `Cancelled`, when
+    /// [`JobCx::checkpoint`] says so.
+    ///
+    /// # Errors
+    /// Why the job fails.
+    fn run<'a>(&'a self, cx: &'a JobCx) -> LocalFuture<'a, Result<()>>;
+
+    /// Before a successful end: what takes I/O and may fail (flushing, the name of the backing file in a
+    /// header). It must do no harm if the job aborts after all, since another of its group fails.
+    ///
+    /// # Errors
+    /// Why the job, and its group, fail.
+    fn settle<'a>(&'a self, cx: SettleCx<'a>) -> LocalFuture<'a, Result<()>>;
+
+    /// Puts the end into a draft: the pivot or the links of the result, the properties that nodes had
+    /// before. Afterwards the framework removes the operation from the draft, with its claims, edges
+    /// and the filters that are still there. Jobs of a group share the draft.
+    ///
+    /// # Errors
+    /// Why the job, and its group, fail. An aborted job must not fail.
+    fn end(&self, op: &OpId, draft: &mut Draft, ending: Ending) -> Result<()>;
+
+    /// Changes options while the job runs.
+    ///
+    /// # Errors
+    /// `Unsupported` when the job has none that can be changed.
+    fn change(&self, options: Options) -> Result<()>;
+
+    /// What queries show beyond what all jobs show.
+    fn details(&self) -> Details;
+}
+
+/// The answer of jobs that have nothing to change.
+#[cold]
+pub fn nothing_to_change() -> Error {
+    Error::new(ErrorKind::Unsupported, "Job type does not support change")
+        .remedy("cancel the job and start it with other options")
+}
