@@ -36,6 +36,17 @@ impl Work {
     }
 }
 
+/// What is known of a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChunkState {
+    /// Need not be copied.
+    Clean,
+    /// Has to be copied.
+    Dirty,
+    /// Somebody is copying it, whether or not it is dirty again.
+    InFlight,
+}
+
 /// The state of a copy by chunks; see the module's head.
 #[derive(Clone, Debug)]
 pub struct CopyMap {
@@ -80,15 +91,58 @@ impl CopyMap {
     /// Hands out the next part: dirty chunks that are not in flight, at most `max` bytes (but at
     /// least a chunk), going round. `None` when there is nothing to hand out now.
     pub fn take(&mut self, max: u64) -> Option<Work> {
-        let most = (max / self.chunk).max(1);
+        let run = self.peek()?;
+        self.take_at(run.offset(), max)
+    }
+
+    /// The run of chunks that would be handed out next: dirty and not in flight.
+    pub fn peek(&self) -> Option<Span> {
         let (start, end) =
             self.find(self.cursor, self.len()).or_else(|| self.find(0, self.cursor.min(self.len())))?;
-        let end = end.min(start.saturating_add(most));
+        Some(self.span(start, end))
+    }
+
+    /// Hands out the part that begins with the chunk at `offset`, at most `max` bytes (but at least
+    /// a chunk). `None` when that chunk is not dirty, or in flight. The search for the next part goes
+    /// on behind it.
+    pub fn take_at(&mut self, offset: u64, max: u64) -> Option<Work> {
+        let at = offset / self.chunk;
+        self.find(at, at.saturating_add(1).min(self.len()))?;
+        let (start, end) = self.find(at, self.len())?;
+        self.cursor = end.min(start.saturating_add((max / self.chunk).max(1)));
+        Some(self.fly(start, self.cursor))
+    }
+
+    /// Hands out the first part of the chunks that `span` touches, at most `max` bytes (but at least
+    /// a chunk). The search for the next part is not moved.
+    pub fn take_in(&mut self, span: Span, max: u64) -> Option<Work> {
+        let (from, to) = self.chunks(span)?;
+        let (start, end) = self.find(from, to)?;
+        Some(self.fly(start, end.min(start.saturating_add((max / self.chunk).max(1)))))
+    }
+
+    /// Puts the chunks that `span` touches in flight, dirty or not, for somebody who writes to source
+    /// and target himself; and says which parts of them were dirty, in bytes. They are not any more: who
+    /// does not bring them to the target marks them again. `None` when a chunk is in flight already,
+    /// or the span lies behind the end.
+    pub fn hold(&mut self, span: Span) -> Option<(Work, Vec<Span>)> {
+        let (start, end) = self.chunks(span)?;
+        if self.is_in_flight(span) {
+            return None;
+        }
+        let mut dirty = Vec::new();
+        let mut at = start;
+        while let Some((s, e)) = self.dirty_from(at).filter(|(s, _)| *s < end) {
+            dirty.push(self.span(s.max(start), e.min(end)));
+            at = e;
+        }
+        Some((self.fly(start, end), dirty))
+    }
+
+    fn fly(&mut self, start: u64, end: u64) -> Work {
         self.remove(start, end);
         self.in_flight.insert(start, end);
-        self.cursor = end;
-        let offset = start * self.chunk;
-        Some(Work { span: Span::from_range(offset, (end * self.chunk).min(self.size)) })
+        Work { span: self.span(start, end) }
     }
 
     /// The part has been copied. Chunks of it that were marked meanwhile stay dirty.
@@ -101,6 +155,41 @@ impl CopyMap {
         let span = work.span;
         self.complete(work);
         self.mark(span);
+    }
+
+    /// Whether any chunk that `span` touches is dirty.
+    pub fn is_dirty(&self, span: Span) -> bool {
+        self.chunks(span).is_some_and(|(start, end)| self.dirty_from(start).is_some_and(|(s, _)| s < end))
+    }
+
+    /// The first piece of `span` in which all bytes are in chunks of the same state.
+    pub fn state(&self, span: Span) -> (ChunkState, Span) {
+        let Some((at, end)) = self.chunks(span) else { return (ChunkState::Clean, span) };
+        let dirty = self.dirty_from(at);
+        let flying = self.flying(at);
+        let (state, until) = match (flying, dirty) {
+            (Some((s, e)), _) if s <= at => (ChunkState::InFlight, e),
+            (f, Some((s, e))) if s <= at => (ChunkState::Dirty, f.map_or(e, |(f, _)| f.min(e))),
+            (f, d) => (ChunkState::Clean, [f, d].into_iter().flatten().map(|(s, _)| s).min().unwrap_or(end)),
+        };
+        // What lies past the end is clean.
+        let stop = if until.min(end) >= self.len() { self.size } else { until.min(end) * self.chunk };
+        (state, span.prefix(stop - span.offset()))
+    }
+
+    /// Size of the node in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Size of a chunk in bytes.
+    pub fn chunk(&self) -> u64 {
+        self.chunk
+    }
+
+    /// Whether nothing is dirty.
+    pub fn is_clean(&self) -> bool {
+        self.dirty.is_empty()
     }
 
     /// Whether nothing is dirty and nothing in flight.
@@ -127,6 +216,10 @@ impl CopyMap {
         self.size.div_ceil(self.chunk)
     }
 
+    fn span(&self, start: u64, end: u64) -> Span {
+        Span::from_range(start * self.chunk, (end * self.chunk).min(self.size))
+    }
+
     fn bytes(&self, start: u64, end: u64) -> u64 {
         (end * self.chunk).min(self.size) - start * self.chunk
     }
@@ -142,10 +235,19 @@ impl CopyMap {
         before.or_else(|| self.in_flight.range(from..).next()).map(|(s, e)| (*s, *e))
     }
 
+    /// The first dirty entry that ends after `from`.
+    fn dirty_from(&self, from: u64) -> Option<(u64, u64)> {
+        let before = self.dirty.range(..=from).next_back().filter(|(_, end)| **end > from);
+        before.or_else(|| self.dirty.range(from..).next()).map(|(s, e)| (*s, *e))
+    }
+
     /// The first run of chunks in `from..to` that are dirty and not in flight.
     fn find(&self, from: u64, to: u64) -> Option<(u64, u64)> {
+        if from >= to {
+            return None;
+        }
         let first = self.dirty.range(..=from).next_back().filter(|(_, end)| **end > from);
-        let rest = self.dirty.range(from.saturating_add(1)..);
+        let rest = self.dirty.range(from + 1..to);
         for (start, end) in first.into_iter().chain(rest) {
             let (mut start, end) = ((*start).max(from), (*end).min(to));
             while start < end {
