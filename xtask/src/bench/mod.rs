@@ -14,6 +14,7 @@
 
 mod count;
 mod images;
+mod jobs;
 mod load;
 mod process;
 mod report;
@@ -42,13 +43,13 @@ struct Options {
     /// Small images, short and few rounds: less than a minute for everything
     #[arg(long)]
     quick: bool,
-    /// Rounds of each row [default: 7; with --quick 3]
+    /// Rounds of each row [default: 7, of jobs 3; with --quick 3, of jobs 1]
     #[arg(long)]
     rounds: Option<usize>,
     /// How long one measurement takes about, in seconds [default: 1; with --quick 0.12]
     #[arg(long)]
     seconds: Option<f64>,
-    /// Size of the images in MiB [default: 1024; with --quick 256]
+    /// Size of the images in MiB [default: 1024, of jobs 4096; with --quick 256]
     #[arg(long)]
     size: Option<u64>,
     /// Directory for the images [default: target/bench]; not on tmpfs
@@ -76,8 +77,10 @@ struct Context {
     dolmen: PathBuf,
     against: Option<PathBuf>,
     images: images::Images,
+    chain: jobs::Chain,
     counter: count::Counter,
     rounds: usize,
+    job_rounds: usize,
     seconds: f64,
     /// The installed tools know `-i io_uring`.
     their_ring: bool,
@@ -125,10 +128,14 @@ fn run(options: &Options) -> Result<bool> {
     };
     let quick = options.quick;
     let dir = options.dir.clone().unwrap_or_else(|| target.join("bench"));
+    let size = |default| options.size.unwrap_or(if quick { 256 } else { default }) << 20;
+    let images = images::Images::new(dir, size(1024))?;
     let cx = Context {
-        images: images::Images::new(dir, options.size.unwrap_or(if quick { 256 } else { 1024 }) << 20)?,
+        chain: jobs::Chain::new(images.path(""), size(4096)),
+        images,
         counter: if options.no_syscalls { count::Counter::None } else { count::Counter::find() },
         rounds: options.rounds.unwrap_or(if quick { 3 } else { 7 }).max(1),
+        job_rounds: options.rounds.unwrap_or(if quick { 1 } else { 3 }).max(1),
         seconds: options.seconds.unwrap_or(if quick { 0.12 } else { 1.0 }),
         their_ring: rows::their_ring()?,
         dolmen,

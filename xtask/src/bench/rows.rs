@@ -1,6 +1,7 @@
 //! The rows: what is measured, and the command lines of both sides.
 
 use super::count::Counter;
+use super::jobs::{self, Job};
 use super::load::Load;
 use super::process::Line;
 use super::sample::{Measured, Sample, Side};
@@ -64,6 +65,8 @@ enum Kind {
     Nbd { format: Format, depth: u64, peer: Peer },
     /// Start-up: `info` on an overlay.
     Info { chain: bool },
+    /// A job on a chain.
+    Job(Job),
 }
 
 const NULL_LAYERS: &[(usize, &str)] =
@@ -72,6 +75,10 @@ const NULL_LAYERS: &[(usize, &str)] =
 /// Names of the rows that the goals look at: see [`super::report::goals`].
 pub(super) const NULL_1: &str = NULL_LAYERS[0].1;
 pub(super) const NULL_5: &str = NULL_LAYERS[2].1;
+pub(super) const MIRROR: &str = "mirror, per GiB";
+pub(super) const COMMIT: &str = "commit (active), per GiB";
+pub(super) const STREAM: &str = "stream, per GiB";
+pub(super) const BACKUP: &str = "backup, per GiB";
 
 /// All rows.
 pub(super) fn all() -> Vec<Row> {
@@ -95,6 +102,10 @@ pub(super) fn all() -> Vec<Row> {
         nbd("nbd qcow2, depth 32", Qcow2, 32, Peer::Daemon),
         Row { name: "info, overlay", kind: Kind::Info { chain: false } },
         Row { name: "info --backing-chain", kind: Kind::Info { chain: true } },
+        Row { name: MIRROR, kind: Kind::Job(Job::Mirror) },
+        Row { name: COMMIT, kind: Kind::Job(Job::Commit) },
+        Row { name: STREAM, kind: Kind::Job(Job::Stream) },
+        Row { name: BACKUP, kind: Kind::Job(Job::Backup) },
     ]
 }
 
@@ -153,6 +164,14 @@ impl Row {
                     None => ("qemu-img", line(Line::new("qemu-img", ["info"]))),
                 };
                 alternate(cx, vec![Pair { name: self.name, peer, ours, theirs }])
+            }
+            Kind::Job(job) => {
+                let (peer, theirs) = match &cx.against {
+                    Some(other) => (OTHER, Line::new(other, ["serve"])),
+                    None => ("qemu-storage-daemon", Line::new("qemu-storage-daemon", [""; 0])),
+                };
+                let ours = Line::new(&cx.dolmen, ["serve"]);
+                copies(cx, self.name, peer, [ours, theirs].map(|line| jobs::Subject::new(cx, line, job)))
             }
         }
     }
@@ -361,6 +380,22 @@ fn alternate(cx: &Context, pairs: Vec<Pair>) -> Result<Vec<Measured>> {
         m.theirs.syscalls = p.theirs.syscalls(cx.counter)?;
     }
     Ok(all)
+}
+
+/// Measures a job under both daemons.
+fn copies(
+    cx: &Context,
+    name: &'static str,
+    peer: &'static str,
+    [ours, theirs]: [jobs::Subject<'_>; 2],
+) -> Result<Vec<Measured>> {
+    let side = || Side { requests: 1, samples: Vec::new(), syscalls: None };
+    let mut m = Measured { name, peer, ours: side(), theirs: side() };
+    for _ in 0..cx.job_rounds {
+        m.ours.samples.push(ours.sample()?);
+        m.theirs.samples.push(theirs.sample()?);
+    }
+    Ok(vec![m])
 }
 
 #[cfg(test)]

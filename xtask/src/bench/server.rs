@@ -44,6 +44,12 @@ impl Server {
         self.child.id()
     }
 
+    /// Waits for its own end.
+    pub(super) fn ended(mut self) -> Result<()> {
+        let status = self.child.wait()?;
+        if status.success() { Ok(()) } else { Err(format!("the server ended with {status}").into()) }
+    }
+
     /// CPU time of all its threads so far.
     pub(super) fn cpu(&self) -> Result<Cpu> {
         let dir = format!("/proc/{}", self.pid());
