@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_channel::{Receiver, Sender};
-use dolmen_graph::{Graph, OpInfo, OpenPolicy, Registry, common_options};
+use dolmen_graph::{Graph, GraphOwner, OpInfo, OpenPolicy, Registry, common_options};
 use dolmen_qmp::model::{self, BlockExportInfo};
 use dolmen_qmp::schema::{Branch, Sources};
 use dolmen_qmp::{Event, QmpError, Request, Schema, Timestamp, Version};
@@ -116,6 +116,16 @@ pub struct Control {
 impl Control {
     /// Starts a control task with an empty graph. It runs until [`Change::Quit`].
     pub fn start(rt: &Rt, config: Config) -> Control {
+        Control::start_with(rt, config, GraphOwner::new(rt.clone()))
+    }
+
+    /// The same without access control, for tests that show what it prevents.
+    #[doc(hidden)]
+    pub fn start_unchecked(rt: &Rt, config: Config) -> Control {
+        Control::start_with(rt, config, GraphOwner::unchecked(rt.clone()))
+    }
+
+    fn start_with(rt: &Rt, config: Config, owner: GraphOwner) -> Control {
         let drivers: Vec<Branch> = config
             .registry
             .rows()
@@ -144,7 +154,7 @@ impl Control {
         });
         // As many jobs wait as there are monitors and removals: each waits for its own.
         let (jobs, queue): (Sender<Job>, Receiver<Job>) = async_channel::unbounded();
-        rt.spawn(crate::task::run(shared.clone(), config, queue));
+        rt.spawn(crate::task::run(shared.clone(), config, owner, queue));
         Control { shared, jobs }
     }
 

@@ -47,9 +47,8 @@ enum Next {
 }
 
 /// Runs until the end is asked for, then closes everything.
-pub(crate) async fn run(shared: Rc<Shared>, config: Config, jobs: Receiver<Job>) {
+pub(crate) async fn run(shared: Rc<Shared>, config: Config, owner: GraphOwner, jobs: Receiver<Job>) {
     let (gone, gone_queue) = async_channel::unbounded();
-    let owner = GraphOwner::new(shared.rt.clone());
     shared.rt.spawn(announce(shared.clone(), owner.notices()));
     let mut task =
         Task { shared: shared.clone(), config, owner, exports: VecDeque::new(), server: None, gone };

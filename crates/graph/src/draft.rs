@@ -13,6 +13,7 @@ use dolmen_rt::{Instant, Rt};
 use dolmen_types::{ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Result, Value};
 
 use crate::notice::{NoticeSink, Notices};
+use crate::solver::solve_unchecked;
 use crate::{
     AccessRule, ChildEdge, Cx, Driver, DriverKind, Grants, Node, NodeChange, NodeFlags, NodeState, Prepared,
     TopoClaim, TopoNode, TopoUser, Topology, UserEdge, solve,
@@ -152,6 +153,8 @@ pub(crate) struct State {
     pub(crate) told: BTreeMap<NodeName, Claim>,
     pub(crate) next_name: u32,
     pub(crate) notices: Arc<Notices>,
+    /// Conflicts are ignored: see [`GraphOwner::unchecked`](crate::GraphOwner::unchecked).
+    pub(crate) unchecked: bool,
 }
 
 impl State {
@@ -686,7 +689,8 @@ impl Draft {
     /// # Errors
     /// `Conflict` with both parties, `ReadOnly`, `InvalidInput`.
     pub fn solve(&self) -> Result<Grants> {
-        solve(&self.state.topology())
+        let decide = if self.state.unchecked { solve_unchecked } else { solve };
+        decide(&self.state.topology())
             .map_err(|r| crate::explain::explain(&self.state, &self.ops_before, r, self.now))
     }
 
