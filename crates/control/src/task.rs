@@ -97,6 +97,10 @@ async fn announce(shared: Rc<Shared>, notices: Arc<Notices>) {
                 "BLOCK_IMAGE_CORRUPTED",
                 json!({"device": "", "node-name": node.as_str(), "msg": message, "fatal": true}),
             ),
+            Some((node, Notice::WriteThreshold { threshold, exceeded })) => shared.event(
+                "BLOCK_WRITE_THRESHOLD",
+                json!({"node-name": node.as_str(), "amount-exceeded": exceeded, "write-threshold": threshold}),
+            ),
         }
     }
 }

@@ -744,7 +744,7 @@ impl Draft {
                 name: d.def.name.clone(),
                 anonymous: d.def.anonymous,
                 maps: d.def.kind.maps,
-                shown: Node::shown_through(&*driver, &children),
+                shown: Node::shown_through(&*driver, &d.state, &children),
                 driver,
                 children: children.into(),
                 flags: d.def.flags,

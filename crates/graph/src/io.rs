@@ -7,7 +7,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-use dolmen_rt::{IoVec, Rt};
+use dolmen_rt::{IoVec, Lane, Rt};
 use dolmen_types::{
     Actions, BlkEvent, ChildRole, Claim, Error, ErrorKind, OpKind, ReadFlags, Result, Span, WriteFlags,
 };
@@ -350,13 +350,42 @@ enum Step<'g> {
     Run { node: &'g Node, at: u64, len: u64, request: Request },
 }
 
+/// What a walk counts.
+///
+/// A request that is done in pieces is walked once for each. Nodes that were given more than the piece have counted the
+/// request already and only get the rest of it; those further down get a request of their own each time.
+struct Visits<'a> {
+    lane: &'a Lane,
+    /// So many nodes from the start on have counted it.
+    known: usize,
+}
+
 /// Walks down from `node` as long as drivers answer from memory.
-fn walk<'g>(mut node: &'g Node, mut request: Request, mut span: Span, leases: &mut Leases<'g>) -> Step<'g> {
-    node = node.answering();
+fn walk<'g>(
+    mut node: &'g Node,
+    mut request: Request,
+    mut span: Span,
+    leases: &mut Leases<'g>,
+    visits: &mut Visits<'_>,
+) -> Step<'g> {
+    let kind = request.kind();
+    let known = std::mem::take(&mut visits.known);
+    let mut depth = 0;
     loop {
+        if depth >= known {
+            node.visited(|state| state.arrived(visits.lane, kind, span));
+        }
+        depth += 1;
+        node = node.answering();
         // The lease must be taken before the plan is made.
         let lease = node.maps.then(|| node.state.epochs.enter());
-        match node.driver.plan(node, request, span) {
+        let plan = node.driver.plan(node, request, span);
+        if let Plan::Forward { len, .. } | Plan::Zeroes { len } | Plan::Done { len } = plan
+            && len < span.len()
+        {
+            visits.known = depth;
+        }
+        match plan {
             Plan::Forward { child, at, len, request: next } => {
                 debug_assert!(len > 0 || span.is_empty(), "a plan makes progress");
                 debug_assert_eq!(next.kind(), request.kind(), "a plan keeps the kind");
@@ -365,7 +394,7 @@ fn walk<'g>(mut node: &'g Node, mut request: Request, mut span: Span, leases: &m
                 }
                 span = Span::new(at, len.min(span.len()));
                 request = next;
-                node = node.children[child as usize].node.answering();
+                node = &node.children[child as usize].node;
             }
             Plan::Zeroes { len } => return Step::Zeroes { len: len.min(span.len()) },
             Plan::Done { len } => return Step::Done { len: len.min(span.len()) },
@@ -373,6 +402,27 @@ fn walk<'g>(mut node: &'g Node, mut request: Request, mut span: Span, leases: &m
             // wait for itself when it has to reuse space.
             Plan::Slow => return Step::Run { node, at: span.offset(), len: span.len(), request },
         }
+    }
+}
+
+/// Tells the nodes on the way of a request that it failed at `at`, with `span` of it not done. The way is what drivers
+/// plan now; should it lead elsewhere by now, only the nodes that were certainly on it are told.
+#[cold]
+fn blame(mut node: &Node, mut request: Request, mut span: Span, at: &Node, lane: &Lane) {
+    let kind = request.kind();
+    loop {
+        node.visited(|state| state.counters.failed(lane, kind, span.len()));
+        node = node.answering();
+        if std::ptr::eq(node, at) {
+            return;
+        }
+        let Plan::Forward { child, at: offset, len, request: next } = node.driver.plan(node, request, span)
+        else {
+            return at.state.counters.failed(lane, kind, span.len());
+        };
+        span = Span::new(offset, len.min(span.len()));
+        request = next;
+        node = &node.children[child as usize].node;
     }
 }
 
@@ -435,9 +485,16 @@ pub(crate) async fn submit(node: &Node, rt: &Rt, op: Op<'_>) -> Result<()> {
         }
         Op::Flush | Op::Resize { .. } => {
             let mut leases = Leases::new();
-            match walk(node, op.request(), Span::new(0, 0), &mut leases) {
+            let mut visits = Visits { lane: rt.lane(), known: 0 };
+            match walk(node, op.request(), Span::new(0, 0), &mut leases, &mut visits) {
                 Step::Zeroes { .. } | Step::Done { .. } => Ok(()),
-                Step::Run { node, .. } => node.driver.run(Cx { node, rt }, op).await,
+                Step::Run { node: slow, .. } => {
+                    let ran = slow.driver.run(Cx { node: slow, rt }, op).await;
+                    if ran.is_err() {
+                        blame(node, op.request(), Span::new(0, 0), slow, rt.lane());
+                    }
+                    ran
+                }
             }
         }
     }
@@ -458,10 +515,11 @@ async fn pieces<'a>(
     make: impl Fn(Span, usize, Request) -> Piece<'a>,
 ) -> Result<()> {
     let mut rest = span;
+    let mut visits = Visits { lane: rt.lane(), known: 0 };
     while !rest.is_empty() {
         let mut held = UnderWay { leases: Leases::new(), writes: false };
         let done = (span.len() - rest.len()) as usize;
-        let len = match walk(node, request, rest, &mut held.leases) {
+        let len = match walk(node, request, rest, &mut held.leases, &mut visits) {
             Step::Done { len } => len,
             Step::Zeroes { len } => {
                 if let Piece::Read { whole, .. } = make(rest.prefix(len), done, request) {
@@ -473,11 +531,14 @@ async fn pieces<'a>(
                 }
                 len
             }
-            Step::Run { node, at, len, request } => {
+            Step::Run { node: slow, at, len, request: asked } => {
                 held.writes = request.kind() != OpKind::Read;
-                let ran =
-                    run_piece(&*node.driver, Cx { node, rt }, make(Span::new(at, len), done, request)).await;
+                let cx = Cx { node: slow, rt };
+                let ran = run_piece(&*slow.driver, cx, make(Span::new(at, len), done, asked)).await;
                 held.writes = false;
+                if ran.is_err() {
+                    blame(node, request, rest, slow, rt.lane());
+                }
                 ran?;
                 len
             }

@@ -91,6 +91,7 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod count;
 mod draft;
 mod driver;
 mod epoch;
@@ -108,6 +109,7 @@ mod status;
 mod user;
 
 pub use access::{AccessRule, NodeFacts};
+pub use count::{Counters, Counts, Tally};
 pub use draft::{ClaimScope, Draft, NodeDef, OpClaim, OpInfo};
 pub use driver::{
     BackingName, Class, Description, Driver, Extent, Limits, NodeChange, Op, Plan, Prealloc, Prepared,

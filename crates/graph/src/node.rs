@@ -3,10 +3,12 @@
 use std::fmt;
 use std::sync::Arc;
 
-use dolmen_types::{ChildRole, Claim, NodeName, OpId, Value};
+use dolmen_rt::Lane;
+use dolmen_types::{ChildRole, Claim, NodeName, OpId, OpKind, Span, Value};
 
+use crate::count::Threshold;
 use crate::notice::NoticeSink;
-use crate::{AccessRule, Driver, Epochs, Notice, UserEdge};
+use crate::{AccessRule, Counters, Driver, Epochs, Notice, UserEdge};
 
 /// Common properties of a node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,19 +30,43 @@ pub struct NodeFlags {
 pub struct NodeState {
     /// Leases of plans handed out by the node's driver.
     pub epochs: Epochs,
+    /// Requests that have come to the node.
+    pub counters: Counters,
+    threshold: Threshold,
     /// Where the driver's notices go; nowhere for a node outside of a graph.
     sink: Option<NoticeSink>,
 }
 
 impl NodeState {
     pub(crate) fn of(sink: NoticeSink) -> NodeState {
-        NodeState { epochs: Epochs::default(), sink: Some(sink) }
+        NodeState { sink: Some(sink), ..NodeState::default() }
     }
 
     /// Tells whoever manages the graph about something that no request can tell.
     pub fn notice(&self, notice: Notice) {
         if let Some(sink) = &self.sink {
             sink.notices.raise(&sink.node, notice);
+        }
+    }
+
+    /// Announces the first write or zero write that ends beyond `at` bytes ([`Notice::WriteThreshold`]); `None` for
+    /// none.
+    pub fn set_write_threshold(&self, at: Option<u64>) {
+        self.threshold.set(at);
+    }
+
+    /// The threshold that no write has passed yet.
+    pub fn write_threshold(&self) -> Option<u64> {
+        self.threshold.get()
+    }
+
+    /// A request has come to the node.
+    pub(crate) fn arrived(&self, lane: &Lane, kind: OpKind, span: Span) {
+        self.counters.arrived(lane, kind, span.len(), span.end());
+        if matches!(kind, OpKind::Write | OpKind::WriteZeroes)
+            && let Some(threshold) = self.threshold.passed_by(span.end())
+        {
+            self.notice(Notice::WriteThreshold { threshold, exceeded: span.end() - threshold });
         }
     }
 }
@@ -79,8 +105,16 @@ pub struct Node {
     pub options: Value,
     /// Whether [`Driver::plan`] answers are leases (cached from the registry row).
     pub(crate) maps: bool,
-    /// Of a transparent node: the nearest node below that is not.
-    pub(crate) shown: Option<Arc<Node>>,
+    /// Of a transparent node: what shows through it.
+    pub(crate) shown: Option<Shown>,
+}
+
+/// What shows through a transparent node.
+pub(crate) struct Shown {
+    /// The nearest node below that is not transparent.
+    node: Arc<Node>,
+    /// The nodes that are stepped over on the way there: the transparent one itself, then those below it.
+    over: Box<[Arc<NodeState>]>,
 }
 
 impl Node {
@@ -92,17 +126,34 @@ impl Node {
 
     /// The node that requests to this one reach first: itself, or what shows through it.
     pub(crate) fn answering(&self) -> &Node {
-        self.shown.as_deref().unwrap_or(self)
+        self.shown.as_ref().map_or(self, |s| &s.node)
     }
 
-    /// What [`Node::shown`] has to be for a driver with these children.
-    pub(crate) fn shown_through(driver: &dyn Driver, children: &[ChildEdge]) -> Option<Arc<Node>> {
-        match (driver.access_rule(), children) {
-            (AccessRule::Transparent, [only]) => {
-                Some(only.node.shown.clone().unwrap_or_else(|| only.node.clone()))
+    /// Calls `each` with the states of the nodes that a request to this one visits before it is planned: those that
+    /// are stepped over, and the answering one.
+    pub(crate) fn visited(&self, each: impl Fn(&NodeState)) {
+        match &self.shown {
+            None => each(&self.state),
+            Some(shown) => {
+                shown.over.iter().for_each(|s| each(s));
+                each(&shown.node.state);
             }
-            _ => None,
         }
+    }
+
+    /// What [`Node::shown`] has to be for a node with this driver, state and children.
+    pub(crate) fn shown_through(
+        driver: &dyn Driver,
+        state: &Arc<NodeState>,
+        children: &[ChildEdge],
+    ) -> Option<Shown> {
+        let (AccessRule::Transparent, [only]) = (driver.access_rule(), children) else { return None };
+        let below = only.node.shown.as_ref();
+        let over = std::iter::once(state).chain(below.iter().flat_map(|s| s.over.iter()));
+        Some(Shown {
+            node: below.map_or_else(|| only.node.clone(), |s| s.node.clone()),
+            over: over.cloned().collect(),
+        })
     }
 
     /// A child by the option's name.

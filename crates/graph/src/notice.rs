@@ -21,6 +21,13 @@ pub enum Notice {
         /// What is wrong.
         message: String,
     },
+    /// A write has reached beyond the node's threshold, which is gone now.
+    WriteThreshold {
+        /// The threshold, in bytes from the start of the node.
+        threshold: u64,
+        /// How many bytes the write reached beyond it.
+        exceeded: u64,
+    },
 }
 
 /// The notices of all nodes of a graph.

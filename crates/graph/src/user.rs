@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 
 use arc_swap::ArcSwap;
-use dolmen_rt::Rt;
-use dolmen_types::{Claim, Error, ErrorKind, OpId, Result, Span};
+use dolmen_rt::{Instant, Rt};
+use dolmen_types::{Claim, Error, ErrorKind, OpId, OpKind, Result, Span};
 use event_listener::Event;
 
-use crate::{Io, Node, Read, Resize, Write, WriteUnchanged};
+use crate::{Counters, Io, Node, Read, Resize, Write, WriteUnchanged};
 
 /// What a user's edge leads to in one snapshot.
 pub(crate) struct Binding {
@@ -34,6 +34,10 @@ pub struct UserEdge {
     drained: Event,
     /// Requests issued so far, for counters.
     requests: AtomicU64,
+    /// What the user says that it was asked for.
+    counters: Counters,
+    /// When the last of that ended, in nanoseconds of the runtime's clock; 0 before.
+    last_ended: AtomicU64,
 }
 
 impl UserEdge {
@@ -47,6 +51,8 @@ impl UserEdge {
             opened: Event::new(),
             drained: Event::new(),
             requests: AtomicU64::new(0),
+            counters: Counters::default(),
+            last_ended: AtomicU64::new(0),
         })
     }
 
@@ -73,6 +79,24 @@ impl UserEdge {
     /// Requests issued so far.
     pub fn requests(&self) -> u64 {
         self.requests.load(Relaxed)
+    }
+
+    /// Counts a request of the user's client that began at `began` and has ended now. An export does it once for each
+    /// request that it answers, however many requests to the graph it took.
+    pub fn ended(&self, rt: &Rt, kind: OpKind, span: Span, began: Instant, ok: bool) {
+        let now = rt.now();
+        self.counters.ended(rt.lane(), kind, span.len(), span.end(), now.since(began), ok);
+        self.last_ended.store(now.as_nanos(), Relaxed);
+    }
+
+    /// What [`UserEdge::ended`] has counted.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// When the last request that was counted ended.
+    pub fn last_ended(&self) -> Option<Instant> {
+        Some(self.last_ended.load(Relaxed)).filter(|n| *n != 0).map(Instant::from_nanos)
     }
 
     /// Takes a token for one request, without waiting if the edge is open.

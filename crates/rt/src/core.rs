@@ -158,6 +158,7 @@ pub(crate) struct Core {
     pub(crate) engine_kind: crate::EngineKind,
     completions: RefCell<Completions>,
     mail: RefCell<Vec<Mail>>,
+    lane: crate::Lane,
 }
 
 impl Core {
@@ -182,11 +183,17 @@ impl Core {
             engine_kind: kind,
             completions: RefCell::default(),
             mail: RefCell::default(),
+            lane: crate::Lane::take(),
         }))
     }
 
     pub(crate) fn now(&self) -> Instant {
         Instant::from_nanos(self.start.elapsed().as_nanos() as u64)
+    }
+
+    /// Where this core counts.
+    pub(crate) fn lane(&self) -> &crate::Lane {
+        &self.lane
     }
 
     /// xorshift64*: fast, good enough for jitter and test choices.

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use dolmen_types::{Error, ErrorKind};
 
 use crate::core::{Core, Mail, Shared, Sleep};
-use crate::{Config, CoreIo, Instant, LocalFuture, Result, Rt, Runtime};
+use crate::{Config, CoreIo, Instant, Lane, LocalFuture, Result, Rt, Runtime};
 
 /// The production runtime of one core.
 struct Production {
@@ -32,6 +32,9 @@ impl Runtime for Production {
     }
     fn io(&self) -> Option<&CoreIo> {
         Some(&self.io)
+    }
+    fn lane(&self) -> &Lane {
+        self.io.core().lane()
     }
 }
 

@@ -62,6 +62,8 @@ pub trait Runtime: 'static {
     fn random(&self) -> u64;
     /// Files and sockets of this core; `None` in the simulation.
     fn io(&self) -> Option<&crate::CoreIo>;
+    /// Where this core counts: the same for all handles of the core.
+    fn lane(&self) -> &crate::Lane;
 }
 
 /// Handle of the current core's runtime. Cheap to clone, not `Send`.
@@ -102,6 +104,11 @@ impl Rt {
     /// Files and sockets of this core; `None` in the simulation.
     pub fn io(&self) -> Option<&crate::CoreIo> {
         self.0.io()
+    }
+
+    /// Where this core counts.
+    pub fn lane(&self) -> &crate::Lane {
+        self.0.lane()
     }
 }
 

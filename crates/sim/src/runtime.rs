@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
-use dolmen_rt::{CoreIo, Instant, LocalFuture, Rt, Runtime};
+use dolmen_rt::{CoreIo, Instant, Lane, LocalFuture, Rt, Runtime};
 
 use crate::Random;
 
@@ -49,6 +49,7 @@ impl Sim {
             ready: Arc::new(Mutex::new(Vec::new())),
             timers: RefCell::new(BTreeMap::new()),
             next_timer: Cell::new(0),
+            lane: Lane::take(),
         });
         let rt = Rt::new(core.clone());
         let result = Rc::new(RefCell::new(None));
@@ -89,6 +90,7 @@ struct Core {
     /// Deadline and a number that makes it unique.
     timers: RefCell<BTreeMap<(u64, u64), Waker>>,
     next_timer: Cell<u64>,
+    lane: Lane,
 }
 
 struct TaskWaker {
@@ -220,6 +222,10 @@ impl Runtime for Core {
 
     fn io(&self) -> Option<&CoreIo> {
         None
+    }
+
+    fn lane(&self) -> &Lane {
+        &self.lane
     }
 }
 

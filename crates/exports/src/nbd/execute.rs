@@ -4,7 +4,7 @@ use dolmen_graph::{Token, chain_status};
 use dolmen_nbd::consts::{STATE_HOLE, STATE_ZERO};
 use dolmen_nbd::{Command, Errno, Extent, limits};
 use dolmen_rt::{Memory, Rt};
-use dolmen_types::{Error, ErrorKind, ReadFlags, Result, Span, WriteFlags};
+use dolmen_types::{Error, ErrorKind, OpKind, ReadFlags, Result, Span, WriteFlags};
 use smallvec::SmallVec;
 
 use super::conn::Conn;
@@ -34,11 +34,29 @@ pub(crate) struct Job {
 pub(crate) async fn execute(conn: &Conn, job: Job) -> Reply {
     let Job { cookie, command, offset, len, payload, charge } = job;
     let mut memory = payload;
+    let began = conn.rt.now();
     let body = match run(conn, command, offset, len, &mut memory).await {
         Ok(body) => body,
         Err(e) => failed(&e),
     };
+    if let Some(kind) = counted(command) {
+        let span = Span::checked(offset, len.into()).unwrap_or(Span::new(0, 0));
+        let ok = !matches!(body, Body::Failed(..));
+        conn.export.config.edge.ended(&conn.rt, kind, span, began, ok);
+    }
     Reply { cookie, body, memory, charge }
+}
+
+/// As what a command is counted.
+fn counted(command: Command) -> Option<OpKind> {
+    match command {
+        Command::Read { .. } => Some(OpKind::Read),
+        Command::Write { .. } => Some(OpKind::Write),
+        Command::WriteZeroes { .. } => Some(OpKind::WriteZeroes),
+        Command::Trim { .. } => Some(OpKind::Discard),
+        Command::Flush => Some(OpKind::Flush),
+        Command::Cache | Command::BlockStatus { .. } | Command::Disconnect => None,
+    }
 }
 
 fn failed(e: &Error) -> Body {

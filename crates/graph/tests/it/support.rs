@@ -9,7 +9,7 @@ use dolmen_graph::{
     AccessRule, Class, Common, Cx, Description, Draft, Driver, DriverKind, Extent, GraphOwner, Limits, Node,
     NodeChange, Op, Parsed, Plan, Prepared, Request, SELF, UserEdge, Where,
 };
-use dolmen_rt::{CoreIo, Instant, LocalFuture, Rt, Runtime};
+use dolmen_rt::{CoreIo, Instant, Lane, LocalFuture, Rt, Runtime};
 use dolmen_sim::stand_in;
 use dolmen_types::{BlkEvent, Error, ErrorKind, OpId, Options, Result, Span};
 use event_listener::Event;
@@ -250,7 +250,7 @@ impl Driver for Probe {
 }
 
 /// A runtime for tests with real threads: its clock stands still and no timer fires.
-pub(crate) struct Still;
+pub(crate) struct Still(Lane);
 
 impl Runtime for Still {
     fn now(&self) -> Instant {
@@ -272,9 +272,13 @@ impl Runtime for Still {
     fn io(&self) -> Option<&CoreIo> {
         None
     }
+
+    fn lane(&self) -> &Lane {
+        &self.0
+    }
 }
 
 /// A handle of [`Still`].
 pub(crate) fn still() -> Rt {
-    Rt::new(Rc::new(Still))
+    Rt::new(Rc::new(Still(Lane::take())))
 }
