@@ -24,6 +24,13 @@ pub enum Change {
         /// Its name.
         node: String,
     },
+    /// Has the first write beyond an offset announced.
+    SetWriteThreshold {
+        /// The node's name.
+        node: String,
+        /// The offset in bytes; 0 for none.
+        threshold: u64,
+    },
     /// Starts the NBD server.
     NbdServerStart(NbdServerStart),
     /// Removes its exports and stops it.
@@ -79,6 +86,10 @@ impl Change {
         Ok(Some(match request.name {
             "blockdev-add" => Change::BlockdevAdd(o),
             "blockdev-del" => Change::BlockdevDel { node: o.require_str("node-name")? },
+            "block-set-write-threshold" => Change::SetWriteThreshold {
+                node: o.require_str("node-name")?,
+                threshold: o.take_size("write-threshold")?.unwrap_or(0),
+            },
             "nbd-server-start" => Change::NbdServerStart(NbdServerStart::from_options(o)?),
             "nbd-server-stop" => Change::NbdServerStop,
             "block-export-add" => Change::ExportAdd(ExportAdd::from_options(o)?),

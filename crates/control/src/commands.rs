@@ -57,6 +57,15 @@ pub(crate) async fn blockdev_del(task: &mut Task, name: &str) -> Done {
     task.report_events().map_or(Ok(()), Err)
 }
 
+/// Sets the write threshold of a node. Changes no link and no grant, so nothing is drafted.
+pub(crate) fn set_write_threshold(task: &mut Task, name: &str, threshold: u64) -> Done {
+    let Some(node) = task.owner.graph().node(name) else {
+        return Err(QmpError::generic(format!("Device '{name}' not found")));
+    };
+    node.state.set_write_threshold(Some(threshold).filter(|t| *t != 0));
+    Ok(())
+}
+
 /// Starts the NBD server.
 pub(crate) async fn nbd_server_start(task: &mut Task, start: NbdServerStart) -> Done {
     if task.server.is_some() {

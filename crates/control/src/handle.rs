@@ -17,7 +17,7 @@ use dolmen_types::Value;
 use serde_json::{Value as Json, json};
 
 use crate::monitor::Outgoing;
-use crate::{Change, export, query};
+use crate::{Change, export, query, stats};
 
 /// What is said to those who come too late.
 const ENDING: &str = "The daemon is shutting down";
@@ -218,12 +218,17 @@ impl Control {
             }
             "query-qmp-schema" => self.shared.introspection.clone(),
             "query-named-block-nodes" => {
-                let flat = matches!(&request.arguments, Value::Map(m)
-                    if m.iter().any(|(k, v)| k == "flat" && *v == Value::Bool(true)));
+                let flat = flag(request, "flat");
                 model::to_json(&query::block_nodes(&published.graph, flat))
             }
             "x-debug-query-block-graph" => {
                 model::to_json(&query::block_graph(&published.graph, &published.ops))
+            }
+            "query-block" => model::to_json(&stats::blocks(&published.graph, &published.exports)),
+            "query-blockstats" => {
+                let nodes = flag(request, "query-nodes");
+                let now = self.shared.rt.now();
+                model::to_json(&stats::block_stats(&published.graph, &published.exports, nodes, now))
             }
             "query-block-exports" => model::to_json(&published.exports),
             // A row of the command table without code here: a test finds it.
@@ -232,6 +237,11 @@ impl Control {
             }
         })
     }
+}
+
+/// Whether a request has this argument, and it is true.
+fn flag(request: &Request, name: &str) -> bool {
+    matches!(&request.arguments, Value::Map(m) if m.iter().any(|(k, v)| k == name && *v == Value::Bool(true)))
 }
 
 impl fmt::Debug for Control {

@@ -25,6 +25,7 @@ mod monitor;
 mod names;
 mod query;
 mod socket;
+mod stats;
 mod task;
 
 pub use change::{Change, ExportAdd, NbdServerStart};

@@ -11,15 +11,17 @@ use dolmen_qmp::model::{
 use dolmen_types::{ChildRole, Value};
 use serde_json::{Map, Value as Json};
 
+use crate::stats::is_implicit;
+
 /// Sizes are told in whole sectors, although a file may end in the middle of one.
 const SECTOR: u64 = 512;
 
 /// The reply of `query-named-block-nodes`: parents before children.
 pub fn block_nodes(graph: &Graph, flat: bool) -> Vec<BlockDeviceInfo> {
-    graph.nodes.iter().rev().map(|n| block_node(n, flat)).collect()
+    graph.nodes.iter().rev().filter(|n| !is_implicit(n)).map(|n| block_node(n, flat)).collect()
 }
 
-fn block_node(node: &Arc<Node>, flat: bool) -> BlockDeviceInfo {
+pub(crate) fn block_node(node: &Arc<Node>, flat: bool) -> BlockDeviceInfo {
     let image = image_info(node, !flat);
     let mut depth = 0;
     let mut below = image.backing_image.as_deref();
@@ -40,7 +42,7 @@ fn block_node(node: &Arc<Node>, flat: bool) -> BlockDeviceInfo {
         throttling: NoThrottling::default(),
         image,
         cache: CacheInfo { writeback: true, direct: node.flags.direct, no_flush: node.flags.no_flush },
-        write_threshold: 0,
+        write_threshold: node.state.write_threshold().unwrap_or(0),
     }
 }
 

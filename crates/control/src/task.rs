@@ -121,6 +121,9 @@ impl Task {
         let result = match change {
             Change::BlockdevAdd(options) => commands::blockdev_add(self, options).await,
             Change::BlockdevDel { node } => commands::blockdev_del(self, &node).await,
+            Change::SetWriteThreshold { node, threshold } => {
+                commands::set_write_threshold(self, &node, threshold)
+            }
             Change::NbdServerStart(start) => commands::nbd_server_start(self, start).await,
             Change::ExportAdd(add) => commands::export_add(self, add).await,
             // These answer when the clients are gone.

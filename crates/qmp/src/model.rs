@@ -6,11 +6,16 @@
 //! that Dolmen has no use for (`bps` and its kin are always 0: throttling is a node
 //! of its own).
 
+mod stats;
+
 use dolmen_types::{Action, Actions};
 use serde::Serialize;
 use serde_json::Value as Json;
 
 use crate::schema::{Field, Shape, Ty};
+
+pub(crate) use stats::{BLOCK_INFO, BLOCK_STATS};
+pub use stats::{BlockDeviceStats, BlockInfo, BlockStats, FileStats};
 
 /// One entry of `query-named-block-nodes`.
 #[derive(Clone, Debug, PartialEq, Serialize)]

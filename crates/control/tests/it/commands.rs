@@ -207,6 +207,8 @@ fn replies_fit_the_schema() {
             "query-named-block-nodes",
             "x-debug-query-block-graph",
             "query-block-exports",
+            "query-block",
+            "query-blockstats",
         ] {
             let value = c.ok(query, json!({})).await;
             schema.check_return(query, value).unwrap_or_else(|e| panic!("{query}: {e}"));

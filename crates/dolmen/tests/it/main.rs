@@ -13,4 +13,5 @@ mod main_job;
 mod nbd;
 mod repair;
 mod serve;
+mod stats;
 mod trust;

@@ -5,13 +5,15 @@ use std::cell::Cell;
 use std::sync::{Arc, Mutex};
 
 use dolmen_graph::{
-    AccessRule, Class, Common, Cx, Description, Draft, Driver, DriverKind, Extent, GraphOwner, Limits, Node,
-    NodeChange, Op, Parsed, Plan, Prepared, RangeLock, Request, Token, Where,
+    AccessRule, Class, Common, Counts, Cx, Description, Draft, Driver, DriverKind, Extent, GraphOwner,
+    Limits, Node, NodeChange, Notice, Op, Parsed, Plan, Prepared, RangeLock, Request, Token, Where,
 };
 use dolmen_rt::{IoVec, LocalFuture, Memory, Rt};
 use dolmen_sim::stand_in as op;
-use dolmen_sim::{DiskConfig, Image, MemoryDisk, Random, Sim, SimDisk};
-use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, Options, ReadFlags, Result, Span, WriteFlags};
+use dolmen_sim::{DiskConfig, Fault, FaultAction, Image, MemoryDisk, Random, Sim, SimDisk};
+use dolmen_types::{
+    BlkEvent, ChildRole, Error, ErrorKind, OpKind, Options, ReadFlags, Result, Span, WriteFlags,
+};
 use futures_lite::future::{block_on, poll_once, yield_now};
 
 use crate::support::{add_filter, edge, still};
@@ -318,6 +320,7 @@ fn random_stacks_move_the_right_bytes() {
             let mut model = random_stack(&mut d, &mut random);
             owner.commit(d).await.unwrap();
             let e = edge(&owner, "e");
+            let mut expected = Counts::default();
             for step in 0..30 {
                 let token = e.begin().await.unwrap();
                 assert_eq!(token.size(), model.len() as u64);
@@ -325,7 +328,18 @@ fn random_stacks_move_the_right_bytes() {
                 let len = random.between(1, token.size() - offset);
                 let span = token.check(offset, len).unwrap();
                 let range = offset as usize..(offset + len) as usize;
-                match random.below(4) {
+                let kind = random.below(4);
+                let tally = match kind {
+                    0 => &mut expected.writes,
+                    1 => &mut expected.zeroes,
+                    _ => &mut expected.reads,
+                };
+                tally.requests += 1;
+                tally.bytes += len;
+                if kind < 2 {
+                    expected.highest_write = expected.highest_write.max(span.end());
+                }
+                match kind {
                     0 => {
                         let from = random_vector(&mut random, len as usize);
                         let bytes: Vec<u8> = (0..len).map(|_| random.u64() as u8).collect();
@@ -345,6 +359,7 @@ fn random_stacks_move_the_right_bytes() {
                     }
                 }
             }
+            count_as(&owner, &e.node(), expected, seed);
             let all = Memory::zeroed(model.len());
             let token = e.begin().await.unwrap();
             let span = Span::new(0, model.len() as u64);
@@ -354,6 +369,110 @@ fn random_stacks_move_the_right_bytes() {
             assert_eq!(token.check(u64::MAX, 2).unwrap_err().kind(), ErrorKind::OutOfBounds);
         });
     }
+}
+
+/// A node counts a request once, however many pieces it is cut into further down; and one that passes everything on has
+/// counted what its child has.
+fn count_as(owner: &GraphOwner, top: &Arc<Node>, expected: Counts, seed: u64) {
+    assert_eq!(top.state.counters.read(), expected, "seed {seed}: {top:?}");
+    for parent in owner.graph().nodes.iter().filter(|n| n.children.len() == 1) {
+        let own = parent.state.counters.read();
+        let child = parent.children[0].node.state.counters.read();
+        match parent.driver.access_rule() {
+            AccessRule::Filter | AccessRule::Transparent => assert_eq!(own, child, "seed {seed}: {parent:?}"),
+            AccessRule::Slice => {
+                let tallies = |c: Counts| (c.reads, c.writes, c.zeroes, c.discards, c.flushes);
+                assert_eq!(tallies(own), tallies(child), "seed {seed}: {parent:?}");
+                assert!(child.highest_write >= own.highest_write);
+            }
+            // A mapping asks its child for nothing that it has not been asked for, but for the
+            // place of a hole, which it zeroes first.
+            _ => assert!(child.reads.bytes <= own.reads.bytes && child.writes.bytes <= own.writes.bytes),
+        }
+    }
+}
+
+/// What failed is counted apart, on every node that the request had come through, and only there.
+#[test]
+fn failures_are_counted_on_the_whole_way() {
+    Sim::run(3, |rt| async move {
+        let mut owner = GraphOwner::new(rt.clone());
+        let mut d = owner.draft();
+        let disk = SimDisk::new(Image::new(8 * CLUSTER), DiskConfig::default());
+        op::add(&mut d, "disk", disk.clone(), None, &[]).unwrap();
+        let mapping = Mapping {
+            size: 3 * CLUSTER,
+            table: Mutex::new(vec![Some(1), Some(3), Some(2)]),
+            free: Mutex::new(Vec::new()),
+            slow: vec![false; 3],
+            lock: RangeLock::new(),
+        };
+        op::add(&mut d, "map", Layer::Mapping(mapping), None, &[("file", ChildRole::Metadata, "disk")])
+            .unwrap();
+        let slice = Layer::Slice { offset: CLUSTER / 2, size: 2 * CLUSTER };
+        op::add(&mut d, "slice", slice, None, &[("file", ChildRole::Data, "map")]).unwrap();
+        let raw = op::StandIn::new(&op::RAW, AccessRule::Transparent);
+        op::add(&mut d, "raw", raw, None, &[("file", ChildRole::Filtered, "slice")]).unwrap();
+        op::export(&mut d, "e", "raw", true).unwrap();
+        owner.commit(d).await.unwrap();
+        let e = edge(&owner, "e");
+        let memory = Memory::zeroed(2 * CLUSTER as usize);
+        let whole = Span::new(0, 2 * CLUSTER);
+        let write = async || {
+            let token = e.begin().await.unwrap();
+            token.write(&rt).unwrap().write(whole, &memory.iovec(), WriteFlags::NONE).await
+        };
+        write().await.unwrap();
+        // Three pieces; the second one fails, the third one is not tried.
+        let fail = FaultAction::Fail(ErrorKind::Io);
+        disk.inject(Fault { kind: OpKind::Write, skip: 1, times: 1, action: fail });
+        write().await.unwrap_err();
+        disk.inject(Fault { kind: OpKind::Flush, skip: 0, times: 1, action: fail });
+        let token = e.begin().await.unwrap();
+        token.read(&rt).unwrap().flush().await.unwrap();
+        let counts = |name: &str| owner.graph().node(name).unwrap().state.counters.read();
+        for name in ["raw", "slice", "map"] {
+            let c = counts(name);
+            assert_eq!((c.writes.requests, c.writes.failed), (1, 1), "{name}");
+            // Of the second one, the first piece was written.
+            assert_eq!(c.writes.bytes, 2 * CLUSTER + CLUSTER / 2, "{name}");
+            // The mapping answers a flush by itself.
+            assert_eq!((c.flushes.requests, c.flushes.failed), (1, 0), "{name}");
+        }
+        let c = counts("disk");
+        assert_eq!((c.writes.requests, c.writes.failed, c.writes.bytes), (4, 1, 2 * CLUSTER + CLUSTER / 2));
+        assert_eq!(c.highest_write, 4 * CLUSTER);
+        assert_eq!(counts("map").highest_write, 2 * CLUSTER + CLUSTER / 2);
+        assert_eq!(c.flushes.requests, 0);
+    });
+}
+
+/// The threshold is a property of the node: it does not matter which way a write comes.
+#[test]
+fn a_write_beyond_the_threshold_is_noticed_once() {
+    Sim::run(4, |rt| async move {
+        let mut owner = GraphOwner::new(rt.clone());
+        let mut d = owner.draft();
+        op::add(&mut d, "disk", MemoryDisk::new(Image::new(8192)), None, &[]).unwrap();
+        add_filter(&mut d, "f", "disk");
+        op::export(&mut d, "e", "f", true).unwrap();
+        owner.commit(d).await.unwrap();
+        let notices = owner.notices();
+        let state = owner.graph().node("disk").unwrap().state.clone();
+        state.set_write_threshold(Some(4096));
+        let token = edge(&owner, "e").begin().await.unwrap();
+        let (io, memory) = (token.write(&rt).unwrap(), Memory::zeroed(4096));
+        io.write(Span::new(0, 4096), &memory.iovec(), WriteFlags::NONE).await.unwrap();
+        io.discard(Span::new(4096, 4096), WriteFlags::NONE).await.unwrap();
+        assert_eq!(state.write_threshold(), Some(4096));
+        io.write_zeroes(Span::new(4000, 100), WriteFlags::NONE).await.unwrap();
+        io.write(Span::new(4096, 4096), &memory.iovec(), WriteFlags::NONE).await.unwrap();
+        assert_eq!(state.write_threshold(), None);
+        let (node, notice) = notices.next().await;
+        assert_eq!(node.as_str(), "disk");
+        assert_eq!(notice, Notice::WriteThreshold { threshold: 4096, exceeded: 4 });
+        assert!(poll_once(notices.next()).await.is_none(), "only once");
+    });
 }
 
 /// A request needs what its token was granted; there is no other way in.
@@ -380,12 +499,14 @@ fn a_token_gives_what_was_granted() {
 }
 
 /// The null leaf below `layers` filters, and a token on top.
-fn tower(rt: &Rt, layers: usize) -> (GraphOwner, Token) {
+fn tower(rt: &Rt, layers: usize, rule: AccessRule) -> (GraphOwner, Token) {
     let mut owner = GraphOwner::new(rt.clone());
     let mut d = owner.draft();
     op::add(&mut d, "n0", Layer::Null { size: 1 << 30 }, None, &[]).unwrap();
     for i in 1..=layers {
-        add_filter(&mut d, &format!("n{i}"), &format!("n{}", i - 1));
+        let below = format!("n{}", i - 1);
+        let raw = op::StandIn::new(&op::RAW, rule);
+        op::add(&mut d, &format!("n{i}"), raw, None, &[("file", ChildRole::Filtered, &below)]).unwrap();
     }
     op::export(&mut d, "e", &format!("n{layers}"), true).unwrap();
     block_on(owner.commit(d)).unwrap();
@@ -396,7 +517,7 @@ fn tower(rt: &Rt, layers: usize) -> (GraphOwner, Token) {
 #[test]
 fn a_request_through_five_layers_allocates_nothing() {
     let rt = still();
-    let (owner, token) = tower(&rt, 5);
+    let (owner, token) = tower(&rt, 5, AccessRule::Filter);
     let e = edge(&owner, "e");
     let memory = Memory::zeroed(4096);
     let once = |at: u64| {
@@ -426,8 +547,15 @@ fn a_request_through_five_layers_allocates_nothing() {
 fn nanoseconds_per_request_by_layers() {
     let rt = still();
     let memory = Memory::zeroed(0);
-    for layers in [0, 1, 3, 5] {
-        let (_owner, token) = tower(&rt, layers);
+    for (layers, rule) in [
+        (0, AccessRule::Filter),
+        (1, AccessRule::Filter),
+        (3, AccessRule::Filter),
+        (5, AccessRule::Filter),
+        (1, AccessRule::Transparent),
+        (5, AccessRule::Transparent),
+    ] {
+        let (_owner, token) = tower(&rt, layers, rule);
         let io = token.read(&rt).unwrap();
         let to = memory.iovec();
         let best = (0..20)
@@ -456,7 +584,7 @@ fn nanoseconds_per_request_by_layers() {
                 start.elapsed().as_nanos() as f64 / 100_000.0
             })
             .fold(f64::INFINITY, f64::min);
-        println!("{layers} layers: {best:.1} ns a flush, {read:.1} ns a read of 512 bytes");
+        println!("{layers} layers ({rule:?}): {best:.1} ns a flush, {read:.1} ns a read of 512 bytes");
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 
 use dolmen_graph::{Epochs, GraphOwner};
-use dolmen_rt::Memory;
+use dolmen_rt::{Lane, Memory};
 use dolmen_sim::stand_in as op;
 use dolmen_types::{ChildRole, NodeName, OpId, ReadFlags, Span};
 use futures_lite::future::block_on;
@@ -77,6 +77,43 @@ fn no_request_reaches_a_leaf_that_is_not_linked() {
     });
     assert_eq!(e.in_flight(), 0);
     assert_eq!(e.requests() as usize, served.load(SeqCst));
+}
+
+/// Counting takes no lock and no locked instruction, and still nothing is lost: also not by threads that have no lane
+/// of their own.
+#[test]
+fn no_request_is_lost_in_counting() {
+    const THREADS: u64 = 4;
+    const EACH: u64 = 2000;
+    let rt = still();
+    // All lanes but a few are taken, so that some threads have none.
+    let mut taken: Vec<Lane> = (0..Lane::COUNT).map(|_| Lane::take()).collect();
+    taken.drain(..2);
+    let mut owner = GraphOwner::new(rt.clone());
+    let log = Log::default();
+    let mut d = owner.draft();
+    add_probe(&mut d, "a", &log);
+    add_filter(&mut d, "f", "a");
+    op::export(&mut d, "e", "f", false).unwrap();
+    block_on(owner.commit(d)).unwrap();
+    let e = edge(&owner, "e");
+    std::thread::scope(|s| {
+        for _ in 0..THREADS {
+            s.spawn(|| {
+                let rt = still();
+                let memory = Memory::zeroed(3);
+                for _ in 0..EACH {
+                    let token = block_on(e.begin()).unwrap();
+                    let io = token.read(&rt).unwrap();
+                    block_on(io.read(Span::new(0, 3), &memory.iovec(), ReadFlags::NONE)).unwrap();
+                }
+            });
+        }
+    });
+    for name in ["f", "a"] {
+        let reads = owner.graph().node(name).unwrap().state.counters.read().reads;
+        assert_eq!((reads.requests, reads.bytes), (THREADS * EACH, 3 * THREADS * EACH), "{name}");
+    }
 }
 
 /// A mapping that points at one of a few places. Readers take a lease, look at the

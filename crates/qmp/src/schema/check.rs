@@ -246,6 +246,8 @@ impl Walk<'_> {
             (Builtin::Int | Builtin::Size, _, _) => Err(self.wrong_type("integer")),
             (Builtin::Null, Json::Null, _) => Ok(Value::Null),
             (Builtin::Null, _, _) => Err(self.wrong_type("null")),
+            (Builtin::Number, v @ Json::Number(_), Source::Json) => Ok(crate::json::to_value(v, &path())?),
+            (Builtin::Number, _, _) => Err(self.wrong_type("number")),
             (Builtin::Any, v, _) => Ok(crate::json::to_value(v, &path())?),
         }
     }

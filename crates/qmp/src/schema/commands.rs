@@ -60,6 +60,30 @@ pub static COMMANDS: &[Command] = &[
         help: "Every node; without flat, the images of its backing chain inside each.",
     },
     Command {
+        name: "query-block",
+        arguments: NOTHING,
+        returns: Ty::Array(&Ty::Object(&model::BLOCK_INFO)),
+        features: &[],
+        help: "Every export as a device, with the node that it shows.",
+    },
+    Command {
+        name: "query-blockstats",
+        arguments: Ty::Object(&Shape::of(&[Field::optional("query-nodes", Ty::Bool)])),
+        returns: Ty::Array(&Ty::Object(&model::BLOCK_STATS)),
+        features: &[],
+        help: "Counters of every export, or with query-nodes of every node.",
+    },
+    Command {
+        name: "block-set-write-threshold",
+        arguments: Ty::Object(&Shape::of(&[
+            Field::required("node-name", Ty::Str),
+            Field::required("write-threshold", Ty::Size),
+        ])),
+        returns: NOTHING,
+        features: &[],
+        help: "Announces the first write to a node that ends beyond the threshold; 0 for none.",
+    },
+    Command {
         name: "x-debug-query-block-graph",
         arguments: NOTHING,
         returns: Ty::Object(&model::BLOCK_GRAPH),
@@ -135,6 +159,15 @@ pub static EVENTS: &[EventRow] = &[
             Field::required("fatal", Ty::Bool),
         ]),
         help: "An image's metadata are damaged; it is marked corrupt and not written any more.",
+    },
+    EventRow {
+        name: "BLOCK_WRITE_THRESHOLD",
+        data: &Shape::of(&[
+            Field::required("node-name", Ty::Str),
+            Field::required("amount-exceeded", Ty::Int),
+            Field::required("write-threshold", Ty::Int),
+        ]),
+        help: "A write has ended beyond the threshold of a node, which has none any more.",
     },
 ];
 

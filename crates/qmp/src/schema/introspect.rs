@@ -115,6 +115,7 @@ impl Namer {
             let pair = match b {
                 Builtin::Str => ("str", "string"),
                 Builtin::Int | Builtin::Size => ("int", "int"),
+                Builtin::Number => ("number", "number"),
                 Builtin::Bool => ("bool", "boolean"),
                 Builtin::Null => ("null", "null"),
                 Builtin::Any => ("any", "value"),

@@ -25,6 +25,8 @@ pub enum Ty {
     Int,
     /// A number of bytes: like `Int`, but a command line may use suffixes.
     Size,
+    /// A number that need not be whole; only in replies.
+    Number,
     /// A truth value.
     Bool,
     /// Anything.
@@ -141,6 +143,7 @@ pub(crate) enum Builtin {
     Str,
     Int,
     Size,
+    Number,
     Bool,
     Null,
     Any,
@@ -281,6 +284,7 @@ impl Builder<'_> {
             Ty::Str => self.builtin(Builtin::Str),
             Ty::Int => self.builtin(Builtin::Int),
             Ty::Size => self.builtin(Builtin::Size),
+            Ty::Number => self.builtin(Builtin::Number),
             Ty::Bool => self.builtin(Builtin::Bool),
             Ty::Any => self.builtin(Builtin::Any),
             Ty::Enum(w) => self.words(w.to_vec()),

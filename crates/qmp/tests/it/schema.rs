@@ -122,6 +122,39 @@ fn replies_fit() {
     s.check_return("x-debug-query-block-graph", model::to_json(&graph)).expect("graph");
     assert_eq!(permission_words(Actions::EVERY), ["resize", "write-unchanged", "write", "consistent-read"]);
 
+    let block = BlockInfo {
+        device: "e".into(),
+        kind: "unknown",
+        removable: false,
+        locked: false,
+        inserted: Some(node.clone()),
+    };
+    s.check_return("query-block", model::to_json(&vec![block])).expect("device");
+    let below = BlockStats {
+        node_name: Some("f".into()),
+        driver_specific: Some(FileStats {
+            driver: "file",
+            discard_nb_ok: 1,
+            discard_nb_failed: 0,
+            discard_bytes_ok: 512,
+        }),
+        ..BlockStats::default()
+    };
+    let stats = BlockStats {
+        device: Some("e".into()),
+        node_name: Some("n".into()),
+        stats: BlockDeviceStats { rd_bytes: 4096, idle_time_ns: Some(1), ..BlockDeviceStats::default() },
+        driver_specific: None,
+        parent: Some(Box::new(below.clone())),
+        backing: Some(Box::new(below)),
+    };
+    s.check_return("query-blockstats", model::to_json(&vec![stats])).expect("counters");
+    s.check_event(
+        "BLOCK_WRITE_THRESHOLD",
+        json!({"node-name": "n", "amount-exceeded": 512, "write-threshold": 1u64 << 40}),
+    )
+    .expect("event");
+
     let export =
         BlockExportInfo { id: "e".into(), kind: "nbd".into(), node_name: "n".into(), shutting_down: false };
     s.check_return("query-block-exports", model::to_json(&vec![export])).expect("export");

@@ -1,0 +1,221 @@
+//! Counters and write thresholds from outside, with a real NBD client, beside the established daemon.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::{Value as Json, json};
+
+use crate::daemon::{Daemon, by_established_name, established, eventually};
+
+const CHAIN: &[&str] = &[
+    "--blockdev",
+    "file,node-name=bf,filename=DIR/base.qcow2",
+    "--blockdev",
+    "qcow2,node-name=base,file=bf",
+    "--blockdev",
+    "file,node-name=tf,filename=DIR/top.qcow2",
+    "--blockdev",
+    "qcow2,node-name=top,file=tf,backing=base",
+    "--blockdev",
+    "raw,node-name=r,file=top",
+    "--nbd-server",
+    "addr.type=unix,addr.path=DIR/nbd.sock",
+    "--export",
+    "nbd,id=exp0,node-name=r,writable=on,name=x",
+];
+
+/// A daemon with a chain of two images under `raw`; `None` where the tools are not installed.
+fn chain(command: impl FnOnce(&Path) -> Command) -> Option<Daemon> {
+    let dir = tempfile::tempdir().expect("a directory");
+    for (name, backing) in
+        [("base.qcow2", None), ("top.qcow2", Some(["-b", "base.qcow2", "-F", "qcow2"].as_slice()))]
+    {
+        let mut c = Command::new("qemu-img");
+        c.current_dir(dir.path()).args(["create", "-q", "-f", "qcow2"]).args(backing.unwrap_or_default());
+        match c.arg(name).arg("16M").status() {
+            Ok(s) => assert!(s.success()),
+            Err(_) => {
+                eprintln!("qemu-img is not installed: nothing to compare with");
+                return None;
+            }
+        }
+    }
+    Some(Daemon::start_in(dir, command, CHAIN))
+}
+
+/// Sends requests through the export.
+fn requests(d: &Daemon, commands: &[&str]) {
+    eventually("NBD server", || d.path("nbd.sock").exists().then_some(()));
+    let mut c = Command::new("qemu-io");
+    // Flushes only where they are asked for.
+    c.args(["-f", "raw", "-t", "writeback", "-d", "unmap"]);
+    for command in commands {
+        c.arg("-c").arg(command);
+    }
+    let out = c.arg(format!("nbd+unix:///x?socket={}", d.path("nbd.sock").display())).output().expect("runs");
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success() && !text.contains("failed"), "{text}");
+}
+
+fn entry<'a>(list: &'a Json, name: &str) -> &'a Json {
+    list.as_array()
+        .and_then(|l| l.iter().find(|e| e["node-name"] == name))
+        .unwrap_or_else(|| panic!("no {name} in {list}"))
+}
+
+/// The names of all members, with those of what is inside.
+fn members(of: &Json, path: &str, out: &mut BTreeSet<String>) {
+    match of {
+        Json::Object(m) => m.iter().for_each(|(k, v)| {
+            out.insert(format!("{path}.{k}"));
+            members(v, &format!("{path}.{k}"), out);
+        }),
+        Json::Array(l) => l.iter().enumerate().for_each(|(i, v)| members(v, &format!("{path}[{i}]"), out)),
+        _ => {}
+    }
+}
+
+#[test]
+fn nodes_and_exports_have_true_counters() {
+    let Some(mut d) = chain(by_established_name) else { return };
+    let mut m = d.monitor();
+    requests(
+        &d,
+        &[
+            "write 0 64k",
+            "write 64k 64k",
+            "read 0 4k",
+            "read 1M 8k",
+            "write -z 1M 64k",
+            "discard 0 64k",
+            "flush",
+        ],
+    );
+    let stats = m.ok("query-blockstats", json!({}));
+    let export = &stats[0];
+    assert_eq!((&export["device"], &export["node-name"]), (&json!("exp0"), &json!("r")));
+    assert_eq!(export["parent"]["node-name"], "top");
+    assert_eq!(export["parent"]["parent"]["node-name"], "tf");
+    assert_eq!(export["parent"]["backing"]["parent"]["node-name"], "bf");
+    let nodes = m.ok("query-blockstats", json!({"query-nodes": true}));
+    for of in [export, entry(&nodes, "r"), entry(&nodes, "top")] {
+        let s = &of["stats"];
+        // Clients may read a little more, to find out what they have, and flush once more at the end.
+        let at_least = |member: &str, n: u64| {
+            assert!(s[member].as_u64().is_some_and(|got| got >= n), "{member} of {of}");
+        };
+        at_least("rd_operations", 2);
+        at_least("rd_bytes", 12 << 10);
+        at_least("flush_operations", 1);
+        for (member, n) in [
+            ("wr_operations", 3),
+            ("wr_bytes", 192 << 10),
+            ("unmap_operations", 1),
+            ("unmap_bytes", 64 << 10),
+            ("wr_highest_offset", (1 << 20) + (64 << 10)),
+            ("failed_wr_operations", 0),
+        ] {
+            assert_eq!(s[member], n, "{member} of {of}");
+        }
+    }
+    let s = &export["stats"];
+    for member in ["rd_total_time_ns", "wr_total_time_ns", "flush_total_time_ns", "idle_time_ns"] {
+        assert!(s[member].as_u64().is_some_and(|n| n > 0), "{member} of {s}");
+    }
+    // What was never written is read from below.
+    let base = &entry(&nodes, "base")["stats"];
+    assert!(base["rd_bytes"].as_u64().is_some_and(|n| n >= 8 << 10), "{base}");
+    assert_eq!(base["wr_operations"], 0);
+    let file = entry(&nodes, "tf");
+    assert!(file["stats"]["wr_bytes"].as_u64().is_some_and(|n| n >= 128 << 10), "{file}");
+    assert_eq!(file["driver-specific"]["driver"], "file");
+
+    let devices = m.ok("query-block", json!({}));
+    assert_eq!(devices[0]["device"], "exp0");
+    assert_eq!(devices[0]["inserted"]["node-name"], "r");
+    m.ok("block-export-del", json!({"id": "exp0"}));
+    assert_eq!(m.ok("query-block", json!({})), json!([]));
+    assert_eq!(m.ok("query-blockstats", json!({})), json!([]));
+    // The node's counters stay.
+    let nodes = m.ok("query-blockstats", json!({"query-nodes": true}));
+    assert_eq!(entry(&nodes, "r")["stats"]["wr_operations"], 3);
+}
+
+/// The same nodes in the same order with the same members; the established daemon counts nothing on nodes but how
+/// far was written.
+#[test]
+fn the_list_of_nodes_is_that_of_the_established_daemon() {
+    let Some(theirs) = established() else { return };
+    let work = &["write 0 64k", "write -z 1M 64k", "read 0 4k", "flush"];
+    let list = |mut d: Daemon| {
+        let mut m = d.monitor();
+        requests(&d, work);
+        m.ok("query-blockstats", json!({"query-nodes": true}))
+    };
+    let (Some(a), Some(b)) = (chain(by_established_name), chain(|_| theirs)) else { return };
+    let (ours, theirs) = (list(a), list(b));
+    let shape = |of: &Json| {
+        let mut out = BTreeSet::new();
+        members(of, "", &mut out);
+        out
+    };
+    assert_eq!(shape(&ours), shape(&theirs));
+    let names = |of: &Json| -> Vec<String> {
+        of.as_array().expect("a list").iter().map(|e| e["node-name"].to_string()).collect()
+    };
+    assert_eq!(names(&ours), names(&theirs));
+    for node in ["base", "bf", "top"] {
+        let highest = |of: &Json| entry(of, node)["stats"]["wr_highest_offset"].clone();
+        assert_eq!(highest(&ours), highest(&theirs), "{node}");
+    }
+}
+
+#[test]
+fn a_write_threshold_is_announced_as_by_the_established_daemon() {
+    let story = |d: Option<Daemon>| -> Option<Vec<Json>> {
+        let mut d = d?;
+        let mut m = d.monitor();
+        let mut said = Vec::new();
+        let set = |node: &str, at: u64| {
+            json!({"execute": "block-set-write-threshold",
+            "arguments": {"node-name": node, "write-threshold": at}})
+        };
+        let shown = |m: &mut crate::daemon::Monitor| {
+            let nodes = m.ok("query-named-block-nodes", json!({}));
+            entry(&nodes, "top")["write_threshold"].clone()
+        };
+        said.push(m.ask(&set("nothing", 1)));
+        said.push(m.ask(&set("top", 65536)));
+        said.push(shown(&mut m));
+        requests(&d, &["write 0 64k", "discard 1M 64k"]);
+        said.push(shown(&mut m));
+        requests(&d, &["write 4k 64k", "write 0 1M"]);
+        said.push(shown(&mut m));
+        said.push(m.ask(&set("top", 1)));
+        requests(&d, &["write -z 0 64k"]);
+        said.push(m.ask(&set("top", 1)));
+        said.push(m.ask(&set("top", 0)));
+        requests(&d, &["write 0 4k"]);
+        said.push(shown(&mut m));
+        m.send(&json!({"execute": "quit"}));
+        let events = m.rest();
+        said.extend(
+            events.into_iter().filter(|e| e["event"] == "BLOCK_WRITE_THRESHOLD").map(|e| e["data"].clone()),
+        );
+        Some(said)
+    };
+    let Some(ours) = story(chain(by_established_name)) else { return };
+    assert_eq!(
+        ours[ours.len() - 2..],
+        [
+            json!({"node-name": "top", "amount-exceeded": 4096, "write-threshold": 65536}),
+            json!({"node-name": "top", "amount-exceeded": 65535, "write-threshold": 1}),
+        ]
+    );
+    let Some(command) = established() else { return };
+    let Some(theirs) = story(chain(|_| command)) else { return };
+    // A refusal may say more.
+    assert_eq!(ours[1..], theirs[1..]);
+    assert_eq!(ours[0]["error"]["desc"], theirs[0]["error"]["desc"]);
+}
