@@ -80,6 +80,27 @@ struct Shard {
     highest_write: AtomicU64,
 }
 
+/// Where a request is counted: worked out once, used at every node on its way.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    lane: usize,
+    index: usize,
+    writes: bool,
+}
+
+impl Place {
+    /// `None` for what is not counted.
+    pub(crate) fn of(lane: &Lane, kind: OpKind) -> Option<Place> {
+        let writes = matches!(kind, OpKind::Write | OpKind::WriteZeroes);
+        Some(Place { lane: lane.number().unwrap_or(Lane::COUNT), index: index(kind)?, writes })
+    }
+
+    /// Whether the request changes what a node holds, and so may reach further than any before.
+    pub(crate) fn writes(self) -> bool {
+        self.writes
+    }
+}
+
 /// Who may write a shard.
 #[derive(Clone, Copy)]
 enum Hand<'a> {
@@ -133,30 +154,30 @@ impl Default for Counters {
 }
 
 impl Counters {
-    fn hand(&self, lane: &Lane) -> Hand<'_> {
-        match lane.number() {
-            Some(n) => Hand::Own(self.lanes[n].get_or_init(Box::default)),
+    #[inline]
+    fn hand(&self, at: Place) -> Hand<'_> {
+        match self.lanes.get(at.lane) {
+            Some(own) => Hand::Own(own.get_or_init(Box::default)),
             None => Hand::Shared(self.shared.get_or_init(Box::default)),
         }
     }
 
-    /// A request of `kind` for `bytes` bytes up to `end` has come.
-    pub(crate) fn arrived(&self, lane: &Lane, kind: OpKind, bytes: u64, end: u64) {
-        let Some(i) = index(kind) else { return };
-        let hand = self.hand(lane);
-        let words = &hand.shard().kinds[i];
+    /// A request for `bytes` bytes up to `end` has come.
+    #[inline]
+    pub(crate) fn arrived(&self, at: Place, bytes: u64, end: u64) {
+        let hand = self.hand(at);
+        let words = &hand.shard().kinds[at.index];
         hand.add(&words.requests, 1);
         hand.add(&words.bytes, bytes);
-        if matches!(kind, OpKind::Write | OpKind::WriteZeroes) {
+        if at.writes {
             hand.raise(&hand.shard().highest_write, end);
         }
     }
 
     /// A request that has been counted failed, with `bytes` of it not done.
-    pub(crate) fn failed(&self, lane: &Lane, kind: OpKind, bytes: u64) {
-        let Some(i) = index(kind) else { return };
-        let hand = self.hand(lane);
-        let words = &hand.shard().kinds[i];
+    pub(crate) fn failed(&self, at: Place, bytes: u64) {
+        let hand = self.hand(at);
+        let words = &hand.shard().kinds[at.index];
         hand.add(&words.requests, 1u64.wrapping_neg());
         hand.add(&words.bytes, bytes.wrapping_neg());
         hand.add(&words.failed, 1);
@@ -164,15 +185,11 @@ impl Counters {
 
     /// A user's request has ended: one of `kind` for `bytes` bytes up to `end`, after `took`.
     pub fn ended(&self, lane: &Lane, kind: OpKind, bytes: u64, end: u64, took: Duration, ok: bool) {
-        let Some(i) = index(kind) else { return };
-        let hand = self.hand(lane);
-        let words = &hand.shard().kinds[i];
+        let Some(at) = Place::of(lane, kind) else { return };
+        let hand = self.hand(at);
+        let words = &hand.shard().kinds[at.index];
         if ok {
-            hand.add(&words.requests, 1);
-            hand.add(&words.bytes, bytes);
-            if matches!(kind, OpKind::Write | OpKind::WriteZeroes) {
-                hand.raise(&hand.shard().highest_write, end);
-            }
+            self.arrived(at, bytes, end);
         } else {
             hand.add(&words.failed, 1);
         }
@@ -241,12 +258,13 @@ mod tests {
     fn failures_are_counted_apart() {
         let c = Counters::default();
         let (a, b) = (Lane::take(), Lane::take());
-        c.arrived(&a, OpKind::Write, 512, 1024);
-        c.arrived(&a, OpKind::Write, 4096, 8192);
+        let write = Place::of(&a, OpKind::Write).unwrap();
+        c.arrived(write, 512, 1024);
+        c.arrived(write, 4096, 8192);
         // The failure is noticed on another core.
-        c.failed(&b, OpKind::Write, 4096);
-        c.arrived(&b, OpKind::Read, 100, 1 << 40);
-        c.arrived(&b, OpKind::Resize, 0, 0);
+        c.failed(Place::of(&b, OpKind::Write).unwrap(), 4096);
+        c.arrived(Place::of(&b, OpKind::Read).unwrap(), 100, 1 << 40);
+        assert!(Place::of(&b, OpKind::Resize).is_none());
         let counts = c.read();
         assert_eq!(counts.writes, Tally { requests: 1, bytes: 512, failed: 1, time: Duration::ZERO });
         assert_eq!(counts.reads, Tally { requests: 1, bytes: 100, ..Tally::default() });

@@ -13,6 +13,7 @@ use dolmen_types::{
 };
 use smallvec::SmallVec;
 
+use crate::count::Place;
 use crate::{ChildEdge, Driver, Extent, Lease, Node, Op, Plan, Prealloc, Request};
 
 /// What a driver gets to work with: its node in the request's snapshot, and the runtime.
@@ -354,8 +355,9 @@ enum Step<'g> {
 ///
 /// A request that is done in pieces is walked once for each. Nodes that were given more than the piece have counted the
 /// request already and only get the rest of it; those further down get a request of their own each time.
-struct Visits<'a> {
-    lane: &'a Lane,
+struct Visits {
+    /// `None` for what is not counted.
+    at: Option<Place>,
     /// So many nodes from the start on have counted it.
     known: usize,
 }
@@ -366,14 +368,15 @@ fn walk<'g>(
     mut request: Request,
     mut span: Span,
     leases: &mut Leases<'g>,
-    visits: &mut Visits<'_>,
+    visits: &mut Visits,
 ) -> Step<'g> {
-    let kind = request.kind();
     let known = std::mem::take(&mut visits.known);
     let mut depth = 0;
     loop {
-        if depth >= known {
-            node.visited(|state| state.arrived(visits.lane, kind, span));
+        if let Some(at) = visits.at
+            && depth >= known
+        {
+            node.visited(|state| state.arrived(at, span));
         }
         depth += 1;
         node = node.answering();
@@ -405,20 +408,20 @@ fn walk<'g>(
     }
 }
 
-/// Tells the nodes on the way of a request that it failed at `at`, with `span` of it not done. The way is what drivers
+/// Tells the nodes on the way of a request that it failed at `failed`, with `span` of it not done. The way is what drivers
 /// plan now; should it lead elsewhere by now, only the nodes that were certainly on it are told.
 #[cold]
-fn blame(mut node: &Node, mut request: Request, mut span: Span, at: &Node, lane: &Lane) {
-    let kind = request.kind();
+fn blame(mut node: &Node, mut request: Request, mut span: Span, failed: &Node, lane: &Lane) {
+    let Some(at) = Place::of(lane, request.kind()) else { return };
     loop {
-        node.visited(|state| state.counters.failed(lane, kind, span.len()));
+        node.visited(|state| state.counters.failed(at, span.len()));
         node = node.answering();
-        if std::ptr::eq(node, at) {
+        if std::ptr::eq(node, failed) {
             return;
         }
         let Plan::Forward { child, at: offset, len, request: next } = node.driver.plan(node, request, span)
         else {
-            return at.state.counters.failed(lane, kind, span.len());
+            return failed.state.counters.failed(at, span.len());
         };
         span = Span::new(offset, len.min(span.len()));
         request = next;
@@ -485,7 +488,7 @@ pub(crate) async fn submit(node: &Node, rt: &Rt, op: Op<'_>) -> Result<()> {
         }
         Op::Flush | Op::Resize { .. } => {
             let mut leases = Leases::new();
-            let mut visits = Visits { lane: rt.lane(), known: 0 };
+            let mut visits = Visits { at: Place::of(rt.lane(), op.kind()), known: 0 };
             match walk(node, op.request(), Span::new(0, 0), &mut leases, &mut visits) {
                 Step::Zeroes { .. } | Step::Done { .. } => Ok(()),
                 Step::Run { node: slow, .. } => {
@@ -515,7 +518,7 @@ async fn pieces<'a>(
     make: impl Fn(Span, usize, Request) -> Piece<'a>,
 ) -> Result<()> {
     let mut rest = span;
-    let mut visits = Visits { lane: rt.lane(), known: 0 };
+    let mut visits = Visits { at: Place::of(rt.lane(), request.kind()), known: 0 };
     while !rest.is_empty() {
         let mut held = UnderWay { leases: Leases::new(), writes: false };
         let done = (span.len() - rest.len()) as usize;

@@ -3,10 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use dolmen_rt::Lane;
-use dolmen_types::{ChildRole, Claim, NodeName, OpId, OpKind, Span, Value};
+use dolmen_types::{ChildRole, Claim, NodeName, OpId, Span, Value};
 
-use crate::count::Threshold;
+use crate::count::{Place, Threshold};
 use crate::notice::NoticeSink;
 use crate::{AccessRule, Counters, Driver, Epochs, Notice, UserEdge};
 
@@ -61,9 +60,10 @@ impl NodeState {
     }
 
     /// A request has come to the node.
-    pub(crate) fn arrived(&self, lane: &Lane, kind: OpKind, span: Span) {
-        self.counters.arrived(lane, kind, span.len(), span.end());
-        if matches!(kind, OpKind::Write | OpKind::WriteZeroes)
+    #[inline]
+    pub(crate) fn arrived(&self, at: Place, span: Span) {
+        self.counters.arrived(at, span.len(), span.end());
+        if at.writes()
             && let Some(threshold) = self.threshold.passed_by(span.end())
         {
             self.notice(Notice::WriteThreshold { threshold, exceeded: span.end() - threshold });
@@ -131,6 +131,7 @@ impl Node {
 
     /// Calls `each` with the states of the nodes that a request to this one visits before it is planned: those that
     /// are stepped over, and the answering one.
+    #[inline]
     pub(crate) fn visited(&self, each: impl Fn(&NodeState)) {
         match &self.shown {
             None => each(&self.state),
