@@ -94,7 +94,8 @@ impl AccessRule {
                 needs: if needs.contains(A::V) { needs | A::D } else { needs },
                 allows: if facts.has_parents { allows - A::V } else { allows },
             },
-            (AccessRule::SnapshotAccess, _) => Claim { needs: A::NONE, allows: A::DATA },
+            // Some of what it shows is still in the file of the filter below.
+            (AccessRule::SnapshotAccess, _) => Claim { needs: needs & A::D, allows: A::DATA },
             (AccessRule::Mirror, _) => Claim { needs, allows: allows - A::V },
             (AccessRule::Backup, _) => Claim {
                 needs: if needs.contains(A::V) { needs | A::D } else { needs },

@@ -60,6 +60,24 @@ impl<'a> Cx<'a> {
         Ok(Io { node: &edge.node, rt: self.rt, access: PhantomData })
     }
 
+    /// Read access to a target child, for a filter that gives back what it has saved there. The
+    /// edge rule grants V on a target and no D; but nobody who does not allow D on a node allows V
+    /// (it would be stale or half-way), so an edge with V is never in the way of a reader.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the child is not a target; `PermissionDenied` when the edge may not write it.
+    pub fn read_saved(&self, child: usize) -> Result<Io<'a, Read>> {
+        let edge = self.edge(child)?;
+        if edge.role != ChildRole::Target {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("child '{}' of node '{}' is not its target", edge.name, self.node.name),
+            ));
+        }
+        let _may_write: Io<'a, Write> = Io::on_edge(edge, self.rt)?;
+        Ok(Io { node: &edge.node, rt: self.rt, access: PhantomData })
+    }
+
     /// Access for writes that readers can't see.
     ///
     /// # Errors

@@ -196,7 +196,7 @@ fn an_error_that_ends_the_copy_leaves_its_part_dirty() {
         });
         let hooks = Count { give_up: true, ..Count::default() };
         assert_eq!(engine.run(&hooks).await.unwrap_err().kind(), ErrorKind::Io);
-        let failures = hooks.failures.borrow();
+        let failures = hooks.failures.take();
         assert_eq!(failures.len(), 1);
         assert_eq!(failures[0].side, crate::Side::Source);
         assert!(w.tracker.with(|m| m.is_dirty(failures[0].span)));

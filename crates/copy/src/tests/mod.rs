@@ -1,5 +1,6 @@
 //! The engine and the drivers in the simulated runtime, over disks with latency.
 
+mod cbw;
 mod engine;
 
 use std::cell::{Cell, RefCell};

@@ -68,7 +68,7 @@ fn table(rule: AccessRule, role: ChildRole) -> [&'static str; 2] {
         (AccessRule::Quorum { rewrite: false }, _) => ["pppp", "1010"],
         (AccessRule::Quorum { rewrite: true }, _) => ["p1pp", "1010"],
         (AccessRule::CopyBeforeWrite, _) => ["dppp", "prpp"],
-        (AccessRule::SnapshotAccess, _) => ["0000", "1111"],
+        (AccessRule::SnapshotAccess, _) => ["p000", "1111"],
         (AccessRule::Mirror, _) => ["pppp", "p0pp"],
         (AccessRule::Backup, _) => ["dppp", "p0pp"],
         (AccessRule::CommitActive, _) => ["0ppp", "p1pp"],
