@@ -8,6 +8,8 @@ use std::time::Duration;
 use dolmen_qmp::{Request, SocketAddress};
 use dolmen_types::{Error, ErrorKind, Options, Result, Value};
 
+use crate::JobStart;
+
 /// Clients that connect to the NBD server at one time, unless said otherwise.
 const MAX_CONNECTIONS: u32 = 100;
 
@@ -43,6 +45,15 @@ pub enum Change {
         id: String,
         /// Disconnect its clients instead of refusing.
         hard: bool,
+    },
+    /// Starts a job.
+    JobStart(JobStart),
+    /// Makes the result of a pending job visible.
+    JobFinalize {
+        /// Its id.
+        id: String,
+        /// Only a job that works on nodes is meant.
+        block: bool,
     },
     /// Ends the program in an orderly way.
     Quit,
@@ -98,7 +109,9 @@ impl Change {
                 Change::ExportDel { id: o.require_str("id")?, hard }
             }
             "quit" => Change::Quit,
-            _ => return Ok(None),
+            "job-finalize" => Change::JobFinalize { id: o.require_str("id")?, block: false },
+            "block-job-finalize" => Change::JobFinalize { id: o.require_str("id")?, block: true },
+            other => return Ok(JobStart::from_options(other, o)?.map(Change::JobStart)),
         }))
     }
 }

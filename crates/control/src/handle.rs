@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_channel::{Receiver, Sender};
 use dolmen_graph::{Graph, GraphOwner, OpInfo, OpenPolicy, Registry, common_options};
+use dolmen_jobs::JobTable;
 use dolmen_qmp::model::{self, BlockExportInfo};
 use dolmen_qmp::schema::{Branch, Sources};
 use dolmen_qmp::{Event, QmpError, Request, Schema, Timestamp, Version};
@@ -17,7 +18,7 @@ use dolmen_types::Value;
 use serde_json::{Value as Json, json};
 
 use crate::monitor::Outgoing;
-use crate::{Change, export, query, stats};
+use crate::{Change, export, jobs, query, stats};
 
 /// What is said to those who come too late.
 const ENDING: &str = "The daemon is shutting down";
@@ -57,6 +58,8 @@ pub(crate) struct Shared {
     pub(crate) published: RefCell<Rc<Published>>,
     pub(crate) monitors: RefCell<Vec<Rc<Outgoing>>>,
     pub(crate) log: Log,
+    /// Every job, so that queries and verbs never wait for the task.
+    pub(crate) jobs: JobTable,
     /// Somebody wants the end: what may take for ever is given up.
     pub(crate) hurry: Cell<bool>,
     /// The task has begun to end.
@@ -146,6 +149,7 @@ impl Control {
             published: RefCell::new(Rc::new(published)),
             monitors: RefCell::default(),
             log: config.log,
+            jobs: JobTable::default(),
             hurry: Cell::new(false),
             quitting: Cell::new(false),
             ended: Cell::new(false),
@@ -178,6 +182,9 @@ impl Control {
     /// # Errors
     /// As the command says.
     pub async fn execute(&self, request: &Request) -> Result<Json, QmpError> {
+        if let Some(done) = jobs::at_once(&self.shared, request) {
+            return done;
+        }
         match Change::from_request(request)? {
             Some(change) => self.change(change).await,
             None => self.query(request),

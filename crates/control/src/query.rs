@@ -2,14 +2,13 @@
 
 use std::sync::Arc;
 
-use dolmen_graph::{Class, Description, Graph, Node, OpInfo, join};
+use dolmen_graph::{Class, Description, Graph, Node, OpInfo, join, node_filename, own_file};
 use dolmen_qmp::json;
 use dolmen_qmp::model::{
     BlockDeviceInfo, BlockGraph, BlockGraphEdge, BlockGraphNode, BlockGraphNodeType, CacheInfo, ImageInfo,
     NoThrottling, SnapshotInfo, permission_words,
 };
 use dolmen_types::{ChildRole, Value};
-use serde_json::{Map, Value as Json};
 
 use crate::stats::is_implicit;
 
@@ -131,83 +130,6 @@ fn actual_size(node: &Arc<Node>) -> Option<u64> {
     }
     let own = node.children.iter().filter(|c| c.role != ChildRole::Backing);
     own.map(|c| actual_size(&c.node)).reduce(|a, b| Some(a?.saturating_add(b?))).flatten()
-}
-
-/// The file that a format keeps its metadata in, as its leaf names it.
-fn own_file(node: &Arc<Node>) -> String {
-    let mut at = node;
-    while let Some(c) = at.child("file").or_else(|| at.children.first()) {
-        at = &c.node;
-    }
-    describe(at).filename.unwrap_or_default()
-}
-
-/// Options that say how a node is used rather than what it is.
-const USE_OPTIONS: &[&str] = &[
-    "node-name",
-    "read-only",
-    "auto-read-only",
-    "force-share",
-    "discard",
-    "detect-zeroes",
-    "cache",
-    "cache.direct",
-    "cache.no-flush",
-    "active",
-];
-
-/// A text that opens the same image again: a file name where that says it all,
-/// otherwise `json:` with every option that matters.
-pub fn node_filename(node: &Arc<Node>) -> String {
-    match plain_name(node) {
-        Some(name) => name,
-        None => format!("json:{}", json::to_text(&definition(node), false)),
-    }
-}
-
-/// The file name, if it is enough to find the image (and the driver, by looking at it).
-fn plain_name(node: &Arc<Node>) -> Option<String> {
-    let allowed: &[&str] = match node.driver.kind().class {
-        Class::Protocol => return describe(node).filename,
-        Class::Format => &["driver", "file"],
-        Class::Filter => return None,
-    };
-    let Value::Map(options) = &node.options else { return None };
-    let says_more =
-        options.iter().any(|(k, _)| !allowed.contains(&k.as_str()) && !is_use(k) && !says_the_same(node, k));
-    match node.child("file") {
-        Some(file) if !says_more => plain_name(&file.node),
-        _ => None,
-    }
-}
-
-/// Whether an option names the backing file that the image names as well.
-fn says_the_same(node: &Arc<Node>, option: &str) -> bool {
-    let named = describe(node).backing.map(|(name, _)| join(&own_file(node), &name));
-    option == "backing" && named.is_some() && named == node.backing().map(node_filename)
-}
-
-fn is_use(name: &str) -> bool {
-    USE_OPTIONS.contains(&name) || name.starts_with("x-")
-}
-
-/// The options that matter, with children spelled out; keys in alphabetical order, so
-/// that equal definitions are equal texts.
-fn definition(node: &Arc<Node>) -> Json {
-    let mut keys: Vec<(String, Json)> = vec![("driver".into(), node.driver.kind().name.into())];
-    if let Value::Map(options) = &node.options {
-        for (k, v) in options {
-            let value = match node.child(k) {
-                Some(c) => definition(&c.node),
-                None => json::from_value(v),
-            };
-            if k != "driver" && !is_use(k) && !says_the_same(node, k) {
-                keys.push((k.clone(), value));
-            }
-        }
-    }
-    keys.sort_by(|a, b| a.0.cmp(&b.0));
-    Json::Object(keys.into_iter().collect::<Map<_, _>>())
 }
 
 /// The reply of `x-debug-query-block-graph`.

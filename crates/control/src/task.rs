@@ -8,17 +8,21 @@ use std::time::Duration;
 use async_channel::{Receiver, Sender};
 use dolmen_exports::NbdServer;
 use dolmen_graph::{GraphEvent, GraphOwner, Notice, Notices};
+use dolmen_jobs::Job as BlockJob;
 use dolmen_qmp::QmpError;
 use dolmen_types::OpId;
 use serde_json::{Value as Json, json};
 
 use crate::export::{Export, stop_server};
 use crate::handle::{Config, Job, Published, Shared};
-use crate::{Change, commands};
+use crate::{Change, commands, jobs};
 
 /// How long the last replies may take to leave, once everything is closed. A client
 /// that does not read must not keep the program alive.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// How long jobs may take to end at the end of the program.
+const JOBS_END: Duration = Duration::from_secs(30);
 
 /// Where the result of a change goes.
 pub(crate) type Reply = Sender<Result<Json, QmpError>>;
@@ -39,23 +43,35 @@ pub(crate) struct Task {
     pub(crate) server: Option<Rc<NbdServer>>,
     /// Comes back from what runs beside the task.
     pub(crate) gone: Sender<Gone>,
+    /// Jobs whose group is to be looked at.
+    pub(crate) attention: Sender<Rc<BlockJob>>,
 }
 
 enum Next {
     Job(Job),
     Gone(Gone),
+    Attention(Rc<BlockJob>),
 }
 
 /// Runs until the end is asked for, then closes everything.
 pub(crate) async fn run(shared: Rc<Shared>, config: Config, owner: GraphOwner, jobs: Receiver<Job>) {
     let (gone, gone_queue) = async_channel::unbounded();
+    let (attention, attention_queue) = async_channel::unbounded();
     shared.rt.spawn(announce(shared.clone(), owner.notices()));
-    let mut task =
-        Task { shared: shared.clone(), config, owner, exports: VecDeque::new(), server: None, gone };
+    let mut task = Task {
+        shared: shared.clone(),
+        config,
+        owner,
+        exports: VecDeque::new(),
+        server: None,
+        gone,
+        attention,
+    };
     // The handle may be dropped without asking for the end; that is an end, too.
-    while let Some(next) = next(&jobs, &gone_queue).await {
+    while let Some(next) = next(&jobs, &gone_queue, &attention_queue).await {
         match next {
             Next::Gone(g) => task.forget_exports(g).await,
+            Next::Attention(job) => task.attend(job).await,
             Next::Job(Job { change: Change::Quit, reply }) => {
                 // The reply first: the connection it goes over is closed on the way.
                 answer(&reply, Ok(json!({})));
@@ -66,6 +82,7 @@ pub(crate) async fn run(shared: Rc<Shared>, config: Config, owner: GraphOwner, j
     }
     shared.quitting.set(true);
     shared.progress.notify(usize::MAX);
+    task.end_jobs(&attention_queue).await;
     task.close(&gone_queue).await;
     // Whoever still waits gets its refusal now, not at the end of the program.
     jobs.close();
@@ -105,10 +122,15 @@ async fn announce(shared: Rc<Shared>, notices: Arc<Notices>) {
     }
 }
 
-async fn next(jobs: &Receiver<Job>, gone: &Receiver<Gone>) -> Option<Next> {
+async fn next(
+    jobs: &Receiver<Job>,
+    gone: &Receiver<Gone>,
+    attention: &Receiver<Rc<BlockJob>>,
+) -> Option<Next> {
     let job = async { jobs.recv().await.ok().map(Next::Job) };
     let gone = async { gone.recv().await.ok().map(Next::Gone) };
-    futures_lite::future::or(gone, job).await
+    let attention = async { attention.recv().await.ok().map(Next::Attention) };
+    futures_lite::future::or(gone, futures_lite::future::or(attention, job)).await
 }
 
 /// Whoever asked may have gone away; the change stands all the same.
@@ -118,6 +140,7 @@ pub(crate) fn answer(reply: &Reply, result: Result<Json, QmpError>) {
 
 impl Task {
     async fn apply(&mut self, Job { change, reply }: Job) {
+        self.describe_jobs();
         let result = match change {
             Change::BlockdevAdd(options) => commands::blockdev_add(self, options).await,
             Change::BlockdevDel { node } => commands::blockdev_del(self, &node).await,
@@ -135,6 +158,8 @@ impl Task {
                 Ok(()) => return self.publish(),
                 Err(e) => Err(e),
             },
+            Change::JobStart(start) => jobs::start(self, start).await,
+            Change::JobFinalize { id, block } => jobs::finalize(self, &id, block).await,
             // Taken before it comes here; the end has begun already.
             Change::Quit => Ok(()),
         };
@@ -193,6 +218,26 @@ impl Task {
             }
         }
         first
+    }
+
+    /// Cancels every job and waits for their ends, so that their filters are gone before the
+    /// nodes are closed. One that does not end in time is left to the graph, which ends its edges.
+    async fn end_jobs(&mut self, attention: &Receiver<Rc<BlockJob>>) {
+        let shared = self.shared.clone();
+        let live = || shared.jobs.all().into_iter().filter(|j| j.group().is_some()).collect::<Vec<_>>();
+        live().iter().for_each(BlockJob::give_up);
+        let deadline = shared.rt.now() + JOBS_END;
+        while !live().is_empty() {
+            let job = async { attention.recv().await.ok() };
+            let late = async {
+                shared.rt.sleep_until(deadline).await;
+                None
+            };
+            match futures_lite::future::or(job, late).await {
+                Some(job) => self.attend(job).await,
+                None => return,
+            }
+        }
     }
 
     /// Clients first, then the nodes: what clients wrote is in the nodes when they close.

@@ -134,7 +134,15 @@ impl CopyOnRead {
         let mut rest = span;
         while !rest.is_empty() {
             let (copy, len) = wants_copy(cx, child, rest, below).await;
-            let piece = rest.prefix(len.max(1));
+            let mut piece = rest.prefix(len.max(1));
+            // What several layers hold is copied by one request, not by one for each part.
+            while copy && piece.len() < rest.len() {
+                let (also, len) = wants_copy(cx, child, rest.skip(piece.len()), below).await;
+                if !also {
+                    break;
+                }
+                piece = rest.prefix(piece.len() + len.max(1));
+            }
             let flags = if copy { flags | ReadFlags::POPULATE } else { flags };
             if wants_work(flags) {
                 let part = to.slice((rest.offset() - span.offset()) as usize, piece.len() as usize);

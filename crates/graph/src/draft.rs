@@ -529,6 +529,16 @@ impl Draft {
         Ok(())
     }
 
+    /// [`Draft::interpose`] for a filter that was opened on `on` by its options, so that its child is
+    /// linked already.
+    ///
+    /// # Errors
+    /// As [`Draft::interpose`].
+    pub fn interpose_opened(&mut self, filter: &NodeName, child: &'static str, on: &str) -> Result<()> {
+        self.unlink(filter, child);
+        self.interpose(filter, child, on)
+    }
+
     /// Takes an interposed filter out: its parents, its users and the filters that stand on
     /// it go to the node it stands on.
     pub fn take_out(&mut self, filter: &NodeName) {
@@ -798,6 +808,11 @@ impl Draft {
             owner: None,
             options: Value::Null,
         }
+    }
+
+    /// A text that opens the image of a node again: see [`node_filename`](crate::node_filename).
+    pub fn filename(&self, name: &NodeName) -> Option<String> {
+        self.built_node(name).ok().map(|n| crate::node_filename(&n))
     }
 
     /// The file name of the image that a format node keeps its metadata in.

@@ -96,6 +96,7 @@ mod draft;
 mod driver;
 mod epoch;
 mod explain;
+mod filename;
 mod io;
 mod node;
 mod notice;
@@ -116,6 +117,7 @@ pub use driver::{
     Request, SELF, SnapshotInfo, Where, no_backing,
 };
 pub use epoch::{Epochs, Lease, Stamp};
+pub use filename::{node_filename, own_file};
 pub use io::{Access, Cx, Io, Read, Resize, Write, WriteUnchanged};
 pub use node::{ChildEdge, Graph, Node, NodeFlags, NodeState};
 pub use notice::{Notice, Notices};

@@ -81,7 +81,9 @@ impl Opener<'_> {
         self.node(draft, options, monitor, None, Inherited::default()).await
     }
 
-    /// The same for a filter that an operation interposes on `on`.
+    /// The same for a filter that operation `op` is going to interpose
+    /// ([`Draft::interpose_opened`]) on the node that its options name as `file`. What the filter relies on
+    /// is the operation's own business: it makes the claims.
     ///
     /// # Errors
     /// As [`Opener::open`].
@@ -126,6 +128,7 @@ impl Opener<'_> {
         let parsed = (kind.parse)(&mut options, &common)?;
         options.finish(&format!("driver '{driver}'"))?;
         let anonymous = common.node_name.is_none();
+        let owned = owner.is_some();
         let name = common.node_name.clone().unwrap_or_else(|| draft.fresh_name());
         draft.add_node(NodeDef {
             name: name.clone(),
@@ -167,7 +170,8 @@ impl Opener<'_> {
                 self.implicit(draft, &name, &common, implicit, inherited.depth).await?;
             }
         }
-        if let Some(bottom) = &parsed.relies_down_to {
+        // An operation lists itself what it relies on, and may permit more than the driver would.
+        if let Some(bottom) = parsed.relies_down_to.as_ref().filter(|_| !owned) {
             draft.rely_down_to(&name, bottom)?;
         }
         draft.prepare(self.rt).await?;

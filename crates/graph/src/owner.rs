@@ -79,6 +79,13 @@ impl GraphOwner {
         &self.state.ops
     }
 
+    /// Gives an operation other words for messages: its state, for example.
+    pub fn describe_op(&mut self, op: &OpId, detail: String) {
+        if let Some(o) = self.state.ops.iter_mut().find(|o| o.id == *op) {
+            o.detail = detail;
+        }
+    }
+
     /// All claims.
     pub fn claims(&self) -> &[OpClaim] {
         &self.state.claims

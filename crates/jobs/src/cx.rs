@@ -96,8 +96,8 @@ impl JobCx {
         }
     }
 
-    /// Waits until a piece of this many bytes may start under the speed limit. Ends early, with the
-    /// piece charged all the same, when the job is to pause.
+    /// Waits until a piece of this many bytes may start under the speed limit, and while the job is
+    /// paused. To be called before a piece takes a token.
     ///
     /// # Errors
     /// `Cancelled`.
@@ -109,13 +109,22 @@ impl JobCx {
             }
             let (mut limit, now) = (self.job.limit.get(), self.job.rt.now());
             let opens_at = limit.opens_at(now);
-            if opens_at <= now || self.job.pause.get() {
+            if self.job.pause.get() {
+                self.checkpoint().await?;
+                continue;
+            }
+            if opens_at <= now {
                 limit.admit(bytes, now);
                 self.job.limit.set(limit);
                 return Ok(());
             }
             self.rest_until(opens_at, listener).await;
         }
+    }
+
+    /// The limit in bytes per second; 0 for none. It may change at any time.
+    pub fn speed(&self) -> u64 {
+        self.job.speed()
     }
 
     /// Waits for a point in time, or less if the user asks for something.

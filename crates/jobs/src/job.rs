@@ -415,15 +415,14 @@ impl Job {
         }
     }
 
-    /// Ends a ready job with its result.
+    /// Ends a ready job with its result; one that is paused, when it is resumed.
     ///
     /// # Errors
-    /// As [`Job::pause`]; also when it is paused, or ends already.
+    /// As [`Job::pause`]; also when it ends already.
     pub fn complete(&self) -> Result<()> {
         self.check(Verb::Complete)?;
-        if self.pause.get() || self.cancelled.get() || self.wish.get() == Wish::Keep {
-            let text = format!("The active block job '{}' cannot be completed", self.id());
-            return Err(refused(text).remedy("resume it first, if it is paused"));
+        if self.cancelled.get() || self.wish.get() == Wish::Keep {
+            return Err(refused(format!("The active block job '{}' cannot be completed", self.id())));
         }
         self.wish.set(Wish::Complete);
         self.changed();

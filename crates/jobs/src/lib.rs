@@ -17,11 +17,13 @@
 #![forbid(unsafe_code)]
 
 mod cx;
+mod fill;
 mod job;
 mod life;
 mod policy;
 mod rate;
 mod status;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod work;
@@ -31,4 +33,5 @@ pub use job::{Attention, Emit, IoStatus, Job, JobEvent, JobOptions, Progress, Wi
 pub use life::{Group, JobTable, launch, prepare};
 pub use policy::{Action, Again, OnError, Side};
 pub use status::{Status, Verb};
+pub use stream::Stream;
 pub use work::{BeginCx, Details, Ending, Kind, SettleCx, Work, nothing_to_change};

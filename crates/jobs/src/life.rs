@@ -98,7 +98,9 @@ impl Group {
         if self.concluded.get() {
             return Ok(());
         }
-        let members = self.members.borrow().clone();
+        let mut members = self.members.borrow().clone();
+        // Clients know it so: the youngest ends first.
+        members.reverse();
         for job in members.iter().filter(|j| j.has_run()) {
             self.look_at(job);
         }

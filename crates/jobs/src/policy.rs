@@ -1,6 +1,6 @@
 //! What a job does about an error while it copies.
 
-use dolmen_types::{Error, ErrorKind};
+use dolmen_types::{Error, ErrorKind, Options, Result};
 
 /// Which side of a job an error came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +46,18 @@ impl OnError {
             return Some(OnError::Enospc);
         }
         OnError::WORDS.iter().position(|w| *w == word).map(|i| OnError::ALL[i])
+    }
+
+    /// Takes the option `name`; [`OnError::Report`] if it is not there.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a word that is no policy.
+    pub fn take(options: &mut Options, name: &str) -> Result<OnError> {
+        let Some(word) = options.take_str(name)? else { return Ok(OnError::Report) };
+        OnError::from_word(&word).ok_or_else(|| {
+            let text = format!("Parameter '{name}' does not accept value '{word}'");
+            Error::new(ErrorKind::InvalidInput, text).remedy(format!("one of: {}", OnError::WORDS.join(", ")))
+        })
     }
 
     /// What is to be done about this error.

@@ -12,7 +12,67 @@ use dolmen_types::{Action, Actions};
 use serde::Serialize;
 use serde_json::Value as Json;
 
-use crate::schema::{Field, Shape, Ty};
+use crate::schema::{EMPTY, Field, Shape, Ty, jobs};
+
+/// One entry of `query-jobs`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct JobInfo {
+    /// How much is done, in whatever the job counts.
+    pub current_progress: u64,
+    /// Where it is in its life.
+    pub status: String,
+    /// How much there is to be done, as far as is known.
+    pub total_progress: u64,
+    /// What kind of job it is.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Its id.
+    pub id: String,
+    /// How long it will take at its present pace; absent while that is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub estimated_remaining_ms: Option<u64>,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// One entry of `query-block-jobs`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockJobInfo {
+    /// Whether its result becomes visible without being asked for.
+    pub auto_finalize: bool,
+    /// `ok`, `failed` or `nospace`.
+    pub io_status: String,
+    /// Its id.
+    pub device: String,
+    /// Whether it is forgotten when it has ended.
+    pub auto_dismiss: bool,
+    /// Whether it does something right now.
+    pub busy: bool,
+    /// Bytes to be done, as far as is known.
+    pub len: u64,
+    /// Bytes done.
+    pub offset: u64,
+    /// Where it is in its life.
+    pub status: String,
+    /// Whether it is to pause.
+    pub paused: bool,
+    /// Its limit in bytes per second; 0 for none.
+    pub speed: u64,
+    /// Whether it can be completed.
+    pub ready: bool,
+    /// What kind of job it is.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Of a mirror: whether every write goes to both sides before it is acknowledged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub actively_synced: Option<bool>,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
 
 pub(crate) use stats::{BLOCK_INFO, BLOCK_STATS};
 pub use stats::{BlockDeviceStats, BlockInfo, BlockStats, FileStats};
@@ -328,6 +388,47 @@ pub(crate) static BLOCK_GRAPH: Shape = Shape::of(&[
         ]))),
     ),
 ]);
+
+pub(crate) static JOB_INFO: Shape = Shape::of(&[
+    Field::required("id", Ty::Str),
+    Field::required("type", Ty::Enum(jobs::TYPES)),
+    Field::required("status", Ty::Enum(jobs::STATUS)),
+    Field::required("current-progress", Ty::Int),
+    Field::required("total-progress", Ty::Int),
+    Field::optional("estimated-remaining-ms", Ty::Int),
+    Field::optional("error", Ty::Str),
+]);
+
+pub(crate) static BLOCK_JOB_INFO: Shape = Shape {
+    fields: &[
+        Field::required("type", Ty::Enum(jobs::TYPES)),
+        Field::required("device", Ty::Str),
+        Field::required("len", Ty::Int),
+        Field::required("offset", Ty::Int),
+        Field::required("busy", Ty::Bool),
+        Field::required("paused", Ty::Bool),
+        Field::required("speed", Ty::Int),
+        Field::required("io-status", Ty::Enum(&["ok", "failed", "nospace"])),
+        Field::required("ready", Ty::Bool),
+        Field::required("status", Ty::Enum(jobs::STATUS)),
+        Field::required("auto-finalize", Ty::Bool),
+        Field::required("auto-dismiss", Ty::Bool),
+        Field::optional("error", Ty::Str),
+    ],
+    tag: Some("type"),
+    variants: &[
+        ("mirror", &Shape::of(&[Field::required("actively-synced", Ty::Bool)])),
+        ("commit", &EMPTY),
+        ("stream", &EMPTY),
+        ("backup", &EMPTY),
+        ("create", &EMPTY),
+        ("amend", &EMPTY),
+        ("snapshot-load", &EMPTY),
+        ("snapshot-save", &EMPTY),
+        ("snapshot-delete", &EMPTY),
+        ("prefetch", &EMPTY),
+    ],
+};
 
 /// As JSON. The types of this module have only text keys, so this can't fail.
 pub fn to_json<T: Serialize>(value: &T) -> Json {

@@ -145,7 +145,7 @@ pub static COMMANDS: &[Command] = &[
 pub static EVENTS: &[EventRow] = &[
     EventRow {
         name: "BLOCK_EXPORT_DELETED",
-        data: &Shape::of(&[Field::required("id", Ty::Str)]),
+        data: &ID,
         help: "An export is gone and its id may be used again.",
     },
     EventRow {
@@ -170,6 +170,9 @@ pub static EVENTS: &[EventRow] = &[
         help: "A write has ended beyond the threshold of a node, which has none any more.",
     },
 ];
+
+/// An id and nothing else.
+pub(crate) static ID: Shape = Shape::of(&[Field::required("id", Ty::Str)]);
 
 /// The options of every export, besides `type`.
 pub(crate) static EXPORT_OPTIONS: &[Field] = &[

@@ -9,6 +9,7 @@
 mod check;
 pub mod commands;
 mod introspect;
+pub mod jobs;
 
 use std::collections::HashMap;
 
@@ -221,6 +222,7 @@ impl Schema {
         let mut b = Builder { types: Vec::new(), known: HashMap::new(), sources };
         let commands = commands::COMMANDS
             .iter()
+            .chain(jobs::COMMANDS)
             .map(|c| CommandDef {
                 name: c.name,
                 arguments: b.ty(c.arguments),
@@ -228,7 +230,7 @@ impl Schema {
                 features: c.features,
             })
             .collect();
-        let events = commands::EVENTS.iter().map(|e| (e.name, b.shape(e.data))).collect();
+        let events = commands::EVENTS.iter().chain(jobs::EVENTS).map(|e| (e.name, b.shape(e.data))).collect();
         let blockdev = b.blockdev_options();
         let export = b.export_options();
         let nbd_server = b.shape(&commands::NBD_SERVER_OPTIONS);

@@ -158,6 +158,37 @@ fn replies_fit() {
     let export =
         BlockExportInfo { id: "e".into(), kind: "nbd".into(), node_name: "n".into(), shutting_down: false };
     s.check_return("query-block-exports", model::to_json(&vec![export])).expect("export");
+    let job = JobInfo {
+        current_progress: 1,
+        status: "running".into(),
+        total_progress: 2,
+        kind: "prefetch".into(),
+        id: "j".into(),
+        estimated_remaining_ms: Some(3),
+        error: Some("x".into()),
+    };
+    s.check_return("query-jobs", model::to_json(&vec![&job])).expect("full");
+    let job = JobInfo { estimated_remaining_ms: None, error: None, ..job };
+    s.check_return("query-jobs", model::to_json(&vec![job])).expect("minimal");
+    let job = BlockJobInfo {
+        auto_finalize: true,
+        io_status: "nospace".into(),
+        device: "j".into(),
+        auto_dismiss: true,
+        busy: false,
+        len: 1,
+        offset: 1,
+        status: "standby".into(),
+        paused: true,
+        speed: 0,
+        ready: true,
+        kind: "mirror".into(),
+        actively_synced: Some(false),
+        error: Some("x".into()),
+    };
+    s.check_return("query-block-jobs", model::to_json(&vec![&job])).expect("full");
+    let job = BlockJobInfo { kind: "stream".into(), actively_synced: None, error: None, ..job };
+    s.check_return("query-block-jobs", model::to_json(&vec![job])).expect("minimal");
     s.check_return("query-version", Version::current().to_json()).expect("version");
     s.check_event("BLOCK_EXPORT_DELETED", json!({"id": "e"})).expect("event");
     assert!(s.check_event("BLOCK_EXPORT_DELETED", json!({})).is_err());

@@ -1,0 +1,306 @@
+//! Jobs in the control task: how commands start them, ask things of them, and see them end.
+//!
+//! ```text
+//!   block-stream ...  --> start_in_draft --> commit --> Started::after_commit     in the task
+//!   job-pause ...     --> at once, on the job: never waits for a change           beside the task
+//!   a job's work ends --> attention --> Task::attend: Group::advance              in the task
+//! ```
+//!
+//! Starting is in two steps, so that several changes (of a transaction) go into one draft and are
+//! published in one commit; dropping the draft and what was [`Started`] leaves nothing behind.
+//! The end of a group comes back to the task by a channel, and is one commit as well.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use dolmen_graph::{Draft, NodeOpener};
+use dolmen_jobs::{Emit, Job, JobEvent, JobOptions, JobTable, Kind, Status, Stream, Work, launch, prepare};
+use dolmen_qmp::model::{self, BlockJobInfo, JobInfo};
+use dolmen_qmp::{ErrorClass, QmpError, Request};
+use dolmen_types::{Error, ErrorKind, OpId, Options, Result};
+use serde_json::{Value as Json, json};
+
+use crate::handle::Shared;
+use crate::task::Task;
+
+/// How long after a failed attempt to publish the end of jobs it is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// A job that a command asks for.
+#[derive(Debug)]
+pub struct JobStart {
+    /// What it is to do.
+    pub work: Box<dyn Work>,
+    /// What all jobs can be asked for.
+    pub options: JobOptions,
+}
+
+/// Reads the arguments of a kind of job that are not those of every job.
+type Read = fn(&mut Options) -> Result<Box<dyn Work>>;
+
+/// The commands that start a job.
+const STARTS: &[(&str, Read)] = &[("block-stream", |o| Ok(Box::new(Stream::from_options(o)?)))];
+
+impl JobStart {
+    /// The job that a command (or an action of a transaction) asks for; `None` for other commands.
+    ///
+    /// # Errors
+    /// When arguments do not make sense.
+    pub fn from_options(command: &str, mut o: Options) -> Result<Option<JobStart>> {
+        let Some((_, read)) = STARTS.iter().find(|(name, _)| *name == command) else { return Ok(None) };
+        let work = read(&mut o)?;
+        let id = o.take_str("job-id")?.unwrap_or_default();
+        let id = OpId::parse(&id).map_err(|_| {
+            Error::new(ErrorKind::InvalidInput, format!("Invalid job ID '{id}'"))
+                .remedy("use a letter first, then letters, digits, '-', '.' or '_'")
+        })?;
+        let mut options = JobOptions::new(id);
+        options.speed = o.take_size("speed")?.unwrap_or(0);
+        options.auto_finalize = o.take_bool("auto-finalize")?.unwrap_or(true);
+        options.auto_dismiss = o.take_bool("auto-dismiss")?.unwrap_or(true);
+        o.finish(command)?;
+        Ok(Some(JobStart { work, options }))
+    }
+}
+
+/// A job that is in a draft. Once the draft has been published, [`Started::after_commit`] sets it to work;
+/// until then it can be dropped with the draft.
+#[derive(Debug)]
+pub(crate) struct Started {
+    job: Rc<Job>,
+}
+
+/// Puts a job into a draft: its operation, filters, edges and claims. Tells nobody.
+pub(crate) async fn start_in_draft(
+    task: &Task,
+    draft: &mut Draft,
+    start: JobStart,
+) -> Result<Started, QmpError> {
+    let id = &start.options.id;
+    if task.shared.jobs.contains(id) {
+        return Err(Error::new(ErrorKind::AlreadyExists, format!("Job ID '{id}' already in use"))
+            .remedy("choose another id, or dismiss that job if it has ended (job-dismiss)")
+            .into());
+    }
+    let rt = &task.shared.rt;
+    let attention = task.attention.clone();
+    let job = Job::new(
+        start.options,
+        start.work,
+        rt,
+        emitter(&task.shared),
+        // The task ends only with the program.
+        Rc::new(move |job| drop(attention.try_send(job))),
+    );
+    let opener = NodeOpener {
+        registry: task.config.registry,
+        policy: task.config.policy,
+        names: crate::image_name,
+        rt,
+    };
+    // Opening a node may wait for somebody who never answers.
+    let begin = async { Ok(prepare(&job, draft, &opener).await?) };
+    task.shared.unless_quitting(begin).await?;
+    Ok(Started { job })
+}
+
+impl Started {
+    /// Sets jobs to work whose draft has been published. They end together: all of them successfully, or
+    /// none. Jobs that are to end one by one come here one by one.
+    pub(crate) fn after_commit(jobs: Vec<Started>, task: &Task) {
+        let jobs: Vec<_> = jobs.into_iter().map(|s| s.job).collect();
+        let group = launch(jobs.clone(), &task.owner);
+        task.shared.jobs.insert(&jobs, group);
+    }
+}
+
+/// Starts a job by itself.
+pub(crate) async fn start(task: &mut Task, start: JobStart) -> Result<(), QmpError> {
+    let mut draft = task.owner.draft();
+    let started = start_in_draft(task, &mut draft, start).await?;
+    task.owner.commit(draft).await?;
+    Started::after_commit(vec![started], task);
+    Ok(())
+}
+
+/// `job-finalize`: makes results visible, and answers when they are.
+pub(crate) async fn finalize(task: &mut Task, id: &str, block: bool) -> Result<(), QmpError> {
+    let job = find(&task.shared.jobs, id, block)?;
+    job.check_finalize()?;
+    if let Some(group) = job.group() {
+        group.finalize(&mut task.owner).await?;
+    }
+    task.shared.jobs.sweep();
+    Ok(())
+}
+
+impl Task {
+    /// A job's work has ended, or it is to end: moves its group on.
+    pub(crate) async fn attend(&mut self, job: Rc<Job>) {
+        self.describe_jobs();
+        if let Some(group) = job.group()
+            && let Err(e) = group.advance(&mut self.owner).await
+        {
+            (self.shared.log)(&e.context(format!("job '{}' can't end yet", job.id())).to_string());
+            let (attention, rt) = (self.attention.clone(), self.shared.rt.clone());
+            self.shared.rt.spawn(async move {
+                rt.sleep(RETRY).await;
+                // The task ends only with the program.
+                let _ = attention.send(job).await;
+            });
+        }
+        self.shared.jobs.sweep();
+        self.publish();
+        self.report_events();
+    }
+
+    /// Tells the graph what state jobs are in, for messages.
+    pub(crate) fn describe_jobs(&mut self) {
+        for job in self.shared.jobs.all() {
+            self.owner.describe_op(job.id(), job.detail());
+        }
+    }
+}
+
+/// Makes messages of a job's events.
+fn emitter(shared: &Rc<Shared>) -> Emit {
+    // A job that outlives the program has nobody to tell.
+    let shared = Rc::downgrade(shared);
+    Rc::new(move |job, event| {
+        let Some(shared) = shared.upgrade() else { return };
+        if let Some((name, data)) = message(job, event) {
+            shared.event(name, data);
+        }
+    })
+}
+
+/// Every job tells its state; the other events are those of jobs that work on nodes.
+fn message(job: &Job, event: JobEvent) -> Option<(&'static str, Json)> {
+    let (id, kind) = (job.id().as_str(), job.kind().as_str());
+    if !job.kind().is_block_job() && !matches!(event, JobEvent::Status(_)) {
+        return None;
+    }
+    let progress = job.progress();
+    let mut about = json!({
+        "device": id, "len": progress.total, "offset": progress.current, "speed": job.speed(), "type": kind
+    });
+    Some(match event {
+        JobEvent::Status(status) => ("JOB_STATUS_CHANGE", json!({"status": status.as_str(), "id": id})),
+        JobEvent::Ready => ("BLOCK_JOB_READY", about),
+        JobEvent::Cancelled => ("BLOCK_JOB_CANCELLED", about),
+        JobEvent::Completed(error) => {
+            if let Some(e) = error {
+                about["error"] = e.into();
+            }
+            ("BLOCK_JOB_COMPLETED", about)
+        }
+        JobEvent::Pending => ("BLOCK_JOB_PENDING", json!({"type": kind, "id": id})),
+        JobEvent::Error { side, action } => {
+            let data = json!({"device": id, "operation": side.operation(), "action": action.as_str()});
+            ("BLOCK_JOB_ERROR", data)
+        }
+    })
+}
+
+/// The job that a command means: one of all, or one of those that work on nodes.
+fn find(jobs: &JobTable, id: &str, block: bool) -> Result<Rc<Job>, QmpError> {
+    match jobs.get(id) {
+        Some(job) if !block || job.kind().is_block_job() => Ok(job),
+        _ if block => {
+            Err(QmpError::generic(format!("Block job '{id}' not found"))
+                .with_class(ErrorClass::DeviceNotActive))
+        }
+        _ => Err(QmpError::generic("Job not found")),
+    }
+}
+
+/// Executes a query or a verb, which never waits for changes under way; `None` for other commands.
+pub(crate) fn at_once(shared: &Shared, request: &Request) -> Option<Result<Json, QmpError>> {
+    let jobs = &shared.jobs;
+    Some(match request.name {
+        "query-jobs" => Ok(jobs.all().iter().rev().map(|j| model::to_json(&job_info(j))).collect()),
+        "query-block-jobs" => Ok(jobs
+            .all()
+            .iter()
+            .rev()
+            .filter(|j| j.kind().is_block_job())
+            .map(|j| model::to_json(&block_job_info(j)))
+            .collect()),
+        "job-pause" | "job-resume" | "job-cancel" | "job-complete" | "job-dismiss" => {
+            verb(shared, request, "id", false)
+        }
+        "block-job-pause"
+        | "block-job-resume"
+        | "block-job-cancel"
+        | "block-job-complete"
+        | "block-job-set-speed" => verb(shared, request, "device", true),
+        "block-job-dismiss" | "block-job-change" => verb(shared, request, "id", true),
+        _ => return None,
+    })
+}
+
+fn verb(shared: &Shared, request: &Request, by: &str, block: bool) -> Result<Json, QmpError> {
+    let mut o = Options::from_value(request.arguments.clone())?;
+    let id = o.require_str(by)?;
+    let job = find(&shared.jobs, &id, block)?;
+    let name = request.name.strip_prefix("block-").unwrap_or(request.name);
+    match name {
+        "job-pause" => job.pause(),
+        "job-resume" => job.resume(),
+        "job-cancel" => job.cancel(!block || o.take_bool("force")?.unwrap_or(false)),
+        "job-complete" => job.complete(),
+        "job-dismiss" => job.dismiss(),
+        "job-set-speed" => job.set_speed(o.take_size("speed")?.unwrap_or(0)),
+        "job-change" => change(&job, o),
+        other => return Err(QmpError::command_not_found(format!("The command {other} has not been found"))),
+    }?;
+    shared.jobs.sweep();
+    Ok(json!({}))
+}
+
+fn change(job: &Job, mut o: Options) -> Result<()> {
+    let kind = o.require_str("type")?;
+    if kind == job.kind().as_str() || job.kind() != Kind::Mirror {
+        return job.change(o);
+    }
+    let text = format!("Job '{}' is of type {}, not {kind}", job.id(), job.kind().as_str());
+    Err(Error::new(ErrorKind::InvalidInput, text).remedy("query-jobs shows the types"))
+}
+
+fn job_info(job: &Job) -> JobInfo {
+    let progress = job.progress();
+    JobInfo {
+        current_progress: progress.current,
+        status: job.status().as_str().into(),
+        total_progress: progress.total,
+        kind: job.kind().as_str().into(),
+        id: job.id().to_string(),
+        estimated_remaining_ms: job
+            .estimated_remaining()
+            .and_then(|d| u64::try_from(d.as_millis()).ok())
+            // JSON numbers of many clients end there.
+            .filter(|ms| *ms < 1 << 53),
+        error: job.error(),
+    }
+}
+
+fn block_job_info(job: &Job) -> BlockJobInfo {
+    let progress = job.progress();
+    let status = job.status();
+    BlockJobInfo {
+        auto_finalize: job.auto_finalize(),
+        io_status: job.io_status().as_str().into(),
+        device: job.id().to_string(),
+        auto_dismiss: job.auto_dismiss(),
+        busy: job.is_busy(),
+        len: progress.total,
+        offset: progress.current,
+        status: status.as_str().into(),
+        paused: job.is_pausing(),
+        speed: job.speed(),
+        ready: matches!(status, Status::Ready | Status::Standby),
+        kind: job.kind().as_str().into(),
+        actively_synced: job.details().actively_synced,
+        error: job.error(),
+    }
+}

@@ -1,0 +1,173 @@
+//! The rows of jobs: their commands and events.
+
+use super::{Command, EMPTY, EventRow, Field, Shape, Ty};
+use crate::model;
+
+const NOTHING: Ty = Ty::Object(&EMPTY);
+
+/// The kinds of jobs; clients look for those of the established daemon, so all of them are here.
+pub(crate) const TYPES: &[&str] = &[
+    "commit",
+    "stream",
+    "mirror",
+    "backup",
+    "create",
+    "amend",
+    "snapshot-load",
+    "snapshot-save",
+    "snapshot-delete",
+    "prefetch",
+];
+
+/// The states of a job.
+pub(crate) const STATUS: &[&str] = &[
+    "undefined",
+    "created",
+    "running",
+    "paused",
+    "ready",
+    "standby",
+    "waiting",
+    "pending",
+    "aborting",
+    "concluded",
+    "null",
+];
+
+const ON_ERROR: Ty = Ty::Enum(&["report", "ignore", "enospc", "stop", "auto"]);
+
+const BY_ID: Ty = Ty::Object(&super::commands::ID);
+static DEVICE: Shape = Shape::of(&[Field::required("device", Ty::Str)]);
+const BY_DEVICE: Ty = Ty::Object(&DEVICE);
+
+const fn verb(name: &'static str, arguments: Ty, help: &'static str) -> Command {
+    Command { name, arguments, returns: NOTHING, features: &[], help }
+}
+
+/// Every command about jobs.
+pub static COMMANDS: &[Command] = &[
+    Command {
+        name: "query-jobs",
+        arguments: NOTHING,
+        returns: Ty::Array(&Ty::Object(&model::JOB_INFO)),
+        features: &[],
+        help: "Every job, with its state and progress.",
+    },
+    Command {
+        name: "query-block-jobs",
+        arguments: NOTHING,
+        returns: Ty::Array(&Ty::Object(&model::BLOCK_JOB_INFO)),
+        features: &[],
+        help: "Every job that works on nodes, in detail.",
+    },
+    verb("job-pause", BY_ID, "Stops a job for now; what is in flight finishes."),
+    verb("job-resume", BY_ID, "Lets a paused job go on."),
+    verb("job-cancel", BY_ID, "Ends a job without a result."),
+    verb("job-complete", BY_ID, "Ends a ready job with its result."),
+    verb("job-finalize", BY_ID, "Makes the result of a pending job visible."),
+    verb("job-dismiss", BY_ID, "Forgets a job that has ended."),
+    verb("block-job-pause", BY_DEVICE, "The same as job-pause."),
+    verb("block-job-resume", BY_DEVICE, "The same as job-resume."),
+    verb(
+        "block-job-cancel",
+        Ty::Object(&Shape::of(&[Field::required("device", Ty::Str), Field::optional("force", Ty::Bool)])),
+        "Ends a job; a ready one that is not forced keeps what it has copied.",
+    ),
+    verb("block-job-complete", BY_DEVICE, "The same as job-complete."),
+    verb("block-job-finalize", BY_ID, "The same as job-finalize."),
+    verb("block-job-dismiss", BY_ID, "The same as job-dismiss."),
+    verb(
+        "block-job-set-speed",
+        Ty::Object(&Shape::of(&[Field::required("device", Ty::Str), Field::required("speed", Ty::Int)])),
+        "Limits the speed of a job, in bytes per second; 0 for no limit.",
+    ),
+    verb(
+        "block-job-change",
+        Ty::Object(&Shape {
+            fields: &[Field::required("id", Ty::Str), Field::required("type", Ty::Enum(TYPES))],
+            tag: Some("type"),
+            variants: &[
+                (
+                    "mirror",
+                    &Shape::of(&[Field::required("copy-mode", Ty::Enum(&["background", "write-blocking"]))]),
+                ),
+                ("commit", &EMPTY),
+                ("stream", &EMPTY),
+                ("backup", &EMPTY),
+                ("create", &EMPTY),
+                ("amend", &EMPTY),
+                ("snapshot-load", &EMPTY),
+                ("snapshot-save", &EMPTY),
+                ("snapshot-delete", &EMPTY),
+                ("prefetch", &EMPTY),
+            ],
+        }),
+        "Changes options of a job while it runs.",
+    ),
+    verb(
+        "block-stream",
+        Ty::Object(&Shape::of(&[
+            Field::optional("job-id", Ty::Str),
+            Field::required("device", Ty::Str),
+            Field::optional("base", Ty::Str),
+            Field::optional("base-node", Ty::Str),
+            Field::optional("backing-file", Ty::Str),
+            Field::optional("backing-mask-protocol", Ty::Bool),
+            Field::optional("bottom", Ty::Str),
+            Field::optional("speed", Ty::Int),
+            Field::optional("on-error", ON_ERROR),
+            Field::optional("filter-node-name", Ty::Str),
+            Field::optional("auto-finalize", Ty::Bool),
+            Field::optional("auto-dismiss", Ty::Bool),
+        ])),
+        "Copies what backing files hold into a node and takes them out of its chain.",
+    ),
+];
+
+/// What most events of block jobs carry.
+const ABOUT: [Field; 5] = [
+    Field::required("type", Ty::Enum(TYPES)),
+    Field::required("device", Ty::Str),
+    Field::required("len", Ty::Int),
+    Field::required("offset", Ty::Int),
+    Field::required("speed", Ty::Int),
+];
+
+static ENDED: Shape = Shape::of(&ABOUT);
+
+/// Every event of jobs.
+pub static EVENTS: &[EventRow] = &[
+    EventRow {
+        name: "JOB_STATUS_CHANGE",
+        data: &Shape::of(&[Field::required("id", Ty::Str), Field::required("status", Ty::Enum(STATUS))]),
+        help: "A job has come to another state.",
+    },
+    EventRow { name: "BLOCK_JOB_READY", data: &ENDED, help: "A job can be completed from now on." },
+    EventRow {
+        name: "BLOCK_JOB_PENDING",
+        data: &Shape::of(&[Field::required("type", Ty::Enum(TYPES)), Field::required("id", Ty::Str)]),
+        help: "A job waits for job-finalize.",
+    },
+    EventRow {
+        name: "BLOCK_JOB_COMPLETED",
+        data: &Shape::of(&[
+            ABOUT[0],
+            ABOUT[1],
+            ABOUT[2],
+            ABOUT[3],
+            ABOUT[4],
+            Field::optional("error", Ty::Str),
+        ]),
+        help: "A job has ended; with its error if it failed.",
+    },
+    EventRow { name: "BLOCK_JOB_CANCELLED", data: &ENDED, help: "A job was cancelled." },
+    EventRow {
+        name: "BLOCK_JOB_ERROR",
+        data: &Shape::of(&[
+            Field::required("device", Ty::Str),
+            Field::required("operation", Ty::Enum(&["read", "write"])),
+            Field::required("action", Ty::Enum(&["ignore", "report", "stop"])),
+        ]),
+        help: "A request of a job failed; what the job does about it.",
+    },
+];
