@@ -25,7 +25,6 @@ mod jobs;
 mod monitor;
 mod names;
 mod query;
-mod reopen;
 mod socket;
 mod stats;
 mod task;

@@ -58,6 +58,8 @@ pub struct CopyMap {
     dirty: BTreeMap<u64, u64>,
     /// Chunks in flight, in the same form but for touching: one entry per [`Work`].
     in_flight: BTreeMap<u64, u64>,
+    /// How many chunks are dirty.
+    dirty_chunks: u64,
     /// Where the next search begins, so that writes behind do not keep it from going on.
     cursor: u64,
 }
@@ -69,7 +71,14 @@ impl CopyMap {
     /// When `chunk` is zero.
     pub fn new(size: u64, chunk: u64) -> CopyMap {
         assert!(chunk > 0, "chunks have bytes");
-        CopyMap { size, chunk, dirty: BTreeMap::new(), in_flight: BTreeMap::new(), cursor: 0 }
+        CopyMap {
+            size,
+            chunk,
+            dirty: BTreeMap::new(),
+            in_flight: BTreeMap::new(),
+            dirty_chunks: 0,
+            cursor: 0,
+        }
     }
 
     /// The chunks that `span` touches have to be copied (again). What lies past the end is
@@ -203,7 +212,10 @@ impl CopyMap {
             // What is dirty as well counts once.
             self.bytes(*s, *e) - self.overlap(*s, *e)
         });
-        self.dirty.iter().map(|(s, e)| self.bytes(*s, *e)).chain(flying).sum()
+        // As often as there is progress: so not by adding everything up. Only the last chunk may be short.
+        let last = self.dirty.last_key_value().is_some_and(|(_, end)| *end == self.len());
+        let missing = if last { self.len() * self.chunk - self.size } else { 0 };
+        self.dirty_chunks * self.chunk - missing + flying.sum::<u64>()
     }
 
     /// Whether any chunk that `span` touches is in flight: a write there has to wait, or to
@@ -277,9 +289,11 @@ impl CopyMap {
                 break;
             }
             self.dirty.remove(&s);
+            self.dirty_chunks -= e - s;
             start = start.min(s);
             end = end.max(e);
         }
+        self.dirty_chunks += end - start;
         self.dirty.insert(start, end);
     }
 
@@ -292,6 +306,7 @@ impl CopyMap {
                 break;
             }
             self.dirty.remove(&s);
+            self.dirty_chunks -= e.min(end) - s.max(start);
             if e > end {
                 self.dirty.insert(end, e);
             }

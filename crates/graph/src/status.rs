@@ -130,7 +130,7 @@ fn leaf_of(node: &Arc<Node>, at: u64) -> (Arc<Node>, u64) {
 }
 
 /// The state of the start of `span` along the chain below `top`, down to but without
-/// `base`.
+/// `base` (in whatever snapshot it is given).
 ///
 /// # Errors
 /// What reading metadata says.
@@ -176,7 +176,7 @@ pub async fn chain_status(top: &Arc<Node>, rt: &Rt, span: Span, base: Option<&No
                 });
             }
             Layer::Below(next, offset) => {
-                let next = next.filter(|n| base.is_none_or(|b| !std::ptr::eq(&**n, b)));
+                let next = next.filter(|n| base.is_none_or(|b| !Arc::ptr_eq(&n.state, &b.state)));
                 let Some(next) = next else {
                     return Ok(ChainStatus {
                         len,

@@ -16,13 +16,12 @@
 //! number but those of the runtime handle.
 #![forbid(unsafe_code)]
 
-mod create;
+mod backup;
 mod cx;
 mod fill;
 mod job;
 mod life;
 mod policy;
-mod prefetch;
 mod rate;
 mod status;
 mod stream;
@@ -30,12 +29,11 @@ mod stream;
 mod tests;
 mod work;
 
-pub use create::Create;
+pub use backup::Backup;
 pub use cx::JobCx;
 pub use job::{Attention, Emit, IoStatus, Job, JobEvent, JobOptions, Progress, Wish};
 pub use life::{Group, JobTable, launch, prepare};
 pub use policy::{Action, Again, OnError, Side};
-pub use prefetch::Prefetch;
 pub use status::{Status, Verb};
 pub use stream::Stream;
 pub use work::{BeginCx, Details, Ending, Kind, SettleCx, Work, nothing_to_change};

@@ -1,4 +1,5 @@
 //! Tests of the framework, in the simulation.
 
+mod backup;
 mod life;
 mod rig;

@@ -187,7 +187,7 @@ impl Rig {
         }
     }
 
-    pub(super) fn job(&self, id: &str, work: Reading, change: impl FnOnce(&mut JobOptions)) -> Rc<Job> {
+    pub(super) fn job(&self, id: &str, work: impl Work, change: impl FnOnce(&mut JobOptions)) -> Rc<Job> {
         let mut options = JobOptions::new(OpId::internal(id));
         change(&mut options);
         let (log, queue, bell) = (self.log.clone(), self.queue.clone(), self.bell.clone());
