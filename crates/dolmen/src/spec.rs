@@ -30,12 +30,13 @@ pub fn protocol_options(name: &str) -> Result<Options> {
         let options = Options::new().with("driver", "blkdebug").with("image", file(image)?.into_value());
         return Ok(if config.is_empty() { options } else { options.with("config", config) });
     }
-    if let Some(rest) = name.strip_prefix("null-co:") {
+    for driver in ["null-co", "null-aio"] {
+        let Some(rest) = name.strip_prefix(driver).and_then(|r| r.strip_prefix(':')) else { continue };
         return match rest {
-            "//" => Ok(Options::new().with("driver", "null-co")),
+            "//" => Ok(Options::new().with("driver", driver)),
             _ => Err(Error::new(
                 ErrorKind::InvalidInput,
-                "The only allowed filename for this driver is 'null-co://'",
+                format!("The only allowed filename for this driver is '{driver}://'"),
             )),
         };
     }
@@ -174,6 +175,7 @@ mod tests {
         );
         assert!(protocol_options("blkdebug:x").is_err());
         assert_eq!(text(protocol_options("null-co://")), r#"{"driver": "null-co"}"#);
+        assert_eq!(text(protocol_options("null-aio://")), r#"{"driver": "null-aio"}"#);
         assert!(protocol_options("null-co:").is_err());
         assert!(protocol_options("null-co://x").is_err());
         assert!(protocol_options("nbd:nonsense").is_err());

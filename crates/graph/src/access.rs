@@ -49,6 +49,13 @@ pub enum AccessRule {
     CommitActive,
     /// Filter of an intermediate commit, above its top node.
     CommitMid,
+    /// A filter for tests that holds more than its parents ask for.
+    Debug {
+        /// What it needs besides.
+        take: Actions,
+        /// What it does not allow.
+        unshare: Actions,
+    },
 }
 
 impl AccessRule {
@@ -102,6 +109,9 @@ impl AccessRule {
                 allows: allows - A::V,
             },
             (AccessRule::CommitActive, _) => Claim { needs: needs - A::D, allows: allows | A::V },
+            (AccessRule::Debug { take, unshare }, _) => {
+                Claim { needs: needs | take & A::DATA, allows: allows - unshare }
+            }
             (AccessRule::CommitMid, _) => Claim { needs: needs & A::D, allows: A::DATA },
         }
     }

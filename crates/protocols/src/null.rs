@@ -1,4 +1,5 @@
-//! `null-co`: a disk of any size that keeps nothing, for measuring what lies above it.
+//! `null-co` and `null-aio`: a disk of any size that keeps nothing, for measuring what lies above it. The two names are
+//! one driver: what differs in the established implementation is how its requests are scheduled there.
 //!
 //! Requests are answered by the plan, without a future, unless a latency is asked for or data have to be left as they
 //! are: reads then say that they did something although they did not, as the established driver does.
@@ -8,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use dolmen_graph::{
-    AccessRule, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op,
-    OpenCx, Opened, Opener, Parsed, Plan, Prepared, Request, SELF, Where,
+    AccessRule, Class, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op, OpenCx,
+    Opened, Opener, Parsed, Plan, Prepared, Request, SELF, Where,
 };
 use dolmen_rt::LocalFuture;
 use dolmen_types::{BlkEvent, OptionSpec, OptionType, Options, Result, Span};
@@ -21,28 +22,44 @@ pub static NULL_CO: DriverKind = DriverKind {
     name: "null-co",
     class: Class::Protocol,
     help: "accepts every request and keeps nothing",
-    options: &[
-        OptionSpec::optional("size", OptionType::Size, "size in bytes (default 1G)"),
-        OptionSpec::optional(
-            "latency-ns",
-            OptionType::Int,
-            "how long a request takes, in nanoseconds (default 0)",
-        ),
-        OptionSpec::optional(
-            "read-zeroes",
-            OptionType::Bool,
-            "reads give zeroes; off leaves the buffer as it is (default off)",
-        ),
-    ],
+    options: OPTIONS,
     create_options: &[],
     maps: false,
-    parse,
+    parse: |options, _| parse(options, &NULL_CO),
     probe: None,
     create: None,
 };
 
-fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
+/// Registry row.
+pub static NULL_AIO: DriverKind = DriverKind {
+    name: "null-aio",
+    class: Class::Protocol,
+    help: "the same under another name",
+    options: OPTIONS,
+    create_options: &[],
+    maps: false,
+    parse: |options, _| parse(options, &NULL_AIO),
+    probe: None,
+    create: None,
+};
+
+const OPTIONS: &[OptionSpec] = &[
+    OptionSpec::optional("size", OptionType::Size, "size in bytes (default 1G)"),
+    OptionSpec::optional(
+        "latency-ns",
+        OptionType::Int,
+        "how long a request takes, in nanoseconds (default 0)",
+    ),
+    OptionSpec::optional(
+        "read-zeroes",
+        OptionType::Bool,
+        "reads give zeroes; off leaves the buffer as it is (default off)",
+    ),
+];
+
+fn parse(options: &mut Options, kind: &'static DriverKind) -> Result<Parsed> {
     let null = Null {
+        kind,
         plain: !["size", "latency-ns", "read-zeroes"].iter().any(|o| options.has(o)),
         size: AtomicU64::new(options.take_size("size")?.unwrap_or(DEFAULT_SIZE).min(Span::MAX_END)),
         latency: Duration::from_nanos(options.take_size("latency-ns")?.unwrap_or(0)),
@@ -66,6 +83,7 @@ impl Opener for OpenNull {
 
 #[derive(Debug)]
 struct Null {
+    kind: &'static DriverKind,
     /// No option was given.
     plain: bool,
     size: AtomicU64,
@@ -75,7 +93,7 @@ struct Null {
 
 impl Driver for Null {
     fn kind(&self) -> &'static DriverKind {
-        &NULL_CO
+        self.kind
     }
 
     fn size(&self, _: &Node) -> u64 {
@@ -164,7 +182,7 @@ impl Driver for Null {
     fn describe(&self, _: &Node) -> Description {
         // It takes no space, and says so as the established driver does. Its name stands
         // for the disk without options.
-        let filename = self.plain.then(|| "null-co://".to_owned());
+        let filename = self.plain.then(|| format!("{}://", self.kind.name));
         Description { actual_size: Some(0), filename, ..Description::default() }
     }
 }

@@ -113,7 +113,7 @@ fn actual_size(node: &Node, d: &Description) -> Option<u64> {
         return Some(n);
     }
     match node.driver.kind().name {
-        "null-co" => return Some(0),
+        "null-co" | "null-aio" => return Some(0),
         _ if node.children.is_empty() => return None,
         _ => {}
     }

@@ -244,7 +244,9 @@ fn names() {
     }
     for output in ["human", "json"] {
         b.same("qemu-img", &["info", "--output", output, "-f", "raw", "null-co://"], no_change);
-        b.same("qemu-img", &["info", "--output", output, "--image-opts", "driver=null-co"], no_change);
+        for driver in ["driver=null-co", "driver=null-aio"] {
+            b.same("qemu-img", &["info", "--output", output, "--image-opts", driver], no_change);
+        }
         b.same(
             "qemu-img",
             &["info", "--output", output, "--image-opts", "driver=null-co,size=1M"],

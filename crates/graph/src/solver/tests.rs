@@ -21,7 +21,7 @@ use dolmen_types::{Actions, ChildRole, Claim};
 
 use super::*;
 
-const RULES: [AccessRule; 13] = [
+const RULES: [AccessRule; 14] = [
     AccessRule::Leaf,
     AccessRule::Filter,
     AccessRule::Slice,
@@ -35,6 +35,7 @@ const RULES: [AccessRule; 13] = [
     AccessRule::Backup,
     AccessRule::CommitActive,
     AccessRule::CommitMid,
+    AccessRule::Debug { take: Actions::D.with(Actions::V), unshare: Actions::V.with(Actions::S) },
 ];
 
 const ROLES: [ChildRole; 5] =
@@ -60,6 +61,8 @@ fn table(rule: AccessRule, role: ChildRole) -> [&'static str; 2] {
     }
     match (rule, role) {
         (AccessRule::Leaf | AccessRule::Filter | AccessRule::Transparent, _) => ["pppp", "pppp"],
+        // And then what it was told to, see below.
+        (AccessRule::Debug { .. }, _) => ["pppp", "pppp"],
         (AccessRule::Slice, _) => ["pppp", "ppp0"],
         (AccessRule::CopyOnRead, _) => ["ppap", "pp1p"],
         (AccessRule::Format, ChildRole::Backing) => ["p000", "1v1v"],
@@ -101,9 +104,14 @@ fn look_up(
         other => panic!("no such cell: {}", other as char),
     };
     let [n, a] = table(rule, role);
+    let (take, unshare) = match (rule, role) {
+        (_, ChildRole::Target) => ([false; 4], [false; 4]),
+        (AccessRule::Debug { take, unshare }, _) => (row(take), row(unshare)),
+        _ => ([false; 4], [false; 4]),
+    };
     OracleEdge {
-        needs: std::array::from_fn(|c| cell(n, c, needs)),
-        allows: std::array::from_fn(|c| cell(a, c, allows)),
+        needs: std::array::from_fn(|c| cell(n, c, needs) || take[c]),
+        allows: std::array::from_fn(|c| cell(a, c, allows) && !unshare[c]),
     }
 }
 
@@ -313,9 +321,12 @@ fn transparent_is_a_filter() {
 #[test]
 fn edge_rules() {
     let mut tally = Tally::default();
-    for rule in RULES {
-        for role in ROLES {
-            for facts in 0..8 {
+    // Every set that a test filter can take, and every set that it can keep from others.
+    let debug = data_claims().map(|c| AccessRule::Debug { take: c.needs, unshare: c.allows & Actions::DATA });
+    let rules = RULES.into_iter().map(|r| (r, &ROLES[..], 0..8)).chain(debug.map(|r| (r, &ROLES[..1], 7..8)));
+    for (rule, roles, all_facts) in rules {
+        for role in roles.iter().copied() {
+            for facts in all_facts.clone() {
                 let mut parent = node(rule);
                 parent.writable = facts & 1 != 0;
                 parent.active = facts & 2 != 0;

@@ -8,7 +8,7 @@ use dolmen_graph::{Prealloc, Where};
 use dolmen_rt::Memory;
 use dolmen_types::{Actions, ErrorKind, Options, ReadFlags, Span, WriteFlags};
 
-use crate::world::{on_both, token};
+use crate::world::{World, on_both, token};
 
 const RW: Actions = Actions::D.with(Actions::V).with(Actions::S);
 
@@ -221,22 +221,30 @@ fn what_cannot_be_opened() {
 #[test]
 fn null_answers_from_memory() {
     on_both(async |mut w| {
-        let options = Options::new()
-            .with("driver", "null-co")
-            .with("node-name", "null")
-            .with("read-zeroes", true)
-            .with("size", "1M");
-        w.open(options).await.unwrap();
-        let edge = w.attach("null", RW, Actions::DATA).await.unwrap();
-        let t = token(&edge).await;
-        assert_eq!(t.size(), 1 << 20);
-        let m = Memory::from_slice(&[3; 4096]);
-        t.write(&w.rt).unwrap().write(Span::new(0, 4096), &m.iovec(), WriteFlags::NONE).await.unwrap();
-        t.read(&w.rt).unwrap().read(Span::new(0, 4096), &m.iovec(), ReadFlags::NONE).await.unwrap();
-        assert!(m.iovec().is_zero());
-        t.resize(&w.rt).unwrap().resize(2 << 20, Prealloc::Off).await.unwrap();
-        assert_eq!(t.size(), 2 << 20);
+        for name in ["null-co", "null-aio"] {
+            null(&mut w, name).await;
+        }
     });
+}
+
+async fn null(w: &mut World, driver: &str) {
+    let options = Options::new()
+        .with("driver", driver)
+        .with("node-name", driver)
+        .with("read-zeroes", true)
+        .with("latency-ns", 1000)
+        .with("size", "1M");
+    w.open(options).await.unwrap();
+    let edge = w.attach(driver, RW, Actions::DATA).await.unwrap();
+    assert_eq!(edge.node().driver.kind().name, driver);
+    let t = token(&edge).await;
+    assert_eq!(t.size(), 1 << 20);
+    let m = Memory::from_slice(&[3; 4096]);
+    t.write(&w.rt).unwrap().write(Span::new(0, 4096), &m.iovec(), WriteFlags::NONE).await.unwrap();
+    t.read(&w.rt).unwrap().read(Span::new(0, 4096), &m.iovec(), ReadFlags::NONE).await.unwrap();
+    assert!(m.iovec().is_zero());
+    t.resize(&w.rt).unwrap().resize(2 << 20, Prealloc::Off).await.unwrap();
+    assert_eq!(t.size(), 2 << 20);
 }
 
 /// A loop device, until it is dropped.
