@@ -228,8 +228,9 @@ impl Driver for Raw {
         rule(self.len.is_some(), self.probed)
     }
 
-    fn plan(&self, _node: &Node, request: Request, span: Span) -> Plan {
+    fn plan(&self, node: &Node, request: Request, span: Span) -> Plan {
         match request {
+            Request::Read(_) | Request::Write(_) if node.children[0].node.hears_events() => Plan::Slow,
             Request::Write(_) if self.probed && span.offset() < PROBED => Plan::Slow,
             Request::Resize if self.len.is_some() => Plan::Slow,
             Request::Read(_)
@@ -245,12 +246,14 @@ impl Driver for Raw {
         Box::pin(async move {
             match op {
                 Op::Read { span, to, flags } => {
+                    self.event(cx.node, BlkEvent::ReadAio)?;
                     cx.forward(0, Op::Read { span: self.below(span), to, flags }).await
                 }
                 Op::Write { span, from, flags } => {
                     if self.probed {
                         self.check_start(cx, span, from).await?;
                     }
+                    self.event(cx.node, BlkEvent::WriteAio)?;
                     cx.forward(0, Op::Write { span: self.below(span), from, flags }).await
                 }
                 Op::WriteZeroes { span, flags } => {

@@ -23,8 +23,9 @@ pub enum AccessRule {
     Filter,
     /// A filter that is not there as far as requests are concerned: every request goes
     /// to its only child with the same span and flags, always, and so does the question
-    /// for the size. Its `plan` and `size` are not asked: requests step over it. The
-    /// answer must not change during the driver's life.
+    /// for the size. Its `plan` and `size` are not asked: requests step over it, unless
+    /// somebody below wants to hear what it does ([`Node::hears_events`](crate::Node::hears_events)).
+    /// The answer must not change during the driver's life.
     Transparent,
     /// `raw` with an offset or a size: the child must not change its size.
     Slice,
@@ -49,7 +50,8 @@ pub enum AccessRule {
     CommitActive,
     /// Filter of an intermediate commit, above its top node.
     CommitMid,
-    /// A filter for tests that holds more than its parents ask for.
+    /// A filter for tests: it hears what its parents come to (`Driver::event`), and may
+    /// hold more than they ask for.
     Debug {
         /// What it needs besides.
         take: Actions,

@@ -105,6 +105,8 @@ pub struct Node {
     pub options: Value,
     /// Whether [`Driver::plan`] answers are leases (cached from the registry row).
     pub(crate) maps: bool,
+    /// See [`Node::hears_events`].
+    pub(crate) hears: bool,
     /// Of a transparent node: what shows through it.
     pub(crate) shown: Option<Shown>,
 }
@@ -149,12 +151,44 @@ impl Node {
         children: &[ChildEdge],
     ) -> Option<Shown> {
         let (AccessRule::Transparent, [only]) = (driver.access_rule(), children) else { return None };
+        if only.node.hears {
+            return None;
+        }
         let below = only.node.shown.as_ref();
         let over = std::iter::once(state).chain(below.iter().flat_map(|s| s.over.iter()));
         Some(Shown {
             node: below.map_or_else(|| only.node.clone(), |s| s.node.clone()),
             over: over.cloned().collect(),
         })
+    }
+
+    /// Whether somebody listens to the events that a parent of this node comes to: then the parent has to raise
+    /// them, which it can't do in a plan (a plan may be made without the request being sent).
+    pub fn hears_events(&self) -> bool {
+        self.hears
+    }
+
+    /// What [`Node::hears_events`] has to be for a driver with these children. Filters pass events on.
+    pub(crate) fn hears_through(driver: &dyn Driver, children: &[ChildEdge]) -> bool {
+        match driver.access_rule() {
+            AccessRule::Debug { .. } => true,
+            AccessRule::Leaf
+            | AccessRule::Format
+            | AccessRule::Quorum { .. }
+            | AccessRule::SnapshotAccess => false,
+            AccessRule::Filter
+            | AccessRule::Transparent
+            | AccessRule::Slice
+            | AccessRule::CopyOnRead
+            | AccessRule::CopyBeforeWrite
+            | AccessRule::Mirror
+            | AccessRule::Backup
+            | AccessRule::CommitActive
+            | AccessRule::CommitMid => {
+                let below = |c: &ChildEdge| matches!(c.role, ChildRole::Filtered | ChildRole::Data);
+                children.iter().any(|c| below(c) && c.node.hears)
+            }
+        }
     }
 
     /// A child by the option's name.

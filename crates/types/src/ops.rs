@@ -91,7 +91,7 @@ macro_rules! events {
         pub enum BlkEvent { $($name,)* }
 
         impl BlkEvent {
-            /// Every event that some driver raises.
+            /// Every event that can be named; not every driver comes to each.
             pub const ALL: &'static [BlkEvent] = &[$(BlkEvent::$name,)*];
 
             /// The name used in `blkdebug` options and configuration files.
@@ -114,12 +114,21 @@ events! {
     L1GrowActivateTable = "l1_grow_activate_table",
     L2Load = "l2_load",
     L2Update = "l2_update",
+    L2UpdateCompressed = "l2_update_compressed",
     L2AllocCowRead = "l2_alloc_cow_read",
     L2AllocWrite = "l2_alloc_write",
     ReadAio = "read_aio",
     ReadBackingAio = "read_backing_aio",
     ReadCompressed = "read_compressed",
     WriteAio = "write_aio",
+    WriteCompressed = "write_compressed",
+    VmstateLoad = "vmstate_load",
+    VmstateSave = "vmstate_save",
+    CowRead = "cow_read",
+    CowWrite = "cow_write",
+    ReftableLoad = "reftable_load",
+    ReftableGrow = "reftable_grow",
+    ReftableUpdate = "reftable_update",
     RefblockLoad = "refblock_load",
     RefblockUpdate = "refblock_update",
     RefblockUpdatePart = "refblock_update_part",

@@ -9,21 +9,30 @@
 //! that its child sees whole blocks only, with `max-transfer`, `max-write-zero` and
 //! `max-discard` it splits longer ones, and `opt-*` changes what it tells about itself.
 //!
-//! Events `flush_to_os` and `flush_to_disk` are raised by a flush that arrives here.
+//! Some events the node comes to itself, for every request that arrives: `flush_to_os` for a flush, `flush_to_disk` if
+//! something was written since the last one; `pwritev` or `pwritev_zero` before and `pwritev_done` after the blocks of
+//! a write; `pwritev_rmw_*` where only a part of a block is written. `cor_write` is the copy that a copying
+//! read (copy-on-read above) has made below: the node that copies does not write through this one, so the node looks
+//! which part is going to be copied, and fails it if a rule would fail that write.
+//!
+//! For permission tests the node can hold more on its child than its parents ask for (`take-child-perms`), and keep
+//! others from what its parents would allow (`unshare-child-perms`).
 
 mod config;
 mod rules;
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use dolmen_graph::{
     AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits,
     Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock, Request, Where,
+    own_status,
 };
-use dolmen_rt::{LocalFuture, Memory};
+use dolmen_rt::{IoVec, LocalFuture, Memory};
 use dolmen_types::{
-    BlkEvent, ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, ReadFlags, Result, ResultExt,
-    Span, Value, WriteFlags,
+    Actions, BlkEvent, ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, ReadFlags, Result,
+    ResultExt, Span, Value, WriteFlags,
 };
 
 use rules::{INJECT, IoType, Machine, Rules, SET_STATE};
@@ -52,6 +61,16 @@ pub static BLKDEBUG: DriverKind = DriverKind {
         OptionSpec::optional("max-discard", OptionType::Size, "split longer discards (default: none)"),
         OptionSpec::optional("inject-error", OptionType::ObjectList(INJECT), "rules that make requests fail"),
         OptionSpec::optional("set-state", OptionType::ObjectList(SET_STATE), "rules that change the state"),
+        OptionSpec::optional(
+            "take-child-perms",
+            OptionType::EnumList(PERMISSIONS),
+            "permissions to take on the image besides what users of this node need",
+        ),
+        OptionSpec::optional(
+            "unshare-child-perms",
+            OptionType::EnumList(PERMISSIONS),
+            "permissions on the image to keep from others",
+        ),
     ],
     create_options: &[],
     maps: false,
@@ -65,17 +84,18 @@ const IMAGE: usize = 0;
 /// The longest configuration file that is read, in bytes.
 const CONFIG_MAX: u64 = 1 << 20;
 
+/// The longest copy of a copying read that is looked at at once, in bytes.
+const COPY_MAX: u64 = 16 << 20;
+
 /// The largest alignment, in bytes.
 const ALIGN_MAX: u64 = 1 << 30;
 
 fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
     let image = ChildDef::take(options, "image")?;
-    for perms in ["take-child-perms", "unshare-child-perms"] {
-        if options.has(perms) {
-            return Err(Error::new(ErrorKind::Unsupported, format!("blkdebug does not know '{perms}' here"))
-                .remedy("leave it out"));
-        }
-    }
+    let held = Held {
+        take: permissions(options, "take-child-perms")?,
+        unshare: permissions(options, "unshare-child-perms")?,
+    };
     let config = options.take_str("config")?.filter(|c| !c.is_empty());
     let shape = Shape::take(options)?;
     let mut rules = Rules::default();
@@ -95,15 +115,51 @@ fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
     }
     Ok(Parsed {
         children: vec![ChildSpec { name: "image", role: ChildRole::Filtered, def: image }],
-        rule: AccessRule::Filter,
+        rule: held.rule(),
         relies_down_to: None,
-        open: Box::new(Open { config, shape, rules }),
+        open: Box::new(Open { config, shape, held, rules }),
     })
+}
+
+/// The words of the permissions, as clients know them.
+const PERMISSIONS: &[&str] = &["consistent-read", "write", "write-unchanged", "resize"];
+
+fn permissions(options: &mut Options, name: &str) -> Result<Actions> {
+    let mut out = Actions::NONE;
+    for word in options.take_list(name)?.unwrap_or_default() {
+        let word = match word {
+            Value::Str(word) => word,
+            other => other.kind().to_owned(),
+        };
+        let Some(action) = Actions::DATA.iter().find(|a| a.qmp_word() == Some(word.as_str())) else {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("Parameter '{name}' does not accept value '{word}'"),
+            )
+            .remedy(format!("the permissions are: {}", PERMISSIONS.join(", "))));
+        };
+        out |= action.into();
+    }
+    Ok(out)
+}
+
+/// What is held on the image beyond what the parents of the node make it.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    take: Actions,
+    unshare: Actions,
+}
+
+impl Held {
+    fn rule(self) -> AccessRule {
+        AccessRule::Debug { take: self.take, unshare: self.unshare }
+    }
 }
 
 struct Open {
     config: Option<String>,
     shape: Shape,
+    held: Held,
     rules: Rules,
 }
 
@@ -118,7 +174,14 @@ impl Opener for Open {
             }
             rules.append(self.rules);
             let machine = Mutex::new(Machine::new(&rules));
-            let driver = Arc::new(BlkDebug { shape: self.shape, rules, machine, ranges: RangeLock::new() });
+            let driver = Arc::new(BlkDebug {
+                shape: self.shape,
+                held: self.held,
+                rules,
+                machine,
+                ranges: RangeLock::new(),
+                written: AtomicBool::new(false),
+            });
             Ok(Opened::of(driver))
         })
     }
@@ -192,8 +255,9 @@ impl Shape {
         }) as u64
     }
 
-    fn aligned(&self, span: Span) -> bool {
-        self.align <= 1 || span.is_aligned(self.align.into())
+    /// In bytes; at least 1.
+    fn block(&self) -> u64 {
+        self.align.max(1).into()
     }
 }
 
@@ -205,16 +269,27 @@ fn unmet(name: &str, value: u64) -> Error {
 #[derive(Debug)]
 struct BlkDebug {
     shape: Shape,
+    held: Held,
     rules: Rules,
     /// Which rules are active. Never held across an await.
     machine: Mutex<Machine>,
-    /// Blocks that are being read, changed and written because of `align`.
+    /// Blocks that are being written, if there are blocks: one that is read, changed and written must not be
+    /// written by anybody else meanwhile.
     ranges: RangeLock,
+    /// Something was written since the last flush.
+    written: AtomicBool,
 }
+
+/// The requests that a copying read makes of the node below, for the rules.
+const COPY_TYPES: [IoType; 2] = [IoType::Write, IoType::WriteZeroes];
 
 impl BlkDebug {
     fn machine(&self) -> MutexGuard<'_, Machine> {
         self.machine.lock().expect("blkdebug rules")
+    }
+
+    fn reach(&self, event: BlkEvent) {
+        self.machine().event(&self.rules, event);
     }
 
     /// Fails if a rule says so.
@@ -227,37 +302,38 @@ impl BlkDebug {
         Err(Error::from_errno(hit.errno, format!("blkdebug: injected error in a {}", io.as_str())))
     }
 
-    /// Does a request with a span piece by piece: no piece is longer than the limits say,
-    /// and the child sees whole blocks only.
-    async fn by_pieces(&self, cx: Cx<'_>, op: Op<'_>, span: Span) -> Result<()> {
-        let align = u64::from(self.shape.align.max(1));
+    /// Whether a read that copies has to be looked at: a rule may fail the copy.
+    fn watches_copies(&self, flags: ReadFlags, machine: &Machine) -> bool {
+        flags.has(ReadFlags::POPULATE)
+            && (self.rules.listens(BlkEvent::CorWrite)
+                || COPY_TYPES.iter().any(|io| machine.may_hit(&self.rules, *io)))
+    }
+
+    /// Whole blocks around a span; the last block of the image may be cut off by its end.
+    fn blocks_around(&self, cx: Cx<'_>, span: Span) -> Span {
+        let outer = span.align_out(self.shape.block());
+        Span::from_range(outer.offset(), outer.end().min(cx.node.size().max(span.end())))
+    }
+
+    /// Does a request that consists of whole blocks, no more at once than the limits say.
+    async fn pieces(&self, cx: Cx<'_>, op: Op<'_>, span: Span) -> Result<()> {
         let max = match self.shape.max(op.request()) {
             0 => u64::MAX,
-            max => max,
+            max => (max / self.shape.block()).max(1) * self.shape.block(),
         };
         let mut rest = span;
         while !rest.is_empty() {
-            let whole = rest.len().min(max) / align * align;
-            let piece = if rest.offset().is_multiple_of(align) && whole > 0 {
-                rest.prefix(whole)
-            } else {
-                rest.prefix(align - rest.offset() % align)
-            };
+            let piece = rest.prefix(max - rest.offset() % self.shape.block());
             let at = (rest.offset() - span.offset()) as usize;
-            if piece.is_aligned(align) {
-                self.blocks(cx, op, piece, at).await?;
-            } else {
-                self.part_of_block(cx, op, piece, at).await?;
-            }
+            self.piece(cx, op, piece, at).await?;
             rest = rest.skip(piece.len());
         }
         Ok(())
     }
 
     /// Does the part of a request that starts `at` bytes into it.
-    async fn blocks(&self, cx: Cx<'_>, op: Op<'_>, piece: Span, at: usize) -> Result<()> {
-        let io = IoType::of(op.request());
-        if let Some(io) = io {
+    async fn piece(&self, cx: Cx<'_>, op: Op<'_>, piece: Span, at: usize) -> Result<()> {
+        if let Some(io) = IoType::of(op.request()) {
             self.inject(io, Some(piece)).await?;
         }
         let len = piece.len() as usize;
@@ -279,43 +355,158 @@ impl BlkDebug {
         }
     }
 
-    async fn part_of_block(&self, cx: Cx<'_>, op: Op<'_>, piece: Span, at: usize) -> Result<()> {
-        // The last block of the image may be cut off by its end.
-        let outer = piece.align_out(self.shape.align.into());
-        let size = cx.node.size().max(piece.end());
-        let block = Span::from_range(outer.offset(), outer.end().min(size));
-        let inside = (piece.offset() - block.offset()) as usize;
-        let len = piece.len() as usize;
-        let bounce = Memory::zeroed(block.len() as usize).iovec();
-        let (data, flags) = match op {
-            Op::Read { to, flags, .. } => {
-                let whole = Op::Read { span: block, to: &bounce, flags };
-                self.blocks(cx, whole, block, 0).await?;
-                to.slice(at, len).copy_from(&bounce.slice(inside, len));
-                return Ok(());
-            }
-            Op::Write { from, flags, .. } => (Some(from.slice(at, len)), flags),
-            Op::WriteZeroes { flags, .. } => {
-                (None, flags.without(WriteFlags::MAY_UNMAP).without(WriteFlags::NO_FALLBACK))
-            }
-            // A part of a block can't be given back.
-            Op::Discard { .. } | Op::Flush | Op::Resize { .. } => return Ok(()),
-        };
-        let _held = self.ranges.lock(block).await;
-        let head = inside > 0;
-        self.reach(if head { BlkEvent::PwritevRmwHead } else { BlkEvent::PwritevRmwTail });
-        let old = Op::Read { span: block, to: &bounce, flags: ReadFlags::NONE };
-        self.blocks(cx, old, block, 0).await?;
-        self.reach(if head { BlkEvent::PwritevRmwAfterHead } else { BlkEvent::PwritevRmwAfterTail });
-        match data {
-            Some(data) => bounce.slice(inside, len).copy_from(&data),
-            None => bounce.slice(inside, len).fill(0),
+    async fn read(&self, cx: Cx<'_>, span: Span, to: &IoVec, flags: ReadFlags) -> Result<()> {
+        let outer = self.blocks_around(cx, span);
+        let (head, tail) = (span.offset() - outer.offset(), outer.end() - span.end());
+        if head + tail == 0 {
+            return self.pieces(cx, Op::Read { span, to, flags }, span).await;
         }
-        self.blocks(cx, Op::Write { span: block, from: &bounce, flags }, block, 0).await
+        let mut all = Memory::zeroed(head as usize).iovec();
+        to.segments().iter().for_each(|s| all.push(s.clone()));
+        all.push(Memory::zeroed(tail as usize).share());
+        self.pieces(cx, Op::Read { span: outer, to: &all, flags }, outer).await
     }
 
-    fn reach(&self, event: BlkEvent) {
-        self.machine().event(&self.rules, event);
+    /// A read that copies what the image does not have. The image copies by itself; here is decided whether a rule
+    /// fails the write that this would be, if it came through this node.
+    async fn read_copying(&self, cx: Cx<'_>, span: Span, to: &IoVec, flags: ReadFlags) -> Result<()> {
+        let image = &cx.node.children[IMAGE].node;
+        let limits = image.driver.limits(image);
+        let cluster = u64::from(limits.cluster_size.max(1)).max(self.shape.block());
+        let mut rest = span;
+        while !rest.is_empty() {
+            let (present, len) = own_status(image, cx.rt, rest).await?;
+            let mut piece = rest.prefix(len.max(1));
+            if !present {
+                let around = piece.align_out(cluster).prefix(COPY_MAX.max(cluster));
+                let copied = Span::from_range(around.offset(), around.end().min(image.size()));
+                piece = piece.prefix(copied.end() - piece.offset());
+                self.inject(IoType::Read, Some(copied)).await?;
+                let data = Memory::zeroed(copied.len() as usize).iovec();
+                cx.read(IMAGE)?.read(copied, &data, ReadFlags::NONE).await?;
+                self.reach(BlkEvent::CorWrite);
+                let zeroes = limits.fast_zeroes && data.is_zero();
+                self.inject(COPY_TYPES[usize::from(zeroes)], Some(copied)).await?;
+            }
+            let part = to.slice((piece.offset() - span.offset()) as usize, piece.len() as usize);
+            if !present {
+                // The rules have had their say about this part.
+                cx.read(IMAGE)?.read(piece, &part, flags).await?;
+            } else if !flags.has(ReadFlags::PREFETCH) {
+                self.read(cx, piece, &part, flags.without(ReadFlags::POPULATE)).await?;
+            }
+            rest = rest.skip(piece.len());
+        }
+        Ok(())
+    }
+
+    async fn write(&self, cx: Cx<'_>, span: Span, from: &IoVec, flags: WriteFlags) -> Result<()> {
+        let outer = self.blocks_around(cx, span);
+        let (head, tail) = (span.offset() - outer.offset(), outer.end() - span.end());
+        let all = match head + tail {
+            0 => from.clone(),
+            _ => self.with_padding(cx, outer, head, from, tail).await?,
+        };
+        self.reach(BlkEvent::Pwritev);
+        let written = self.pieces(cx, Op::Write { span: outer, from: &all, flags }, outer).await;
+        self.reach(BlkEvent::PwritevDone);
+        written
+    }
+
+    /// Data with what surrounds them in their blocks, of which `head` bytes lie before and `tail` behind.
+    async fn with_padding(
+        &self,
+        cx: Cx<'_>,
+        outer: Span,
+        head: u64,
+        from: &IoVec,
+        tail: u64,
+    ) -> Result<IoVec> {
+        use BlkEvent::{PwritevRmwAfterHead, PwritevRmwAfterTail, PwritevRmwHead, PwritevRmwTail};
+        let block = self.shape.block();
+        let mut all = IoVec::new();
+        if head > 0 {
+            let old = self.old(cx, outer.prefix(block), [PwritevRmwHead, PwritevRmwAfterHead]).await?;
+            old.slice(0, head as usize).segments().iter().for_each(|s| all.push(s.clone()));
+        }
+        from.segments().iter().for_each(|s| all.push(s.clone()));
+        if tail > 0 {
+            let start = (outer.end() - 1) / block * block;
+            let last = Span::from_range(start, outer.end());
+            let old = self.old(cx, last, [PwritevRmwTail, PwritevRmwAfterTail]).await?;
+            let kept = old.slice((last.len() - tail) as usize, tail as usize);
+            kept.segments().iter().for_each(|s| all.push(s.clone()));
+        }
+        Ok(all)
+    }
+
+    /// A private copy of what a block holds, with the events before and after reading it.
+    async fn old(&self, cx: Cx<'_>, block: Span, [before, after]: [BlkEvent; 2]) -> Result<IoVec> {
+        self.reach(before);
+        let old = Memory::zeroed(block.len() as usize).iovec();
+        self.pieces(cx, Op::Read { span: block, to: &old, flags: ReadFlags::NONE }, block).await?;
+        self.reach(after);
+        Ok(old)
+    }
+
+    /// Parts of blocks are written as data, whole ones as zeroes.
+    async fn write_zeroes(&self, cx: Cx<'_>, span: Span, flags: WriteFlags) -> Result<()> {
+        let whole = self.whole_blocks(cx, span);
+        let as_data = async |part: Span| {
+            let flags = flags.without(WriteFlags::MAY_UNMAP | WriteFlags::NO_FALLBACK);
+            self.write(cx, part, &Memory::zeroed(part.len() as usize).iovec(), flags).await
+        };
+        if whole.is_empty() {
+            return as_data(span).await;
+        }
+        if span.offset() < whole.offset() {
+            as_data(Span::from_range(span.offset(), whole.offset())).await?;
+        }
+        self.reach(BlkEvent::PwritevZero);
+        let written = self.pieces(cx, Op::WriteZeroes { span: whole, flags }, whole).await;
+        self.reach(BlkEvent::PwritevDone);
+        written?;
+        if whole.end() < span.end() {
+            as_data(Span::from_range(whole.end(), span.end())).await?;
+        }
+        Ok(())
+    }
+
+    /// The blocks that a span covers to their ends; none if it lies within one or two of them.
+    fn whole_blocks(&self, cx: Cx<'_>, span: Span) -> Span {
+        let block = self.shape.block();
+        let start = span.offset().next_multiple_of(block);
+        let end = if span.end() >= cx.node.size() { span.end() } else { span.end() / block * block };
+        Span::from_range(start, end.max(start))
+    }
+
+    /// Does what changes a span.
+    async fn change(&self, cx: Cx<'_>, op: Op<'_>) -> Result<()> {
+        self.written.store(true, Relaxed);
+        let (Op::Write { span, .. } | Op::WriteZeroes { span, .. } | Op::Discard { span, .. }) = op else {
+            return Ok(());
+        };
+        let _held = match self.shape.align {
+            0 | 1 => None,
+            _ => Some(self.ranges.lock(self.blocks_around(cx, span)).await),
+        };
+        match op {
+            Op::Write { span, from, flags } => self.write(cx, span, from, flags).await,
+            Op::WriteZeroes { span, flags } => self.write_zeroes(cx, span, flags).await,
+            // A part of a block can't be given back.
+            Op::Discard { .. } => self.pieces(cx, op, self.whole_blocks(cx, span)).await,
+            Op::Read { .. } | Op::Flush | Op::Resize { .. } => Ok(()),
+        }
+    }
+
+    /// The events that a request comes to by itself.
+    fn own_events(request: Request) -> &'static [BlkEvent] {
+        match request {
+            Request::Write(_) => &[BlkEvent::Pwritev, BlkEvent::PwritevDone],
+            Request::WriteZeroes(_) => &[BlkEvent::PwritevZero, BlkEvent::PwritevDone],
+            Request::Flush => &[BlkEvent::FlushToOs, BlkEvent::FlushToDisk],
+            Request::Read(_) | Request::Discard(_) | Request::Resize => &[],
+        }
     }
 }
 
@@ -339,41 +530,51 @@ impl Driver for BlkDebug {
     }
 
     fn access_rule(&self) -> AccessRule {
-        AccessRule::Filter
+        self.held.rule()
     }
 
     fn plan(&self, _: &Node, request: Request, span: Span) -> Plan {
-        let machine = self.machine();
         let Some(io) = IoType::of(request) else { return Plan::pass(request, span) };
-        if io == IoType::Flush {
-            let events = [BlkEvent::FlushToOs, BlkEvent::FlushToDisk];
-            let quiet = !events.iter().any(|e| self.rules.listens(*e));
-            return if quiet && !machine.hits(&self.rules, io, None) {
-                Plan::pass(request, span)
-            } else {
-                Plan::Slow
-            };
-        }
+        let machine = self.machine();
         let piece = match self.shape.max(request) {
             0 => span,
             max => span.prefix(max),
         };
-        if self.shape.aligned(span) && !machine.hits(&self.rules, io, Some(piece)) {
-            Plan::pass(request, piece)
-        } else {
+        let aligned = self.shape.align <= 1 || span.is_aligned(self.shape.align.into());
+        let slow = match request {
+            Request::Read(flags) => !aligned || self.watches_copies(flags, &machine),
+            Request::Write(_) | Request::WriteZeroes(_) | Request::Discard(_) => {
+                self.written.store(true, Relaxed);
+                // Somebody may be writing a part of these blocks.
+                self.shape.align > 1
+            }
+            Request::Flush | Request::Resize => false,
+        };
+        let at = if io == IoType::Flush { None } else { Some(piece) };
+        let heard = BlkDebug::own_events(request).iter().any(|e| self.rules.listens(*e));
+        if slow || heard || machine.hits(&self.rules, io, at) {
             Plan::Slow
+        } else {
+            Plan::pass(request, piece)
         }
     }
 
     fn run<'a>(&'a self, cx: Cx<'a>, op: Op<'a>) -> LocalFuture<'a, Result<()>> {
         match op {
-            Op::Read { span, .. }
-            | Op::Write { span, .. }
-            | Op::WriteZeroes { span, .. }
-            | Op::Discard { span, .. } => Box::pin(self.by_pieces(cx, op, span)),
+            Op::Read { span, to, flags } => Box::pin(async move {
+                let watched = self.watches_copies(flags, &self.machine());
+                if watched {
+                    self.read_copying(cx, span, to, flags).await
+                } else {
+                    self.read(cx, span, to, flags).await
+                }
+            }),
+            Op::Write { .. } | Op::WriteZeroes { .. } | Op::Discard { .. } => Box::pin(self.change(cx, op)),
             Op::Flush => Box::pin(async move {
                 self.reach(BlkEvent::FlushToOs);
-                self.reach(BlkEvent::FlushToDisk);
+                if self.written.swap(false, Relaxed) {
+                    self.reach(BlkEvent::FlushToDisk);
+                }
                 self.inject(IoType::Flush, None).await?;
                 cx.forward(IMAGE, op).await
             }),
@@ -389,7 +590,10 @@ impl Driver for BlkDebug {
     }
 
     fn event(&self, node: &Node, event: BlkEvent) -> Result<()> {
-        self.reach(event);
+        // "none" happened when the node was opened.
+        if event != BlkEvent::None {
+            self.reach(event);
+        }
         let child = &node.children[IMAGE].node;
         child.driver.event(child, event)
     }

@@ -226,6 +226,14 @@ impl Machine {
         self.find(rules, io, span).is_some()
     }
 
+    /// Whether a request of this kind would fail somewhere.
+    pub(super) fn may_hit(&self, rules: &Rules, io: IoType) -> bool {
+        self.active.iter().any(|i| {
+            let rule = &rules.inject[*i];
+            !self.spent[*i] && rule.io.map_or(io != IoType::BlockStatus, |wanted| wanted == io)
+        })
+    }
+
     /// Whether a request fails, and how; counts for `once`.
     pub(super) fn take(&mut self, rules: &Rules, io: IoType, span: Option<Span>) -> Option<Hit> {
         let i = self.find(rules, io, span)?;

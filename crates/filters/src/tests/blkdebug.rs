@@ -1,7 +1,8 @@
 use dolmen_sim::{Harness, Leaf, MemoryDisk, Sim, SimDisk};
-use dolmen_types::{Actions, OpKind, Options, Span, Value, WriteFlags};
+use dolmen_types::{Actions, Claim, OpKind, Options, Span, Value, WriteFlags};
 
-use super::{REGISTRY, cor, disk, overlay};
+use super::overlay::CLUSTER;
+use super::{REGISTRY, clusters, cor, disk, overlay};
 
 fn blkdebug(image: &str) -> Options {
     Options::new().with("driver", "blkdebug").with("image", image)
@@ -42,15 +43,17 @@ fn requests_fail_as_the_rules_say() {
     });
 }
 
-/// The event comes from above: the write of a copy fails, and with it the read.
+/// The event comes from above, through a filter: the write of a copy fails, and with it the read.
 #[test]
 fn events_come_from_the_node_above() {
     let (_, base) = disk("base", 2, 1);
     let (_, file) = disk("f", 2, 0);
     Sim::run(0, |rt| async move {
+        let pass = Options::new().with("driver", "blkdebug").with("image", "f").into_value();
         let debug = blkdebug("f")
+            .with("image", pass)
             .with("node-name", "debug")
-            .with("inject-error", rules(&[on("cor_write").with("once", true).with("iotype", "write")]));
+            .with("inject-error", rules(&[on("write_aio").with("once", true).with("iotype", "write")]));
         let backing = overlay("b", "base", None, &[0, 1]);
         let mut top = overlay("top", "debug", Some(backing), &[]);
         top.set("file", debug.into_value());
@@ -59,6 +62,60 @@ fn events_come_from_the_node_above() {
         user.read(0, 512).await.unwrap_err();
         assert_eq!(user.read(0, 512).await.unwrap(), vec![1; 512]);
     });
+}
+
+/// Between copy-on-read and the image: what fails is the write of the copy, and of the rest of what is read nothing.
+#[test]
+fn the_write_of_a_copy_fails_where_copies_would_pass() {
+    let read = |errors: Vec<Options>, at: u64, len: usize| {
+        let (_, base) = disk("base", 4, 1);
+        let (top, file) = disk("f", 4, 0);
+        let outcome = Sim::run(0, move |rt| async move {
+            let backing = overlay("b", "base", None, &[0, 1, 2, 3]);
+            let image = overlay("top", "f", Some(backing), &[1]);
+            let debug = blkdebug("").with("image", image.into_value()).with("inject-error", rules(&errors));
+            let h = Harness::open(&rt, REGISTRY, vec![base, file], cor(debug), Actions::D).await.unwrap();
+            h.user().read(at, len).await.map_err(|e| e.errno())
+        });
+        (outcome, clusters(&top))
+    };
+    let c = CLUSTER as usize;
+    let write = |sector: u64| vec![on("cor_write").with("once", true).with("sector", sector)];
+    let (sectors, mid) = (CLUSTER / 512, CLUSTER + 512);
+    // A byte in the first cluster: all of it is copied.
+    assert_eq!(read(write(sectors - 1), 0, 1), (Err(5), vec![0; 4]));
+    assert_eq!(read(vec![on("cor_write").with("iotype", "read")], 0, 1).0, Ok(vec![1]));
+    // What is there is not written again: the rule about it waits in vain.
+    let (data, on_disk) = read(write(sectors), mid, c);
+    assert_eq!(data.unwrap()[..c - 512], vec![0; c - 512]);
+    assert_eq!(on_disk, [0, 0, 1, 0]);
+    assert_eq!(read(write(2 * sectors), mid, c), (Err(5), vec![0; 4]));
+    // Rules that are active anyway meet the copy, too.
+    let any = |io: &str| vec![on("none").with("iotype", io).with("errno", 28)];
+    assert_eq!(read(any("write"), 0, 1).0, Err(28));
+    assert_eq!(read(any("read"), 0, 1).0, Err(28));
+    assert_eq!(read(any("discard"), 0, 1).0, Ok(vec![1]));
+}
+
+#[test]
+fn permissions_are_taken_and_kept_from_others() {
+    let attempt = |held: &'static str, words: &'static [&'static str], other: Actions| {
+        let (_, leaf) = disk("d", 1, 7);
+        Sim::run(0, move |rt| async move {
+            let words = Value::List(words.iter().map(|w| Value::from(*w)).collect());
+            let options = blkdebug("d").with("node-name", "debug").with(held, words);
+            let h = Harness::open(&rt, REGISTRY, vec![leaf], options, Actions::NONE).await.unwrap();
+            let edge = h.top().children[0].claim;
+            (edge.needs, Actions::DATA - edge.allows, edge.denied_by(Claim { needs: other, allows: !other }))
+        })
+    };
+    const D: Actions = Actions::D;
+    let (needs, denies, denied) = attempt("take-child-perms", &["write", "write", "resize"], Actions::V);
+    assert_eq!((needs, denies), (Actions::V | Actions::S, Actions::NONE));
+    assert_eq!(denied, Actions::V, "who does not allow writes is in its way");
+    let (needs, denies, _) = attempt("unshare-child-perms", &["consistent-read", "write-unchanged"], D);
+    assert_eq!((needs, denies), (Actions::NONE, D | Actions::M));
+    assert_eq!(attempt("take-child-perms", &[], D).0, Actions::NONE);
 }
 
 #[test]
@@ -101,7 +158,10 @@ fn wrong_options_are_refused() {
         (blkdebug("d").with("align", 1000), "Cannot meet constraints with align 1000"),
         (blkdebug("d").with("align", 4096).with("max-transfer", 2048), "with max-transfer 2048"),
         (blkdebug("d").with("opt-write-zero", 65536).with("max-write-zero", 1000), "max-write-zero 1000"),
-        (blkdebug("d").with("take-child-perms", rules(&[])), "does not know 'take-child-perms'"),
+        (
+            blkdebug("d").with("take-child-perms", Value::List(vec!["bogus".into()])),
+            "'take-child-perms' does not accept value 'bogus'",
+        ),
         (blkdebug("d").with("inject-error", rules(&[on("bogus")])), "invalid parameter value: bogus"),
         (blkdebug("d").with("config", "/x"), "Could not read blkdebug config file"),
         (blkdebug("d").with("bogus", true), "has no option 'bogus'"),

@@ -74,7 +74,7 @@ impl Overlay {
             cx.read_backing(backing)?.read(cluster, &bounce, ReadFlags::NONE).await?;
         }
         let file = cx.write(0)?;
-        file.event(BlkEvent::CorWrite)?;
+        file.event(BlkEvent::WriteAio)?;
         file.write(cluster, &bounce, WriteFlags::NONE).await?;
         self.allocated.lock().unwrap().insert(span.offset() / CLUSTER);
         Ok(())

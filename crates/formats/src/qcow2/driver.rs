@@ -395,10 +395,10 @@ impl fmt::Debug for Qcow2 {
     }
 }
 
-/// Whether somebody may listen to the events that a request comes to (`blkdebug` is a
-/// filter). A plan can't raise them, as it may be made without the request being sent.
+/// Whether somebody listens to the events that a request comes to. A plan can't raise them, as it may be made
+/// without the request being sent.
 fn hears_events(node: &Node) -> bool {
-    node.children[0].node.driver.kind().class == Class::Filter
+    node.children[0].node.hears_events()
 }
 
 impl Driver for Qcow2 {

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering::SeqCst;
 
 use dolmen_graph::{ChildEdge, NodeState, Prealloc, RangeGuard};
 use dolmen_rt::Rt;
-use dolmen_types::{Result, Span, WriteFlags};
+use dolmen_types::{BlkEvent, Result, Span, WriteFlags};
 
 use super::driver::Core;
 use super::image::{Env, File};
@@ -119,6 +119,9 @@ impl Core {
         self.flush_file(file).await?;
         *reached = Reached::A;
         if !r.reftable.is_empty() || r.header.is_some() {
+            if r.moves_reftable() {
+                file.read()?.event(BlkEvent::ReftableGrow)?;
+            }
             self.write_patches(file, &r.reftable).await?;
             self.flush_file(file).await?;
             if let Some(header) = &r.header {
@@ -154,6 +157,9 @@ impl Core {
     }
 
     async fn give_back(&self, env: Env<'_>, f: Freed) -> Result<()> {
+        let io = env.file.read()?;
+        io.event(BlkEvent::ClusterFree)?;
+        io.event(BlkEvent::RefblockAlloc)?;
         let mut at = 0;
         while at < f.count {
             let first = f.first.plus(at);

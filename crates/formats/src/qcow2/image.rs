@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use dolmen_graph::{ChildEdge, CreateCx, Cx, Io, Lease, NodeState, Read, Resize, Stamp, Write};
 use dolmen_rt::{IoVec, Rt};
-use dolmen_types::{ChildRole, ReadFlags, Result, Span};
+use dolmen_types::{BlkEvent, ChildRole, ReadFlags, Result, Span};
 
 use super::bitmap::{BitmapEntry, decode_directory};
 use super::header::{Header, V3_LENGTH, first_cluster_len};
@@ -181,6 +181,7 @@ pub(super) async fn load_l1(io: Io<'_, Read>, h: &Header) -> Result<Vec<u64>> {
 /// The refcount table.
 pub(super) async fn load_reftable(io: Io<'_, Read>, h: &Header) -> Result<Vec<u64>> {
     let entries = (u64::from(h.reftable_clusters) << h.cluster_bits) / 8;
+    io.event(BlkEvent::ReftableLoad)?;
     read_table(io, h.reftable.0, entries as usize).await
 }
 

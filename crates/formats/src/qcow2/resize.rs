@@ -119,6 +119,8 @@ impl Core {
         let entries = entries.max(old_entries + old_entries / 2).min(MAX_L1_BYTES / 8);
         let io = env.file.read()?;
         io.event(BlkEvent::L1GrowAllocTable)?;
+        io.event(BlkEvent::ClusterAlloc)?;
+        io.event(BlkEvent::RefblockAlloc)?;
         let clusters = geo.clusters_for(entries * 8);
         let a = self.with(env.file, |m| m.allocate_table(clusters)).await?;
         let claimed = Claimed { core: self, run: Some(a) };

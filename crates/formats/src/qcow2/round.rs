@@ -56,6 +56,11 @@ pub(super) struct Round {
 }
 
 impl Round {
+    /// Whether the refcount table gets another place.
+    pub(super) fn moves_reftable(&self) -> bool {
+        self.reftable_moved
+    }
+
     /// Whether there is nothing to write.
     pub(super) fn is_empty(&self) -> bool {
         self.unreachable.is_empty()
@@ -90,7 +95,10 @@ impl Meta {
             let mut event = BlkEvent::RefblockUpdatePart;
             if fresh {
                 ranges = vec![(0, slot.data.len())];
-                event = BlkEvent::RefblockAllocWrite;
+                event = match self.reftable_moved {
+                    true => BlkEvent::RefblockAllocWriteBlocks,
+                    false => BlkEvent::RefblockAllocWrite,
+                };
             }
             push_ranges(&mut r.unreachable, slot.host.0, &slot.data, &ranges, event);
             slot.writing = true;

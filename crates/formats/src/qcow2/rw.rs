@@ -133,7 +133,10 @@ impl Core {
     pub(super) async fn write_patches(&self, file: File<'_>, patches: &[Patch]) -> Result<()> {
         let io = file.write()?;
         for p in patches {
-            io.event(p.event)?;
+            // Some have no event of their own.
+            if p.event != BlkEvent::None {
+                io.event(p.event)?;
+            }
             self.reserve(file, p.at + p.bytes.len() as u64, Prealloc::Off).await?;
             io.write_bytes(p.at, &p.bytes, WriteFlags::NONE).await?;
         }
@@ -308,7 +311,6 @@ impl Core {
             if let Some(visible) = part.intersect(Span::new(0, self.size())) {
                 self.read_backing(env, visible, &slice(&copy, part, visible), ReadFlags::NONE).await?;
             }
-            env.file.read()?.event(BlkEvent::CorWrite)?;
             // Zero clusters stay zero clusters, one by one, so that a copied image is as sparse as its source.
             let mut at = part;
             while !at.is_empty() {
@@ -462,7 +464,9 @@ impl Core {
     }
 
     pub(super) async fn claim(&self, env: Env<'_>, want: u64) -> Result<Allocated> {
-        env.file.read()?.event(BlkEvent::ClusterAlloc)?;
+        let io = env.file.read()?;
+        io.event(BlkEvent::ClusterAlloc)?;
+        io.event(BlkEvent::RefblockAlloc)?;
         match self.with(env.file, |m| m.allocate(want)).await {
             Ok(a) => Ok(a),
             Err(e) => Err(self.note_damage(env, e).await),
@@ -499,10 +503,11 @@ impl Core {
         let mut first = piece;
         let mut all = from.clone();
         if padding > 0 && !zero {
-            io.event(BlkEvent::L2AllocCowRead)?;
+            io.event(BlkEvent::CowRead)?;
             all = self.guest_data(env, head).await?;
             from.segments().iter().for_each(|s| all.push(s.clone()));
             self.guest_data(env, tail).await?.segments().iter().for_each(|s| all.push(s.clone()));
+            io.event(BlkEvent::CowWrite)?;
             first = around;
         } else if padding > 0 && !fresh && padding <= MAX_PADDING {
             all = Memory::zeroed(head.len() as usize).iovec();
@@ -510,6 +515,7 @@ impl Core {
             all.push(Memory::zeroed(tail.len() as usize).share());
             first = around;
         } else if padding > 0 && !fresh {
+            io.event(BlkEvent::ClusterAllocSpace)?;
             for s in [head, tail].into_iter().filter(|s| !s.is_empty()) {
                 let at = host.0 + (s.offset() - around.offset());
                 io.write_zeroes(Span::new(at, s.len()), WriteFlags::NONE).await?;

@@ -5,7 +5,7 @@
 
 use dolmen_graph::Prealloc;
 use dolmen_rt::Memory;
-use dolmen_types::{Error, ErrorKind, Result, Span, WriteFlags};
+use dolmen_types::{BlkEvent, Error, ErrorKind, Result, Span, WriteFlags};
 
 use super::driver::Core;
 use super::entry::L2Entry;
@@ -131,6 +131,7 @@ impl Core {
                     }
                     self.reserve(env.file, host.0 + part.len(), Prealloc::Off).await?;
                     let io = env.file.write()?;
+                    io.event(BlkEvent::WriteAio)?;
                     let keep = flags.without(WriteFlags::FUA | WriteFlags::UNCHANGED);
                     io.write_zeroes(Span::new(host.0, part.len()), keep).await?;
                 }
