@@ -130,12 +130,10 @@ fn a_failing_copy_fails_the_read() {
         let rule = Options::new().with("event", "cor_write").with("once", true).with("errno", 28);
         let debug = Options::new()
             .with("driver", "blkdebug")
-            .with("image", "disk")
+            .with("image", qcow2("top", "disk", "base".into()).into_value())
             .with("inject-error", Value::List(vec![rule.with("iotype", "write").into_value()]));
-        let mut top = qcow2("top", "disk", "base".into());
-        top.set("file", debug.into_value());
         let leaves = vec![Leaf::new("disk", image(&rt, M).await), Leaf::read_only("base", filled(M, 1))];
-        let stack = over("copy-on-read", top);
+        let stack = over("copy-on-read", debug);
         let h = Harness::open(&rt, REGISTRY, leaves, stack, Actions::D).await.unwrap();
         let user = h.user();
         assert_eq!(user.read(0, 512).await.unwrap_err().errno(), 28);

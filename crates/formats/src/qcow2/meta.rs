@@ -148,6 +148,8 @@ pub(super) struct Meta {
     pub unpacked: Option<(u64, Arc<Vec<u8>>)>,
     /// The disk has an older header, or that is not known: the next round writes it before any mapping.
     pub header_dirty: bool,
+    /// The next header names another L1 table.
+    pub l1_moved: bool,
     /// A round or a write of the header is under way.
     pub busy: bool,
     /// Rounds begun so far.
@@ -188,6 +190,7 @@ impl Meta {
             broken: None,
             unpacked: None,
             header_dirty: false,
+            l1_moved: false,
             busy: false,
             rounds_begun: 0,
             rounds_ended: 0,

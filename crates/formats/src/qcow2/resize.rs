@@ -142,6 +142,7 @@ impl Core {
             m.header.l1_table = host;
             m.header.l1_entries = u32::try_from(entries).expect("below the limit");
             m.header_dirty = true;
+            m.l1_moved = true;
             m.l1.resize(entries as usize, 0);
             m.l1_dirty = Dirty::new(entries as usize * 8);
             m.l2.grow_keys(entries as usize);

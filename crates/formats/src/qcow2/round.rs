@@ -127,10 +127,10 @@ impl Meta {
         push_entries(&mut r.reftable, self.header.reftable.0, &self.reftable, &r.reftable_ranges, event);
         r.reftable_moved = std::mem::take(&mut self.reftable_moved);
         if std::mem::take(&mut self.header_dirty) || r.reftable_moved {
-            let event = if r.reftable_moved {
-                BlkEvent::RefblockAllocSwitchTable
-            } else {
-                BlkEvent::L1GrowActivateTable
+            let event = match (r.reftable_moved, std::mem::take(&mut self.l1_moved)) {
+                (true, _) => BlkEvent::RefblockAllocSwitchTable,
+                (false, true) => BlkEvent::L1GrowActivateTable,
+                (false, false) => BlkEvent::None,
             };
             r.header = Some(self.header_patch(event));
         }

@@ -125,9 +125,7 @@ impl Core {
     }
 
     pub(super) async fn flush_file(&self, file: File<'_>) -> Result<()> {
-        let io = file.read()?;
-        io.event(BlkEvent::FlushToDisk)?;
-        io.flush().await
+        file.read()?.flush().await
     }
 
     pub(super) async fn write_patches(&self, file: File<'_>, patches: &[Patch]) -> Result<()> {
