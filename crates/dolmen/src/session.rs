@@ -99,6 +99,19 @@ impl Session {
     /// # Errors
     /// What parsing, opening or the access control says. The session is as before.
     pub async fn open(&mut self, options: Options, claim: Claim) -> Result<Image> {
+        self.open_image(options, claim, false).await
+    }
+
+    /// The same with an implicit copy-on-read node on the image: what is read from backing files is
+    /// copied into it. The image must be writable.
+    ///
+    /// # Errors
+    /// As [`Session::open`].
+    pub async fn open_copying(&mut self, options: Options, claim: Claim) -> Result<Image> {
+        self.open_image(options, claim, true).await
+    }
+
+    async fn open_image(&mut self, options: Options, claim: Claim, copying: bool) -> Result<Image> {
         let mut draft = self.owner.draft();
         let opener = NodeOpener {
             registry: self.registry,
@@ -117,6 +130,11 @@ impl Session {
             ends_with: Some("close the image".into()),
             instead_of_writing: writes.then(|| "open the image read-only".into()),
         })?;
+        if copying {
+            let filter = Options::new().with("driver", "copy-on-read").with("file", node.as_str());
+            let filter = opener.open_interposed(&mut draft, filter, &op).await?;
+            draft.interpose_opened(&filter, "file", &node)?;
+        }
         draft.add_user(&op, &node, claim)?;
         self.owner.commit(draft).await?;
         self.opened += 1;
@@ -163,7 +181,10 @@ impl Session {
     pub async fn close_image(&mut self, image: Image) -> Result<()> {
         let mut draft = self.owner.draft();
         draft.remove_op(&image.op);
-        draft.remove_node(&image.node)?;
+        // With a filter of its own, the node has gone together with that.
+        if draft.has_node(&image.node) {
+            draft.remove_node(&image.node)?;
+        }
         drop(image.edge);
         self.owner.commit(draft).await?;
         self.check_closed()

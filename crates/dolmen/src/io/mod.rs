@@ -253,11 +253,11 @@ impl Shell {
             let f = Failure::from(e);
             Failure { message: format!("{what}: {}", f.message), ..f }
         };
-        if how.copy_on_read && how.read_only {
-            return Err(Failure::new(format!("{what}: Can't use copy-on-read on read-only device")));
-        }
         let read_only =
             how.read_only || how.options.clone().take_bool("read-only").map_err(fail)?.unwrap_or(false);
+        if how.copy_on_read && read_only {
+            return Err(Failure::new(format!("{what}: Can't use copy-on-read on read-only device")));
+        }
         if how.force_share && !read_only {
             return Err(Failure {
                 hint: Some("To get on: add -r".into()),
@@ -303,14 +303,13 @@ impl Shell {
         }
         let read_only =
             how.read_only || options.clone().take_bool("read-only").map_err(fail)?.unwrap_or(false);
-        if how.copy_on_read {
-            options = Options::new()
-                .with("driver", "copy-on-read")
-                .with("discard", discard)
-                .with("file", options.into_value());
-        }
         let claim = if read_only { READ } else { RESIZE };
-        let image = self.session.open(options, claim).await.map_err(fail)?;
+        let image = if how.copy_on_read {
+            self.session.open_copying(options, claim).await
+        } else {
+            self.session.open(options, claim).await
+        };
+        let image = image.map_err(fail)?;
         // Without a cache mode each write is durable when it is acknowledged.
         let writethrough = how.cache.is_none_or(|c| c.writethrough);
         self.image = Some(Open {

@@ -216,6 +216,12 @@ fn copy_on_read() {
         &["read -P 0x61 64k 4k", "discard 64k 64k", "map", "read -P 0 64k 4k"],
         "b.qcow2",
     );
+    for refused in [
+        &["-C", "-r", "-c", "read 0 4k", "b.qcow2"][..],
+        &["-C", "--image-opts", "driver=qcow2,file.filename=b.qcow2,read-only=on", "-c", "read 0 4k"],
+    ] {
+        b.same("qemu-io", refused, without_times);
+    }
     b.ok("ours/qemu-io", &["-C", "-c", "read -P 0x61 4k 4k", "b.qcow2"]);
     b.ok("qemu-img", &["check", "b.qcow2"]);
     b.ok("qemu-img", &["rebase", "-u", "-b", "", "b.qcow2"]);
