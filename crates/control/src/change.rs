@@ -33,6 +33,15 @@ pub enum Change {
         /// The offset in bytes; 0 for none.
         threshold: u64,
     },
+    /// Gives nodes other options and children, in one step.
+    BlockdevReopen(Vec<Options>),
+    /// Hands images to another process, or takes them over.
+    BlockdevSetActive {
+        /// The node; all if none is named.
+        node: Option<String>,
+        /// Takes part from now on.
+        active: bool,
+    },
     /// Starts the NBD server.
     NbdServerStart(NbdServerStart),
     /// Removes its exports and stops it.
@@ -81,6 +90,8 @@ pub struct ExportAdd {
     pub writable: bool,
     /// Whether every write is durable before its reply.
     pub writethrough: bool,
+    /// Whether the node may be inactive while it is exported.
+    pub allow_inactive: bool,
     /// The name that clients ask for; the node's name if not given.
     pub name: Option<String>,
     /// For people; may be empty.
@@ -100,6 +111,11 @@ impl Change {
             "block-set-write-threshold" => Change::SetWriteThreshold {
                 node: o.require_str("node-name")?,
                 threshold: o.take_size("write-threshold")?.unwrap_or(0),
+            },
+            "blockdev-reopen" => Change::BlockdevReopen(list(&mut o, "options")?),
+            "blockdev-set-active" => Change::BlockdevSetActive {
+                node: o.take_str("node-name")?,
+                active: o.take_bool("active")?.unwrap_or(true),
             },
             "nbd-server-start" => Change::NbdServerStart(NbdServerStart::from_options(o)?),
             "nbd-server-stop" => Change::NbdServerStop,
@@ -149,11 +165,20 @@ impl ExportAdd {
             node: o.require_str("node-name")?,
             writable: o.take_bool("writable")?.unwrap_or(false),
             writethrough: o.take_bool("writethrough")?.unwrap_or(false),
+            allow_inactive: o.take_bool("allow-inactive")?.unwrap_or(false),
             name: o.take_str("name")?,
             description: o.take_str("description")?.unwrap_or_default(),
         };
         o.finish("block-export-add")?;
         Ok(out)
+    }
+}
+
+/// A checked array of node definitions.
+fn list(o: &mut Options, name: &str) -> Result<Vec<Options>> {
+    match o.take(name) {
+        Some(Value::List(items)) => items.into_iter().map(Options::from_value).collect(),
+        _ => Err(Error::new(ErrorKind::InvalidInput, format!("Parameter '{name}' is missing"))),
     }
 }
 

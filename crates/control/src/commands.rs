@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use dolmen_exports::{NbdExport, NbdServer, NbdServerConfig};
-use dolmen_graph::{NodeOpener, OpInfo};
+use dolmen_graph::OpInfo;
 use dolmen_qmp::QmpError;
 use dolmen_rt::Addr;
 use dolmen_types::{Actions, Claim, Error, ErrorKind, OpId, Options};
@@ -21,12 +21,7 @@ pub(crate) async fn blockdev_add(task: &mut Task, options: Options) -> Done {
     }
     let mut draft = task.owner.draft();
     let rt = task.shared.rt.clone();
-    let opener = NodeOpener {
-        registry: task.config.registry,
-        policy: task.config.policy,
-        names: crate::image_name,
-        rt: &rt,
-    };
+    let opener = task.opener(&rt);
     // A server may not answer. Dropping the draft on the way out closes what was opened.
     let open = async { Ok(opener.open(&mut draft, options, true).await?) };
     task.shared.unless_quitting(open).await?;
@@ -138,6 +133,12 @@ pub(crate) async fn export_add(task: &mut Task, add: ExportAdd) -> Done {
     })?;
     let needs = if add.writable { Actions::D | Actions::V } else { Actions::D };
     draft.add_user(&id, &add.node, Claim { needs, allows: Actions::EVERY - Actions::S })?;
+    if add.allow_inactive {
+        draft.allow_inactive(&id);
+    } else if !draft.is_active(&add.node) {
+        // Who exports a node wants to use it.
+        draft.set_active(Some(&add.node), true)?;
+    }
     // Refusals are worded for a newcomer; from here on it has a start time.
     draft.solve()?;
     draft.mark_started(&id);

@@ -15,7 +15,8 @@ use std::time::Duration;
 
 use dolmen_graph::{Draft, NodeOpener};
 use dolmen_jobs::{
-    Backup, Emit, Job, JobEvent, JobOptions, JobTable, Kind, Status, Stream, Work, launch, prepare,
+    Backup, Create, Emit, Job, JobEvent, JobOptions, JobTable, Kind, Prefetch, Status, Stream, Work, launch,
+    prepare,
 };
 use dolmen_qmp::model::{self, BlockJobInfo, JobInfo};
 use dolmen_qmp::{ErrorClass, QmpError, Request};
@@ -44,6 +45,8 @@ type Read = fn(&mut Options) -> Result<Box<dyn Work>>;
 const STARTS: &[(&str, Read)] = &[
     ("block-stream", |o| Ok(Box::new(Stream::from_options(o)?))),
     ("blockdev-backup", |o| Ok(Box::new(Backup::from_options(o)?))),
+    ("blockdev-create", |o| Ok(Box::new(Create::from_options(o)?))),
+    ("blockdev-prefetch", |o| Ok(Box::new(Prefetch::from_options(o)?))),
 ];
 
 impl JobStart {
@@ -60,9 +63,13 @@ impl JobStart {
                 .remedy("use a letter first, then letters, digits, '-', '.' or '_'")
         })?;
         let mut options = JobOptions::new(id);
+        if work.kind() == Kind::Create {
+            // Whoever asks wants to know how it ended.
+            options.auto_dismiss = false;
+        }
         options.speed = o.take_size("speed")?.unwrap_or(0);
         options.auto_finalize = o.take_bool("auto-finalize")?.unwrap_or(true);
-        options.auto_dismiss = o.take_bool("auto-dismiss")?.unwrap_or(true);
+        options.auto_dismiss = o.take_bool("auto-dismiss")?.unwrap_or(options.auto_dismiss);
         o.finish(command)?;
         Ok(Some(JobStart { work, options }))
     }
@@ -80,6 +87,16 @@ pub(crate) async fn start_in_draft(
     task: &Task,
     draft: &mut Draft,
     start: JobStart,
+) -> Result<Started, QmpError> {
+    begin(task, draft, start, &mut None).await
+}
+
+/// The same; when it is the job itself that is refused, `refusal` says why.
+async fn begin(
+    task: &Task,
+    draft: &mut Draft,
+    start: JobStart,
+    refusal: &mut Option<Error>,
 ) -> Result<Started, QmpError> {
     let id = &start.options.id;
     if task.shared.jobs.contains(id) {
@@ -104,8 +121,14 @@ pub(crate) async fn start_in_draft(
         rt,
     };
     // Opening a node may wait for somebody who never answers.
-    let begin = async { Ok(prepare(&job, draft, &opener).await?) };
-    task.shared.unless_quitting(begin).await?;
+    let prepared = async {
+        prepare(&job, draft, &opener).await.map_err(|e| {
+            let shown = QmpError::from(&e);
+            *refusal = Some(e);
+            shown
+        })
+    };
+    task.shared.unless_quitting(prepared).await?;
     Ok(Started { job })
 }
 
@@ -121,8 +144,21 @@ impl Started {
 
 /// Starts a job by itself.
 pub(crate) async fn start(task: &mut Task, start: JobStart) -> Result<(), QmpError> {
+    let (kind, options) = (start.work.kind(), start.options.clone());
     let mut draft = task.owner.draft();
-    let started = start_in_draft(task, &mut draft, start).await?;
+    let mut refusal = None;
+    let started = match begin(task, &mut draft, start, &mut refusal).await {
+        Ok(started) => started,
+        Err(e) => match refusal {
+            // Established clients wait for the job to fail when its file can't be used.
+            Some(e) if kind == Kind::Create && e.kind() != ErrorKind::Unsupported => {
+                draft = task.owner.draft();
+                let work = Box::new(Create::failing(e));
+                start_in_draft(task, &mut draft, JobStart { work, options }).await?
+            }
+            _ => return Err(e),
+        },
+    };
     task.owner.commit(draft).await?;
     Started::after_commit(vec![started], task);
     Ok(())

@@ -25,6 +25,7 @@ mod jobs;
 mod monitor;
 mod names;
 mod query;
+mod reopen;
 mod socket;
 mod stats;
 mod task;

@@ -35,7 +35,7 @@ pub(crate) fn block_node(node: &Arc<Node>, flat: bool) -> BlockDeviceInfo {
         drv: node.driver.kind().name.to_owned(),
         backing_file: node.backing().map(node_filename),
         backing_file_depth: depth,
-        active: true,
+        active: !node.flags.inactive,
         encrypted: image.encrypted.unwrap_or(false),
         detect_zeroes: detect_zeroes(&node.options),
         throttling: NoThrottling::default(),

@@ -15,7 +15,7 @@ use serde_json::{Value as Json, json};
 
 use crate::export::{Export, stop_server};
 use crate::handle::{Config, Job, Published, Shared};
-use crate::{Change, commands, jobs};
+use crate::{Change, commands, jobs, reopen};
 
 /// How long the last replies may take to leave, once everything is closed. A client
 /// that does not read must not keep the program alive.
@@ -147,6 +147,10 @@ impl Task {
             Change::SetWriteThreshold { node, threshold } => {
                 commands::set_write_threshold(self, &node, threshold)
             }
+            Change::BlockdevReopen(list) => reopen::blockdev_reopen(self, list).await,
+            Change::BlockdevSetActive { node, active } => {
+                reopen::blockdev_set_active(self, node.as_deref(), active).await
+            }
             Change::NbdServerStart(start) => commands::nbd_server_start(self, start).await,
             Change::ExportAdd(add) => commands::export_add(self, add).await,
             // These answer when the clients are gone.
@@ -165,6 +169,16 @@ impl Task {
         };
         self.publish();
         answer(&reply, result.map(|()| json!({})));
+    }
+
+    /// What opens nodes as this program is configured.
+    pub(crate) fn opener<'a>(&self, rt: &'a dolmen_rt::Rt) -> dolmen_graph::NodeOpener<'a> {
+        dolmen_graph::NodeOpener {
+            registry: self.config.registry,
+            policy: self.config.policy,
+            names: crate::image_name,
+            rt,
+        }
     }
 
     /// Ends the operations of exports whose clients are gone.

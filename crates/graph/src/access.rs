@@ -10,8 +10,6 @@ pub struct NodeFacts {
     pub writable: bool,
     /// Somebody is attached above.
     pub has_parents: bool,
-    /// The node takes part (an inactive node has handed its image to another process).
-    pub active: bool,
 }
 
 /// The edge rule of a driver. Data, not code: the solver is pure.
@@ -64,7 +62,8 @@ impl AccessRule {
     /// What the node needs and allows on a child in this role, when its parents
     /// together need `parents.needs` and allow `parents.allows`.
     ///
-    /// Edges speak of D, V, M and S only.
+    /// Edges speak of D, V, M and S only. An inactive node holds nothing on its children,
+    /// whatever its rule.
     pub fn child_claim(self, role: ChildRole, parents: Claim, facts: NodeFacts) -> Claim {
         use Actions as A;
         let Claim { needs, allows } = parents;
@@ -74,12 +73,10 @@ impl AccessRule {
             (_, ChildRole::Target) => Claim { needs: A::V, allows: A::DATA - A::S },
             (AccessRule::Leaf | AccessRule::Filter | AccessRule::Transparent, _) => through,
             (AccessRule::Slice, _) => Claim { needs, allows: allows - A::S },
-            (AccessRule::CopyOnRead, _) => {
-                Claim { needs: if facts.active { needs | A::M } else { needs - A::M }, allows: allows | A::M }
-            }
+            (AccessRule::CopyOnRead, _) => Claim { needs: needs | A::M, allows: allows | A::M },
             (AccessRule::Format, ChildRole::Backing) => Claim {
                 needs: needs & A::D,
-                allows: if !facts.active || allows.contains(A::V) { A::DATA } else { A::D | A::M },
+                allows: if allows.contains(A::V) { A::DATA } else { A::D | A::M },
             },
             (AccessRule::Format, ChildRole::Data) => {
                 let mut n = needs;

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use dolmen_rt::{Instant, Rt};
-use dolmen_types::{ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Result, Value};
+use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Result, Value};
 
 use crate::notice::{NoticeSink, Notices};
 use crate::solver::solve_unchecked;
@@ -103,6 +103,12 @@ pub(crate) struct DraftNode {
     pub(crate) forced_read_only: bool,
     /// Its options have changed: the driver has to be opened again.
     pub(crate) reopening: bool,
+    /// It holds another image from now on, so nothing of the old driver goes on.
+    pub(crate) other_image: bool,
+    /// What it was told about its parents was said to a driver with other options.
+    pub(crate) retell: bool,
+    /// Options that follow the parent that it is defined in.
+    pub(crate) inherits: Vec<&'static str>,
     pub(crate) children: Vec<DraftChild>,
     pub(crate) state: Arc<NodeState>,
 }
@@ -137,6 +143,8 @@ pub(crate) struct DraftUser {
     pub(crate) claim: Claim,
     /// Attached beneath whatever is interposed on the node, on purpose.
     pub(crate) below_filters: bool,
+    /// It stays attached while the node is inactive, and can do nothing meanwhile.
+    pub(crate) may_be_inactive: bool,
     /// `None` until it has been published.
     pub(crate) edge: Option<Arc<UserEdge>>,
 }
@@ -198,9 +206,9 @@ impl State {
                 .nodes
                 .iter()
                 .map(|n| TopoNode {
-                    rule: n.driver.as_ref().map_or(n.def.rule, |d| d.access_rule()),
+                    rule: n.driver.as_ref().filter(|_| !n.reopening).map_or(n.def.rule, |d| d.access_rule()),
                     writable: !n.def.flags.read_only && !n.forced_read_only,
-                    active: true,
+                    active: !n.def.flags.inactive,
                     aligned: n.is_aligned(),
                     owner: n.def.owner.as_ref().map(op),
                     children: n.children.iter().map(|c| (c.role, numbers[&c.node])).collect(),
@@ -209,7 +217,11 @@ impl State {
             users: self
                 .users
                 .iter()
-                .map(|u| TopoUser { op: op(&u.op), node: numbers[&u.node], claim: u.claim })
+                .map(|u| {
+                    let node = numbers[&u.node];
+                    let idle = u.may_be_inactive && self.nodes[node].def.flags.inactive;
+                    TopoUser { op: op(&u.op), node, claim: if idle { Claim::IDLE } else { u.claim } }
+                })
                 .collect(),
             claims,
         }
@@ -395,8 +407,26 @@ impl Draft {
 
     fn attach(&mut self, op: &OpId, node: NodeName, claim: Claim, below_filters: bool) -> Result<()> {
         self.known(op)?;
-        self.state.users.push(DraftUser { op: op.clone(), node, claim, below_filters, edge: None });
+        self.state.users.push(DraftUser {
+            op: op.clone(),
+            node,
+            claim,
+            below_filters,
+            may_be_inactive: false,
+            edge: None,
+        });
         Ok(())
+    }
+
+    /// Lets the edges of an operation stay on nodes that are inactive; it can do nothing with
+    /// them until they are active. All other users keep a node from being inactive.
+    pub fn allow_inactive(&mut self, op: &OpId) {
+        self.state.users.iter_mut().filter(|u| u.op == *op).for_each(|u| u.may_be_inactive = true);
+    }
+
+    pub(crate) fn set_inherited(&mut self, node: &NodeName, options: Vec<&'static str>) {
+        let i = self.state.index(node);
+        self.state.nodes[i].inherits = options;
     }
 
     /// Adds a claim; it lands on the named node itself.
@@ -433,6 +463,9 @@ impl Draft {
             driver: None,
             forced_read_only: false,
             reopening: false,
+            other_image: false,
+            retell: false,
+            inherits: Vec::new(),
             children: Vec::new(),
             state: Arc::new(NodeState::of(sink)),
         });
@@ -659,7 +692,6 @@ impl Draft {
     /// # Errors
     /// `NotFound` when `bottom` is not below the node.
     pub fn rely_down_to(&mut self, node: &NodeName, bottom: &NodeName) -> Result<()> {
-        use dolmen_types::Actions;
         let op = driver_op(node);
         self.add_op(OpInfo {
             id: op.clone(),
@@ -789,6 +821,16 @@ impl Draft {
             .collect())
     }
 
+    /// The same for opening the node. An inactive one holds nothing on its children, but its
+    /// driver may look at the image while it is opened.
+    pub(crate) fn edges_for_opening(&self, name: &NodeName) -> Result<Vec<ChildEdge>> {
+        let mut edges = self.edges_of(name)?;
+        if self.state.nodes[self.state.index(name)].def.flags.inactive {
+            edges.iter_mut().for_each(|e| e.claim.needs |= Actions::D);
+        }
+        Ok(edges)
+    }
+
     /// The node as it is in the candidate, to look at its size and limits.
     ///
     /// # Errors
@@ -852,13 +894,15 @@ impl Draft {
             let name = self.state.nodes[i].def.name.clone();
             let total = grants.total[i];
             let Some(node) = built.get(&name) else { continue };
-            if self.state.told.get(&name).copied().unwrap_or(Claim::IDLE) == total {
+            let retell = self.state.nodes[i].retell;
+            if !retell && self.state.told.get(&name).copied().unwrap_or(Claim::IDLE) == total {
                 continue;
             }
             let change = NodeChange::Access { needs: total.needs, allows: total.allows };
             let prepared = node.driver.prepare(Cx { node, rt }, &change).await?;
             self.prepared.push(prepared);
             self.state.told.insert(name, total);
+            self.state.nodes[i].retell = false;
         }
         Ok(grants)
     }

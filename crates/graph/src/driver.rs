@@ -359,8 +359,9 @@ pub trait Driver: fmt::Debug + std::any::Any + Send + Sync + 'static {
         cx: Cx<'a>,
         change: &'a NodeChange,
     ) -> LocalFuture<'a, Result<Box<dyn Prepared>>>;
-    /// Writes out what is in memory, on a clean end. Called once, with no request in
-    /// flight; the node is gone afterwards even if it fails.
+    /// Writes out what is in memory, on a clean end, with no request in flight. The node is
+    /// gone afterwards even if it fails; but a format is also closed when its node is about to
+    /// be reopened, and goes on as before if that comes to nothing.
     fn close<'a>(&'a self, cx: Cx<'a>) -> LocalFuture<'a, Result<()>>;
     /// Makes the image name another backing file, or none, without touching any data. The
     /// data in memory are written out first; durable when it returns. The node's links

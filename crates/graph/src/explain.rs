@@ -22,8 +22,21 @@ pub(crate) fn explain(state: &State, known: &BTreeSet<OpId>, refusal: Refusal, n
             Error::new(ErrorKind::InvalidInput, format!("node '{}' would be its own child", name(node)))
         }
         Refusal::ReadOnly { node, asks } => {
-            let (party, _) = scene.party(asks, Side::Asks, Actions::V | Actions::M);
+            let (party, op) = scene.party(asks, Side::Asks, Actions::V | Actions::M);
             let forced = state.nodes[node].forced_read_only;
+            if state.nodes[node].reopening && !forced {
+                let e = Error::new(
+                    ErrorKind::ReadOnly,
+                    format!(
+                        "Read-only block node '{}' cannot support read-write users: {party} needs to write it",
+                        name(node)
+                    ),
+                );
+                return match op.filter(|o| scene.since(o).is_some()).and_then(|o| o.ends_with.clone()) {
+                    Some(remedy) => e.remedy(remedy),
+                    None => e.remedy("leave it writable, or make what needs that read-only, too"),
+                };
+            }
             let e = Error::new(
                 ErrorKind::ReadOnly,
                 format!(
@@ -35,6 +48,30 @@ pub(crate) fn explain(state: &State, known: &BTreeSet<OpId>, refusal: Refusal, n
                 e.remedy("the file could only be opened for reading: check its permissions")
             } else {
                 e.remedy("open the node with read-only=off, or use it read-only")
+            }
+        }
+        Refusal::Inactive { node, asks } => {
+            let (party, op) = scene.party(asks, Side::Asks, Actions::DATA);
+            let inactive = name(node);
+            match asks {
+                EdgeRef::Child { parent, child } => {
+                    let (above, role) = (name(parent), state.nodes[parent].children[child].name);
+                    Error::new(
+                        ErrorKind::Busy,
+                        format!("Inactive '{inactive}' can't be a {role} child of active '{above}'"),
+                    )
+                    .remedy(format!("activate '{inactive}', or make '{above}' inactive, too"))
+                }
+                EdgeRef::User(_) | EdgeRef::Claim(_) => {
+                    let e = Error::new(
+                        ErrorKind::Busy,
+                        format!("node '{inactive}' can't be inactive while {party} uses it"),
+                    );
+                    match op.filter(|o| scene.since(o).is_some()).and_then(|o| o.ends_with.clone()) {
+                        Some(remedy) => e.remedy(remedy),
+                        None => e.remedy(format!("activate '{inactive}' first (blockdev-set-active)")),
+                    }
+                }
             }
         }
         Refusal::Unaligned { node, asks } => {

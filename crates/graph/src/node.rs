@@ -22,6 +22,9 @@ pub struct NodeFlags {
     pub force_share: bool,
     /// `discard=unmap`: discards are passed on.
     pub unmap: bool,
+    /// `active=off`: the image has been handed to another process, or has not been taken
+    /// over from it yet. The node holds no locks and serves no requests.
+    pub inactive: bool,
 }
 
 /// What a node keeps while snapshots come and go.

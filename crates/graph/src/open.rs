@@ -122,7 +122,7 @@ impl Opener<'_> {
             None => self.probe(draft, &mut options, inherited).await?,
         };
         let kind = self.registry.find(&driver)?;
-        inherit(&mut options, inherited);
+        let inherits = inherit(&mut options, inherited);
         let described = options.clone().with("driver", driver.as_str()).into_value();
         let common = Common::take(&mut options)?;
         let parsed = (kind.parse)(&mut options, &common)?;
@@ -140,6 +140,7 @@ impl Opener<'_> {
             monitor,
             options: described,
         })?;
+        draft.set_inherited(&name, inherits);
 
         let mut from_image = false;
         for child in parsed.children {
@@ -155,7 +156,7 @@ impl Opener<'_> {
             }
         }
         draft.prepare(self.rt).await?;
-        let edges = draft.edges_of(&name)?;
+        let edges = draft.edges_for_opening(&name)?;
         let cx = OpenCx { name: &name, children: &edges, common: &common, replaces: None, rt: self.rt };
         let opened = parsed.open.open(cx).await?;
         let forced = common.auto_read_only && !common.flags.read_only && {
@@ -347,29 +348,43 @@ pub(crate) fn below(common: &Common, parent: AccessRule, role: ChildRole, depth:
             } else {
                 true
             },
+            // Each node says so for itself.
+            inactive: false,
         },
         auto_read_only: common.auto_read_only,
         depth: if backing { depth + 1 } else { depth },
     }
 }
 
-/// Fills in what was not given.
-fn inherit(options: &mut Options, i: Inherited) {
-    if !options.has("read-only") && i.flags.read_only {
+/// What a node takes over from the parent that it is defined in, where nothing was given.
+const INHERITED: [&[&str]; 5] = [
+    &["read-only"],
+    &["auto-read-only"],
+    &["force-share"],
+    &["discard"],
+    &["cache", "cache.direct", "cache.no-flush"],
+];
+
+/// Fills in what was not given. Returns the names of options that were not.
+pub(crate) fn inherit(options: &mut Options, i: Inherited) -> Vec<&'static str> {
+    let missing = |group: &&&[&str]| !group.iter().any(|name| options.has(name));
+    let free: Vec<&str> = INHERITED.iter().filter(missing).flat_map(|group| group.iter().copied()).collect();
+    let is_free = |name: &str| free.contains(&name);
+    if is_free("read-only") && i.flags.read_only {
         options.set("read-only", true);
     }
-    if !options.has("auto-read-only") && i.auto_read_only {
+    if is_free("auto-read-only") && i.auto_read_only {
         options.set("auto-read-only", true);
     }
     let read_only = matches!(options.get("read-only"), Some(Value::Bool(true)))
         || matches!(options.get("read-only"), Some(Value::Str(s)) if s == "on" || s == "true");
-    if !options.has("force-share") && i.flags.force_share && read_only {
+    if is_free("force-share") && i.flags.force_share && read_only {
         options.set("force-share", true);
     }
-    if !options.has("discard") && i.flags.unmap {
+    if is_free("discard") && i.flags.unmap {
         options.set("discard", "unmap");
     }
-    if !options.has("cache") && !options.has("cache.direct") && !options.has("cache.no-flush") {
+    if is_free("cache") {
         if i.flags.direct {
             options.set("cache.direct", true);
         }
@@ -377,6 +392,7 @@ fn inherit(options: &mut Options, i: Inherited) {
             options.set("cache.no-flush", true);
         }
     }
+    free
 }
 
 /// Whether a name is of the form `protocol:rest` rather than a path.

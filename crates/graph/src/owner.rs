@@ -16,7 +16,7 @@ use dolmen_rt::Rt;
 use dolmen_types::{Error, ErrorKind, NodeName, OpId, Result, ResultExt};
 
 use crate::draft::State;
-use crate::{Cx, Draft, Graph, Node, Notices, OpClaim, OpInfo, UserEdge};
+use crate::{Class, Cx, Draft, Graph, Node, Notices, OpClaim, OpInfo, UserEdge};
 
 /// How long a drain may take before the command that asked for it fails.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
@@ -213,11 +213,21 @@ impl GraphOwner {
                             .zip(&new.children)
                             .any(|(a, b)| !Arc::ptr_eq(&a.node.state, &b.node.state)));
                 let reopened = !Arc::ptr_eq(&old.driver, &new.driver);
-                if (relinked || reopened) && !old.flags.read_only {
+                if (relinked || reopened) && !old.flags.read_only && !old.flags.inactive {
                     flushing.replace(Some(old.name.clone()));
                     crate::io::submit(old, &self.rt, crate::Op::Flush)
                         .await
                         .context(|| format!("node '{}' must be flushed before its links change", old.name))?;
+                }
+                // The image may not be written any more from here on, or be left: nothing must
+                // remain to be given back later.
+                let format = old.driver.kind().class == Class::Format;
+                if reopened && format && !old.flags.read_only && !old.flags.inactive {
+                    let cx = Cx { node: old, rt: &self.rt };
+                    old.driver
+                        .close(cx)
+                        .await
+                        .context(|| format!("node '{}' can't be reopened", old.name))?;
                 }
             }
             Ok(())

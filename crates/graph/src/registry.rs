@@ -232,7 +232,7 @@ impl<'a> CreateCx<'a> {
 pub struct Common {
     /// `node-name`.
     pub node_name: Option<NodeName>,
-    /// `read-only`, `cache.direct`, `cache.no-flush`, `force-share`, `discard`.
+    /// `read-only`, `cache.direct`, `cache.no-flush`, `force-share`, `discard`, `active`.
     pub flags: NodeFlags,
     /// `auto-read-only`: open read-only when writing is not possible.
     pub auto_read_only: bool,
@@ -265,6 +265,11 @@ const COMMON: &[OptionSpec] = &[
         "open read-only if writing is not possible (default off)",
     ),
     OptionSpec::optional(
+        "active",
+        OptionType::Bool,
+        "take part; off leaves the image to another process until blockdev-set-active (default on)",
+    ),
+    OptionSpec::optional(
         "force-share",
         OptionType::Bool,
         "open although others hold locks; needs read-only (default off)",
@@ -290,6 +295,7 @@ impl Common {
         let read_only = options.take_bool("read-only")?.unwrap_or(false);
         let auto_read_only = options.take_bool("auto-read-only")?.unwrap_or(false);
         let force_share = options.take_bool("force-share")?.unwrap_or(false);
+        let active = options.take_bool("active")?.unwrap_or(true);
         if force_share && !read_only {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
@@ -313,6 +319,7 @@ impl Common {
                 no_flush: no_flush.unwrap_or(false),
                 force_share,
                 unmap,
+                inactive: !active,
             },
             auto_read_only,
             detect_zeroes,

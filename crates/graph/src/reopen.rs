@@ -15,8 +15,8 @@ use dolmen_types::{
 };
 
 use crate::draft::{DraftNode, driver_op, no_such_node};
-use crate::open::{Inherited, below};
-use crate::{ChildDef, ClaimScope, Common, Draft, NodeOpener, OpClaim, OpenCx};
+use crate::open::{Inherited, below, inherit};
+use crate::{AccessRule, ChildDef, ClaimScope, Common, Draft, NodeFlags, NodeOpener, OpClaim, OpenCx};
 
 impl Draft {
     /// The node that shows the same data as `node` and is not a filter.
@@ -199,8 +199,9 @@ impl Draft {
             let parsed = (kind.parse)(&mut options, &common)?;
             // A format may write as soon as it is opened for writing: locks first.
             self.tell(rt).await?;
-            let edges = self.edges_of(&name)?;
-            let cx = OpenCx { name: &name, children: &edges, common: &common, replaces: Some(&old), rt };
+            let edges = self.edges_for_opening(&name)?;
+            let replaces = (!self.state.nodes[i].other_image).then_some(&old);
+            let cx = OpenCx { name: &name, children: &edges, common: &common, replaces, rt };
             let opened = parsed.open.open(cx).await.context(|| format!("node '{name}' can't be reopened"))?;
             let forced = common.auto_read_only && !common.flags.read_only && {
                 let node = self.probe_node(&name, opened.driver.clone(), &edges);
@@ -209,9 +210,68 @@ impl Draft {
             drop(edges);
             self.prepared.extend(opened.effect);
             self.set_driver(&name, opened.driver, forced);
-            self.state.nodes[i].reopening = false;
+            let node = &mut self.state.nodes[i];
+            (node.reopening, node.other_image, node.retell) = (false, false, true);
         }
         Ok(())
+    }
+
+    /// Makes a node inactive, or active again, with what is below it; all nodes if none is
+    /// named. An inactive node has written out everything, holds no locks and serves no
+    /// requests, until it is activated: then it takes its locks and reads its image anew.
+    ///
+    /// A node below goes along if nothing that is active stands on it. Drivers are reopened
+    /// when the draft is prepared; [`Draft::solve`] refuses what is still in use.
+    ///
+    /// # Errors
+    /// `NotFound`; `Busy` for a node with an active parent.
+    pub fn set_active(&mut self, node: Option<&str>, active: bool) -> Result<()> {
+        let roots: Vec<NodeName> = match node {
+            Some(name) => vec![self.state.node(name).ok_or_else(|| no_such_node(name))?.def.name.clone()],
+            None => self.state.nodes.iter().map(|n| n.def.name.clone()).collect(),
+        };
+        if active {
+            let mut todo = roots;
+            while let Some(name) = todo.pop() {
+                let i = self.state.index(&name);
+                todo.extend(self.state.nodes[i].children.iter().map(|c| c.node.clone()));
+                self.state.nodes[i].mark_active(true);
+            }
+            return Ok(());
+        }
+        if node.is_none() {
+            self.state.nodes.iter_mut().for_each(|n| n.mark_active(false));
+            return Ok(());
+        }
+        let mut todo = roots;
+        let mut first = true;
+        while let Some(name) = todo.pop() {
+            let parent = self
+                .state
+                .nodes
+                .iter()
+                .find(|n| !n.def.flags.inactive && n.children.iter().any(|c| c.node == name));
+            if let Some(parent) = parent {
+                if first {
+                    return Err(Error::new(
+                        ErrorKind::Busy,
+                        format!("Node has active parent node '{}'", parent.def.name),
+                    )
+                    .remedy("make the parent inactive instead; what is below it goes along"));
+                }
+                continue;
+            }
+            first = false;
+            let i = self.state.index(&name);
+            todo.extend(self.state.nodes[i].children.iter().map(|c| c.node.clone()));
+            self.state.nodes[i].mark_active(false);
+        }
+        Ok(())
+    }
+
+    /// Whether a node takes part.
+    pub fn is_active(&self, node: &str) -> bool {
+        self.state.node(node).is_some_and(|n| !n.def.flags.inactive)
     }
 
     /// The next node to be reopened: one with no such node below it.
@@ -230,6 +290,20 @@ impl Draft {
 }
 
 impl DraftNode {
+    fn mark_active(&mut self, active: bool) {
+        if self.def.flags.inactive != active {
+            return;
+        }
+        self.def.flags.inactive = !active;
+        self.reopening = true;
+        if let Value::Map(options) = &mut self.def.options {
+            options.retain(|(k, _)| k != "active");
+            if !active {
+                options.push(("active".into(), false.into()));
+            }
+        }
+    }
+
     fn mark_read_only(&mut self, read_only: bool) {
         self.def.flags.read_only = read_only;
         self.forced_read_only = false;
@@ -243,26 +317,73 @@ impl DraftNode {
     }
 }
 
+/// What becomes of one node.
+struct Renewal {
+    name: NodeName,
+    common: Common,
+    rule: AccessRule,
+    options: Value,
+    inherits: Vec<&'static str>,
+    links: Vec<Link>,
+    relies_down_to: Option<NodeName>,
+}
+
+/// A child as it is to be.
+struct Link {
+    name: &'static str,
+    role: ChildRole,
+    to: Option<NodeName>,
+}
+
+/// Why a node is given other options.
+#[derive(Clone, Copy, PartialEq)]
+enum Cause {
+    /// Somebody said which ones.
+    Asked,
+    /// Its parent has changed, and it follows.
+    Follows,
+}
+
 impl NodeOpener<'_> {
-    /// Gives a node that is in the draft other options, and other children where the
-    /// options say so, as operation `op`: what that needs is claimed, and the claims stay
-    /// until the operation is removed. `options` are complete (what is missing gets its
-    /// default), with `node-name` and `driver`; children are named, or defined anew, or
-    /// defined with their own `node-name` to be reopened in turn.
+    /// Gives nodes that are in the draft other options, and other children where the
+    /// options say so, all in one step, as operation `op`: what that needs is claimed, and
+    /// the claims stay until the operation is removed. Options are complete (what is missing
+    /// gets its default), with `node-name` and `driver`; children are named, or defined anew,
+    /// or defined with their own `node-name` (or none) to be reopened in turn. A child that
+    /// was defined inside its parent follows it where its own definition says nothing.
     ///
     /// # Errors
     /// `NotFound`; `InvalidInput` when something can't be changed; what opening says. The
     /// draft is then of no more use.
-    pub fn reopen<'b>(
-        &'b self,
-        draft: &'b mut Draft,
-        op: &'b OpId,
-        options: Options,
-    ) -> LocalFuture<'b, Result<()>> {
-        Box::pin(self.reopen_inner(draft, op, options))
+    pub async fn reopen(&self, draft: &mut Draft, op: &OpId, nodes: Vec<Options>) -> Result<()> {
+        let mut renewals = Vec::new();
+        for options in nodes {
+            self.renewal(draft, options, None, Cause::Asked, &mut renewals).await?;
+        }
+        self.renew(draft, op, renewals).await
     }
 
-    async fn reopen_inner(&self, draft: &mut Draft, op: &OpId, mut options: Options) -> Result<()> {
+    fn renewal<'b>(
+        &'b self,
+        draft: &'b mut Draft,
+        options: Options,
+        from: Option<Inherited>,
+        cause: Cause,
+        out: &'b mut Vec<Renewal>,
+    ) -> LocalFuture<'b, Result<()>> {
+        Box::pin(self.renewal_inner(draft, options, from, cause, out))
+    }
+
+    /// Finds out what a node is to become, children first. Nodes that are defined anew are
+    /// opened; nothing else is changed.
+    async fn renewal_inner(
+        &self,
+        draft: &mut Draft,
+        mut options: Options,
+        from: Option<Inherited>,
+        cause: Cause,
+        out: &mut Vec<Renewal>,
+    ) -> Result<()> {
         let Some(name) = options.take_str("node-name")? else {
             return Err(Error::new(ErrorKind::InvalidInput, "node-name not specified"));
         };
@@ -273,7 +394,11 @@ impl NodeOpener<'_> {
             )
             .remedy("query-named-block-nodes lists the nodes there are"));
         };
-        let (name, kind, auto) = (node.def.name.clone(), node.def.kind, node.def.options.clone());
+        if let Some(owner) = &node.def.owner {
+            return Err(Error::new(ErrorKind::Busy, format!("Node {name} belongs to operation '{owner}'"))
+                .remedy("it goes when the operation ends"));
+        }
+        let (name, kind, old) = (node.def.name.clone(), node.def.kind, node.def.options.clone());
         if let Some(driver) = options.take_str("driver")?
             && driver != kind.name
         {
@@ -281,28 +406,45 @@ impl NodeOpener<'_> {
                 format!("node '{name}' has driver '{}': add another node and link that instead", kind.name),
             ));
         }
+        // A guessed format stays a guess.
+        for hidden in ["x-probed", "x-beneath"] {
+            if let Some(v) = member(&old, hidden)
+                && !options.has(hidden)
+            {
+                options.set(hidden, v.clone());
+            }
+        }
+        let inherits = from.map(|from| inherit(&mut options, from)).unwrap_or_default();
         let mut described = options.clone().with("driver", kind.name);
-        if let (true, Value::Map(old)) = (node.def.anonymous, &auto)
-            && !old.iter().any(|(k, _)| k == "node-name")
-        {
-            // Its name was made up; it is not one of its options.
-            described.take("node-name");
-        } else {
+        // A made-up name is not one of its options.
+        if !node.def.anonymous || member(&old, "node-name").is_some() {
             described.set("node-name", name.as_str());
         }
-        let common = Common::take(&mut options)?;
-        let parsed = (kind.parse)(&mut options, &common)?;
-        options.finish(&format!("driver '{}'", kind.name))?;
+        let active = !node.def.flags.inactive;
         let image_backing = node.driver.as_ref().and_then(|d| {
             let probe = draft.built_node(&name).ok()?;
             d.describe(&probe).backing
         });
+        let mut common = Common::take(&mut options)?;
+        let parsed = (kind.parse)(&mut options, &common)?;
+        options.finish(&format!("driver '{}'", kind.name))?;
+        if cause == Cause::Follows || member(&described.clone().into_value(), "active").is_none() {
+            common.flags.inactive = !active;
+            if !active {
+                described.set("active", false);
+            }
+        } else if common.flags.inactive == active {
+            return Err(Error::new(ErrorKind::InvalidInput, "Cannot change the option 'active'")
+                .remedy("use blockdev-set-active"));
+        }
 
-        let mut other_data = false;
+        let mut links = Vec::new();
         for child in parsed.children {
             let now = draft.child(&name, child.name).cloned();
+            let beneath = below(&common, parsed.rule, child.role, 0);
             let to = match child.def {
                 ChildDef::None => None,
+                ChildDef::FromImage if cause == Cause::Follows => now.clone(),
                 ChildDef::FromImage => {
                     if now.is_some() || (child.role == ChildRole::Backing && image_backing.is_some()) {
                         return Err(Error::new(
@@ -316,74 +458,174 @@ impl NodeOpener<'_> {
                     }
                     None
                 }
-                ChildDef::Reference(n) => Some(draft.resolve(&n)?),
+                ChildDef::Reference(n) => {
+                    let to = draft.resolve(&n)?;
+                    if Some(&to) == now.as_ref() {
+                        self.follow(draft, &to, beneath, out).await?;
+                    }
+                    Some(to)
+                }
                 ChildDef::Inline(mut inline) => match &now {
                     Some(now) if inline.get("node-name").is_none_or(|n| *n == Value::from(now.as_str())) => {
                         inline.set("node-name", now.as_str());
-                        self.reopen(draft, op, inline).await?;
+                        self.renewal(draft, inline, Some(beneath), cause, out).await?;
                         Some(now.clone())
                     }
-                    _ => {
-                        let from: Inherited = below(&common, parsed.rule, child.role, 0);
-                        Some(self.node(draft, inline, false, None, from).await?)
-                    }
+                    _ => Some(self.node(draft, inline, false, None, beneath).await?),
                 },
             };
-            if to == now {
-                continue;
-            }
-            let same = match (&now, &to) {
-                (Some(now), Some(to)) => draft.content(now) == draft.content(to),
-                _ => false,
-            };
-            other_data |= !same;
-            match &to {
-                Some(to) => draft.link(&name, child.name, child.role, to)?,
-                None => draft.unlink(&name, child.name),
+            links.push(Link { name: child.name, role: child.role, to });
+        }
+        out.push(Renewal {
+            name,
+            common,
+            rule: parsed.rule,
+            options: described.into_value(),
+            inherits,
+            links,
+            relies_down_to: parsed.relies_down_to,
+        });
+        Ok(())
+    }
+
+    /// Lets a child that was defined inside its parent have the parent's options where its
+    /// definition says nothing.
+    async fn follow(
+        &self,
+        draft: &mut Draft,
+        child: &NodeName,
+        from: Inherited,
+        out: &mut Vec<Renewal>,
+    ) -> Result<()> {
+        let Some(node) = draft.state.node(child) else { return Ok(()) };
+        let parents = draft.state.nodes.iter().filter(|n| n.children.iter().any(|c| c.node == *child));
+        if node.def.monitor || node.def.owner.is_some() || node.inherits.is_empty() || parents.count() != 1 {
+            return Ok(());
+        }
+        let mut options = Options::from_value(node.def.options.clone())?;
+        for name in &node.inherits {
+            options.take(name);
+        }
+        let mut then = options.clone();
+        inherit(&mut then, from);
+        let same = Common::take(&mut then)?.flags == NodeFlags { inactive: false, ..node.def.flags };
+        if same || out.iter().any(|r| r.name == *child) {
+            return Ok(());
+        }
+        options.set("node-name", child.as_str());
+        self.renewal(draft, options, Some(from), Cause::Follows, out).await
+    }
+
+    /// Changes the draft as found out, opens the drivers, and claims what all that needs.
+    async fn renew(&self, draft: &mut Draft, op: &OpId, renewals: Vec<Renewal>) -> Result<()> {
+        // How things are, before the first of them changes.
+        let before: Vec<Before> = renewals.iter().map(|r| Before::of(draft, &r.name)).collect();
+        for r in &renewals {
+            draft.remove_op(&driver_op(&r.name));
+            let i = draft.state.index(&r.name);
+            let node = &mut draft.state.nodes[i];
+            // Linked again when none of the old links can be in the way.
+            node.children.clear();
+            node.def.flags = r.common.flags;
+            node.def.rule = r.rule;
+            node.def.options = r.options.clone();
+            node.inherits = r.inherits.clone();
+            node.forced_read_only = false;
+            node.reopening = true;
+        }
+        for r in &renewals {
+            for link in &r.links {
+                if let Some(to) = &link.to {
+                    draft.link(&r.name, link.name, link.role, to)?;
+                }
             }
         }
-        if other_data {
-            draft.add_claim(OpClaim {
-                op: op.clone(),
-                node: name.clone(),
-                claim: Claim { needs: Actions::G, allows: Actions::EVERY },
-                scope: ClaimScope::Node,
-                why: "gives it other children".into(),
-                pins: false,
-            })?;
-        }
-        let i = draft.state.index(&name);
-        let before = size_of(draft, &name);
-        let node = &mut draft.state.nodes[i];
-        node.def.flags = common.flags;
-        node.def.rule = parsed.rule;
-        node.def.options = described.into_value();
-        node.forced_read_only = false;
-        node.reopening = true;
-        draft.reopen_drivers(self.rt).await?;
-        let size_changes = size_of(draft, &name) != before;
-        if size_changes {
-            for name in draft.readers(&name) {
+        let mut other_data = Vec::new();
+        for (r, before) in renewals.iter().zip(&before) {
+            let changed = before.other_contents(draft, r);
+            if changed.iter().any(|role| *role != ChildRole::Backing) {
+                let i = draft.state.index(&r.name);
+                draft.state.nodes[i].other_image = true;
+            }
+            if !changed.is_empty() {
                 draft.add_claim(OpClaim {
                     op: op.clone(),
-                    node: name,
-                    claim: Claim { needs: Actions::S, allows: Actions::EVERY },
+                    node: r.name.clone(),
+                    claim: Claim { needs: Actions::G, allows: Actions::EVERY },
                     scope: ClaimScope::Node,
-                    why: "changes its size".into(),
+                    why: "gives it other children".into(),
                     pins: false,
                 })?;
             }
+            if !changed.is_empty() || before.window != window(draft, &r.name) {
+                draft.claim_other_data(op, &r.name, "changes what it reads as")?;
+                other_data.push(r.name.clone());
+            }
         }
-        let offset = |v: &Value| Options::from_value(v.clone()).ok().and_then(|o| o.get("offset").cloned());
-        let moved = offset(&auto) != offset(&draft.state.nodes[i].def.options);
-        if other_data || size_changes || moved {
-            draft.claim_other_data(op, &name, "changes what it reads as")?;
-        }
-        draft.remove_op(&driver_op(&name));
-        if let Some(bottom) = &parsed.relies_down_to {
-            draft.rely_down_to(&name, bottom)?;
+        draft.reopen_drivers(self.rt).await?;
+        for (r, before) in renewals.iter().zip(&before) {
+            if size_of(draft, &r.name) != before.size {
+                for name in draft.readers(&r.name) {
+                    draft.add_claim(OpClaim {
+                        op: op.clone(),
+                        node: name,
+                        claim: Claim { needs: Actions::S, allows: Actions::EVERY },
+                        scope: ClaimScope::Node,
+                        why: "changes its size".into(),
+                        pins: false,
+                    })?;
+                }
+                if !other_data.contains(&r.name) {
+                    draft.claim_other_data(op, &r.name, "changes what it reads as")?;
+                }
+            }
+            if let Some(bottom) = &r.relies_down_to {
+                draft.rely_down_to(&r.name, bottom)?;
+            }
         }
         Ok(())
+    }
+}
+
+/// A node before it is changed.
+struct Before {
+    size: Option<u64>,
+    /// Each child, and the image that it shows.
+    contents: Vec<(&'static str, NodeName)>,
+    window: (Option<Value>, Option<Value>),
+}
+
+impl Before {
+    fn of(draft: &Draft, name: &NodeName) -> Before {
+        let children = draft.state.node(name).map_or(&[][..], |n| &n.children);
+        Before {
+            size: size_of(draft, name),
+            contents: children.iter().map(|c| (c.name, draft.content(&c.node))).collect(),
+            window: window(draft, name),
+        }
+    }
+
+    /// The roles of the children that show another image now, or none, or that are new.
+    fn other_contents(&self, draft: &Draft, r: &Renewal) -> Vec<ChildRole> {
+        let changed = |l: &&Link| {
+            let was = self.contents.iter().find(|(name, _)| *name == l.name).map(|(_, c)| c);
+            was != l.to.as_ref().map(|to| draft.content(to)).as_ref()
+        };
+        r.links.iter().filter(changed).map(|l| l.role).collect()
+    }
+}
+
+/// The part of its child that a node shows, where it is not all of it.
+fn window(draft: &Draft, name: &NodeName) -> (Option<Value>, Option<Value>) {
+    let options = draft.state.node(name).map(|n| &n.def.options);
+    let of = |key: &str| options.and_then(|o| member(o, key)).cloned();
+    (of("offset").filter(|v| *v != Value::from(0u64)), of("size"))
+}
+
+fn member<'a>(options: &'a Value, name: &str) -> Option<&'a Value> {
+    match options {
+        Value::Map(m) => m.iter().find(|(k, _)| k == name).map(|(_, v)| v),
+        _ => None,
     }
 }
 

@@ -123,6 +123,13 @@ pub enum Refusal {
         /// Who needs it.
         asks: EdgeRef,
     },
+    /// `asks` is attached to a node that is not active, but is itself.
+    Inactive {
+        /// The node.
+        node: usize,
+        /// Who is attached to it.
+        asks: EdgeRef,
+    },
     /// The node reaches itself.
     Cycle {
         /// A node on the cycle.
@@ -167,6 +174,15 @@ fn decide(t: &Topology, conflicts: Conflicts) -> Result<Grants, Refusal> {
     let (grants, into) = propagate(t, &order);
     for &n in &order {
         let node = &t.nodes[n];
+        if !node.active {
+            let active = |p: &&Party| match p.at {
+                EdgeRef::Child { parent, .. } => t.nodes[parent].active,
+                EdgeRef::User(_) | EdgeRef::Claim(_) => !p.claim.needs.is_empty(),
+            };
+            if let Some(p) = into[n].iter().find(active) {
+                return Err(Refusal::Inactive { node: n, asks: p.at });
+            }
+        }
         let writes = |p: &&Party| p.claim.needs.intersects(Actions::V | Actions::M);
         if let Some(p) = into[n].iter().find(writes) {
             if !node.writable {
@@ -219,10 +235,10 @@ fn propagate(t: &Topology, order: &[usize]) -> (Grants, Vec<Vec<Party>>) {
             needs: sum.needs | p.claim.needs,
             allows: sum.allows & p.claim.allows,
         });
-        let facts =
-            NodeFacts { writable: node.writable, has_parents: !parents.is_empty(), active: node.active };
+        let facts = NodeFacts { writable: node.writable, has_parents: !parents.is_empty() };
         for (i, &(role, child)) in node.children.iter().enumerate() {
-            let mut claim = node.rule.child_claim(role, total, facts);
+            // An inactive node has let go of everything below.
+            let mut claim = if node.active { node.rule.child_claim(role, total, facts) } else { Claim::IDLE };
             claim.allows |= NOT_DATA;
             grants.children[n][i] = claim;
             into[child].push(Party { owner: node.owner, at: EdgeRef::Child { parent: n, child: i }, claim });

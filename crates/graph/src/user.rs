@@ -218,12 +218,22 @@ impl Token {
         }
     }
 
+    /// The node, if it takes part. Nodes above an inactive one are inactive, too, so it is
+    /// enough to look where requests come in.
+    fn active(&self) -> Result<&Arc<Node>> {
+        let node = &self.binding.node;
+        if node.flags.inactive {
+            return Err(inactive(node));
+        }
+        Ok(node)
+    }
+
     /// Read access.
     ///
     /// # Errors
-    /// `PermissionDenied` when the edge was not granted it.
+    /// `PermissionDenied` when the edge was not granted it, or the node is inactive.
     pub fn read<'a>(&'a self, rt: &'a Rt) -> Result<Io<'a, Read>> {
-        Io::granted(&self.binding.node, self.binding.claim, rt)
+        Io::granted(self.active()?, self.binding.claim, rt)
     }
 
     /// Write access.
@@ -231,7 +241,7 @@ impl Token {
     /// # Errors
     /// As [`Token::read`].
     pub fn write<'a>(&'a self, rt: &'a Rt) -> Result<Io<'a, Write>> {
-        Io::granted(&self.binding.node, self.binding.claim, rt)
+        Io::granted(self.active()?, self.binding.claim, rt)
     }
 
     /// Access for writes that readers can't see.
@@ -239,7 +249,7 @@ impl Token {
     /// # Errors
     /// As [`Token::read`].
     pub fn write_unchanged<'a>(&'a self, rt: &'a Rt) -> Result<Io<'a, WriteUnchanged>> {
-        Io::granted(&self.binding.node, self.binding.claim, rt)
+        Io::granted(self.active()?, self.binding.claim, rt)
     }
 
     /// Access for resizing.
@@ -247,8 +257,17 @@ impl Token {
     /// # Errors
     /// As [`Token::read`].
     pub fn resize<'a>(&'a self, rt: &'a Rt) -> Result<Io<'a, Resize>> {
-        Io::granted(&self.binding.node, self.binding.claim, rt)
+        Io::granted(self.active()?, self.binding.claim, rt)
     }
+}
+
+#[cold]
+fn inactive(node: &Node) -> Error {
+    Error::new(
+        ErrorKind::PermissionDenied,
+        format!("node '{}' is inactive: another process may be using its image", node.name),
+    )
+    .remedy("activate it first (blockdev-set-active)")
 }
 
 impl Drop for Token {

@@ -495,12 +495,21 @@ fn error_text(error: &Error) -> String {
         return "Operation canceled".into();
     }
     let text = error.to_string();
-    let system = match error.kind() {
-        ErrorKind::Io | ErrorKind::NoSpace => std::io::Error::from_raw_os_error(error.errno()).to_string(),
-        _ => return text,
-    };
-    let words = system.rsplit_once(" (os error").map_or(system.as_str(), |(t, _)| t);
-    if text.contains(words) || error.errno() == 0 { text } else { format!("{words}: {text}") }
+    if !matches!(error.kind(), ErrorKind::Io | ErrorKind::NoSpace) {
+        return text;
+    }
+    let system = std::io::Error::from_raw_os_error(error.errno()).to_string();
+    let words = without_number(&system);
+    let rest = without_number(&text);
+    match rest.strip_suffix(words).map(|r| r.trim_end_matches([':', ' '])) {
+        Some("") => words.to_owned(),
+        Some(rest) => format!("{words}: {rest}"),
+        None => format!("{words}: {rest}"),
+    }
+}
+
+fn without_number(text: &str) -> &str {
+    text.rsplit_once(" (os error").map_or(text, |(words, _)| words)
 }
 
 impl fmt::Debug for Job {

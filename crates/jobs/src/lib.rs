@@ -17,11 +17,13 @@
 #![forbid(unsafe_code)]
 
 mod backup;
+mod create;
 mod cx;
 mod fill;
 mod job;
 mod life;
 mod policy;
+mod prefetch;
 mod rate;
 mod status;
 mod stream;
@@ -30,10 +32,12 @@ mod tests;
 mod work;
 
 pub use backup::Backup;
+pub use create::Create;
 pub use cx::JobCx;
 pub use job::{Attention, Emit, IoStatus, Job, JobEvent, JobOptions, Progress, Wish};
 pub use life::{Group, JobTable, launch, prepare};
 pub use policy::{Action, Again, OnError, Side};
+pub use prefetch::Prefetch;
 pub use status::{Status, Verb};
 pub use stream::Stream;
 pub use work::{BeginCx, Details, Ending, Kind, SettleCx, Work, nothing_to_change};

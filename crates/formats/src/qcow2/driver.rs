@@ -97,11 +97,12 @@ struct Open {
 impl Opener for Open {
     fn open<'a>(self: Box<Self>, cx: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
         Box::pin(async move {
-            let writable = !cx.common.flags.read_only;
+            // An inactive image is only looked at: another process may be writing it.
+            let writable = !cx.common.flags.read_only && !cx.common.flags.inactive;
             // What a writable image has in memory goes on; of a read-only one there is nothing that is
-            // not on disk, so it is read anew.
+            // not on disk, so it is read anew. One that becomes inactive has no need to be read at all.
             if let Some(old) = cx.replaced::<Qcow2>()
-                && old.core.writable()
+                && (old.core.writable() || cx.common.flags.inactive)
             {
                 let core = old.core.clone();
                 let effect = Reopened { core: core.clone(), writable, pass_discard: self.pass_discard };

@@ -53,7 +53,7 @@ struct OracleEdge {
 
 /// The table of the edge rules. In the columns D, V, M, S: `0` no, `1` yes, `p` as the
 /// parents. `v` if the parents allow V; `w` if the node is writable or a parent needs V or
-/// M; `a` if it takes part; `A` if it does not; `x` V or M of the parents; `y` x or S;
+/// M; `x` V or M of the parents; `y` x or S;
 /// `d` D or V of the parents; `r` V allowed by the parents, as long as there are none.
 fn table(rule: AccessRule, role: ChildRole) -> [&'static str; 2] {
     if role == ChildRole::Target {
@@ -64,7 +64,7 @@ fn table(rule: AccessRule, role: ChildRole) -> [&'static str; 2] {
         // And then what it was told to, see below.
         (AccessRule::Debug { .. }, _) => ["pppp", "pppp"],
         (AccessRule::Slice, _) => ["pppp", "ppp0"],
-        (AccessRule::CopyOnRead, _) => ["ppap", "pp1p"],
+        (AccessRule::CopyOnRead, _) => ["pp1p", "pp1p"],
         (AccessRule::Format, ChildRole::Backing) => ["p000", "1v1v"],
         (AccessRule::Format, ChildRole::Data) => ["pxpy", "ppp0"],
         (AccessRule::Format, _) => ["1wpu", "p0p0"],
@@ -87,14 +87,16 @@ fn look_up(
     allows: Row,
     parents: usize,
 ) -> OracleEdge {
+    if !node.active {
+        // It has handed its image over and does not care who does what below it.
+        return OracleEdge { needs: [false; 4], allows: [true; 4] };
+    }
     let [_, v, m, s] = needs;
     let cell = |text: &str, column: usize, own: Row| match text.as_bytes()[column] {
         b'0' => false,
         b'1' => true,
         b'p' => own[column],
-        b'a' => node.active,
-        // An overlay that has handed its image over does not care who writes below it.
-        b'v' => allows[1] || !node.active,
+        b'v' => allows[1],
         b'w' => node.writable || v || m,
         b'u' => node.writable || v || m || s,
         b'x' => v || m,
@@ -125,11 +127,16 @@ struct Verdict {
     conflicts: Vec<(usize, EdgeRef, EdgeRef, Actions)>,
     read_only: Vec<(usize, EdgeRef)>,
     unaligned: Vec<(usize, EdgeRef)>,
+    /// Somebody active on a node that is not.
+    inactive: Vec<(usize, EdgeRef)>,
 }
 
 impl Verdict {
     fn refused(&self) -> bool {
-        !(self.conflicts.is_empty() && self.read_only.is_empty() && self.unaligned.is_empty())
+        !(self.conflicts.is_empty()
+            && self.read_only.is_empty()
+            && self.unaligned.is_empty()
+            && self.inactive.is_empty())
     }
 }
 
@@ -172,11 +179,24 @@ fn oracle(t: &Topology) -> Verdict {
             break;
         }
     }
-    let mut verdict = Verdict { edges, conflicts: Vec::new(), read_only: Vec::new(), unaligned: Vec::new() };
+    let mut verdict = Verdict {
+        edges,
+        conflicts: Vec::new(),
+        read_only: Vec::new(),
+        unaligned: Vec::new(),
+        inactive: Vec::new(),
+    };
     for (number, n) in t.nodes.iter().enumerate() {
         let edges = into(&verdict.edges, number);
         let resizes = edges.iter().any(|e| e.2[3]);
         for (_, who, needs, _) in &edges {
+            let takes_part = match who {
+                EdgeRef::Child { parent, .. } => t.nodes[*parent].active,
+                _ => needs.contains(&true),
+            };
+            if takes_part && !n.active {
+                verdict.inactive.push((number, *who));
+            }
             if needs[1] || needs[2] {
                 if !n.writable {
                     verdict.read_only.push((number, *who));
@@ -252,6 +272,7 @@ fn compare(t: &Topology) -> bool {
                 }
                 Refusal::ReadOnly { node, asks } => want.read_only.contains(&(node, asks)),
                 Refusal::Unaligned { node, asks } => want.unaligned.contains(&(node, asks)),
+                Refusal::Inactive { node, asks } => want.inactive.contains(&(node, asks)),
                 Refusal::Cycle { .. } => false,
             };
             assert!(true_reason, "{refusal:?} is not so in {t:#?}");
@@ -306,7 +327,7 @@ fn claim(needs: Actions, denies: Actions) -> Claim {
 /// So the other tests need not try both.
 #[test]
 fn transparent_is_a_filter() {
-    let facts = NodeFacts { writable: true, has_parents: true, active: true };
+    let facts = NodeFacts { writable: true, has_parents: true };
     for role in ROLES {
         for (needs, allows) in (0..=u8::MAX).map(|n| (n & 15, n >> 4)) {
             let parents = claim(Actions::from_bits(needs), Actions::from_bits(allows));

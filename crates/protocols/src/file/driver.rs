@@ -48,6 +48,8 @@ pub(super) struct FileDriver {
     /// It was to be writable, but could only be opened for reading.
     read_only: bool,
     size: AtomicU64,
+    /// The file belongs to another process for now.
+    inactive: bool,
     /// Offsets and lengths of requests to the kernel are multiples of this; 1 when buffered.
     align: u32,
     memory_align: u32,
@@ -72,6 +74,7 @@ impl FileDriver {
         filename: String,
         made: Made,
         read_only: bool,
+        inactive: bool,
         old: Option<&FileDriver>,
     ) -> Arc<FileDriver> {
         let Made { file, facts, direct, writable: _, locking } = made;
@@ -94,6 +97,7 @@ impl FileDriver {
             is_device: facts.kind == FileKind::Block,
             read_only,
             size: AtomicU64::new(facts.size),
+            inactive,
             align,
             memory_align,
             blocks: RangeLock::new(),
@@ -107,7 +111,7 @@ impl FileDriver {
     }
 
     /// Makes sure that this is the same file, locked in the same way.
-    pub(super) fn check_same(&self, filename: &str, locking: bool) -> Result<()> {
+    pub(super) fn check_same(&self, filename: &str, made: &Made) -> Result<()> {
         let fixed = |option: &str| {
             Err(Error::new(ErrorKind::InvalidInput, format!("Cannot change the option '{option}'"))
                 .remedy("add a node for the other file, and link that instead"))
@@ -115,15 +119,23 @@ impl FileDriver {
         if self.filename != filename {
             return fixed("filename");
         }
-        if self.locks.between_processes() != locking {
+        if self.locks.between_processes() != made.locking {
             return fixed("locking");
+        }
+        if self.locks.file_id() != made.facts.id {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("'{filename}' is another file now than the one that the node has open"),
+            )
+            .remedy("add a node for the new file, and link that instead"));
         }
         Ok(())
     }
 
     /// What has to happen when this driver takes the place of `old`.
     pub(super) fn takes_over(self: &Arc<Self>, old: &FileDriver) -> Option<Box<dyn Prepared>> {
-        Some(Box::new(TakeOver { new: self.clone(), old: old.me.upgrade()? }))
+        let old = old.me.upgrade()?;
+        Some(Box::new(TakeOver { new: self.clone(), old_size: old.size_now(), old }))
     }
 
     fn size_now(&self) -> u64 {
@@ -586,13 +598,21 @@ impl Driver for FileDriver {
 struct TakeOver {
     new: Arc<FileDriver>,
     old: Arc<FileDriver>,
+    /// The size that the old one knew when the new one looked.
+    old_size: u64,
 }
 
 impl Prepared for TakeOver {
     fn commit(self: Box<Self>) {
-        let TakeOver { new, old } = *self;
+        let TakeOver { new, old, old_size } = *self;
         new.locks.hand_over(new.file.clone());
-        new.size.store(old.size_now(), Ordering::Release);
+        if old.size_now() != old_size {
+            new.size.store(old.size_now(), Ordering::Release);
+        }
+        if old.inactive {
+            // What another process has written meanwhile is its own business.
+            return;
+        }
         new.lost.store(old.lost.load(Ordering::Acquire), Ordering::Release);
         new.dirty.store(old.dirty.load(Ordering::Acquire), Ordering::Release);
         // A write that was given up may still be on its way.

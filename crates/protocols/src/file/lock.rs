@@ -121,6 +121,11 @@ impl Locks {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// Device and inode of the file.
+    pub(super) fn file_id(&self) -> (u64, u64) {
+        self._table.0
+    }
+
     /// Whether bytes are locked.
     pub(super) fn between_processes(&self) -> bool {
         self.between_processes
@@ -177,7 +182,7 @@ impl Locks {
         let taken = || {
             for byte in wanted.bytes().filter(|b| !held.contains(b)) {
                 let locked =
-                    sys::lock_byte(&self.file(), byte).context(|| format!("Failed to lock byte {byte}"))?;
+                    sys::lock_byte(self.file(), byte).context(|| format!("Failed to lock byte {byte}"))?;
                 if !locked {
                     // A write lock: some other kind of program has the whole file.
                     let (first, needed) =
@@ -187,11 +192,10 @@ impl Locks {
             }
             for (i, action) in LOCKED.into_iter().enumerate() {
                 let i = i as u64;
-                if wanted.needs.contains(action.into()) && sys::byte_is_locked(&self.file(), FIRST_DENY + i)?
-                {
+                if wanted.needs.contains(action.into()) && sys::byte_is_locked(self.file(), FIRST_DENY + i)? {
                     return Ok(Some((action, true)));
                 }
-                if wanted.denies.contains(action.into()) && sys::byte_is_locked(&self.file(), FIRST_NEED + i)?
+                if wanted.denies.contains(action.into()) && sys::byte_is_locked(self.file(), FIRST_NEED + i)?
                 {
                     return Ok(Some((action, false)));
                 }
@@ -214,7 +218,7 @@ impl Locks {
         for byte in from.bytes().filter(|b| !keep.contains(b)) {
             // Unlocking an open local file cannot fail. On a network file system the server frees the lock when the
             // file is closed; until then we are stricter than we say.
-            let _ = sys::unlock_byte(&self.file(), byte);
+            let _ = sys::unlock_byte(self.file(), byte);
         }
     }
 

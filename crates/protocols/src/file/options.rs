@@ -133,9 +133,9 @@ impl Opener for OpenFile {
             let read_only = want.write && !made.writable;
             let old = cx.replaced::<FileDriver>();
             if let Some(old) = old {
-                old.check_same(&self.filename, made.locking)?;
+                old.check_same(&self.filename, &made)?;
             }
-            let driver = FileDriver::new(self.kind, self.filename, made, read_only, old);
+            let driver = FileDriver::new(self.kind, self.filename, made, read_only, flags.inactive, old);
             let effect = old.and_then(|old| driver.takes_over(old));
             Ok(Opened { effect, ..Opened::of(driver) })
         })

@@ -102,6 +102,9 @@ impl Opener for OpenNbd {
     fn open<'a>(self: Box<Self>, cx: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
         Box::pin(async move {
             let config = self.0;
+            if let Some(old) = cx.replaced::<Nbd>() {
+                return Ok(Opened::of(Arc::new(old.with_options(config, cx.common)?)));
+            }
             let deadline = cx.rt.now() + config.open_timeout;
             let link = connect_until(cx.rt, &config, deadline).await?;
             let read_only = link.offers(TransmissionFlags::READ_ONLY);
@@ -125,9 +128,11 @@ impl Opener for OpenNbd {
                 unmap: flags.unmap,
                 no_flush: flags.no_flush,
                 config,
-                current: Mutex::new(Current { link, broken_since: None, failed: 0, last_failure: None }),
-                connecting: async_lock::Mutex::new(()),
-                unaligned: RangeLock::new(),
+                line: Arc::new(Line {
+                    current: Mutex::new(Current { link, broken_since: None, failed: 0, last_failure: None }),
+                    connecting: async_lock::Mutex::new(()),
+                    unaligned: RangeLock::new(),
+                }),
             };
             Ok(Opened::of(Arc::new(driver)))
         })
@@ -190,6 +195,13 @@ struct Nbd {
     read_only: bool,
     unmap: bool,
     no_flush: bool,
+    line: Arc<Line>,
+}
+
+/// The way to the server. It stays when the node is reopened with other options: on a new
+/// connection a server need not know what was written on the old one and not flushed.
+#[derive(Debug)]
+struct Line {
     current: Mutex<Current>,
     /// One task at a time makes a new connection. Nothing else is locked meanwhile.
     connecting: async_lock::Mutex<()>,
@@ -197,10 +209,52 @@ struct Nbd {
     unaligned: RangeLock,
 }
 
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.current.get_mut().unwrap_or_else(PoisonError::into_inner).link.close();
+    }
+}
+
 impl Nbd {
+    /// The same disk over the same connection, with other options.
+    fn with_options(&self, config: Config, common: &Common) -> Result<Nbd> {
+        for (option, same) in [
+            ("server", self.config.address == config.address),
+            ("export", self.config.export == config.export),
+        ] {
+            if !same {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    format!("Cannot change the option '{option}'"),
+                )
+                .remedy("add a node for the other export, and link that instead"));
+            }
+        }
+        let read_only = self.offers(TransmissionFlags::READ_ONLY);
+        if read_only && !common.flags.read_only && !common.auto_read_only {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("the export '{}' at {} is read-only", config.export, config.address),
+            )
+            .remedy("leave read-only=on"));
+        }
+        Ok(Nbd {
+            config,
+            size: self.size,
+            min_block: self.min_block,
+            max_block: self.max_block,
+            flags: self.flags,
+            status: self.status,
+            read_only: read_only || common.flags.read_only,
+            unmap: common.flags.unmap,
+            no_flush: common.flags.no_flush,
+            line: self.line.clone(),
+        })
+    }
+
     fn current(&self) -> MutexGuard<'_, Current> {
         // Each use leaves it whole, so a panic elsewhere does no harm.
-        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+        self.line.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn link(&self) -> Arc<Link> {
@@ -216,7 +270,7 @@ impl Nbd {
         if link.broken().is_none() {
             return Ok(link);
         }
-        let _turn = self.connecting.lock().await;
+        let _turn = self.line.connecting.lock().await;
         let (link, since) = {
             let mut c = self.current();
             if c.link.broken().is_none() {
@@ -321,12 +375,15 @@ impl Nbd {
     async fn write(&self, rt: &Rt, span: Span, from: &IoVec, fua: bool) -> Result<()> {
         if self.fits(span) {
             // Whoever widens a write nearby must not put old data over these.
-            let _guard =
-                if self.min_block > 1 { Some(self.unaligned.lock(self.widen(span)?).await) } else { None };
+            let _guard = if self.min_block > 1 {
+                Some(self.line.unaligned.lock(self.widen(span)?).await)
+            } else {
+                None
+            };
             return self.write_blocks(rt, span, from, fua).await;
         }
         let wide = self.widen(span)?;
-        let _guard = self.unaligned.lock(wide).await;
+        let _guard = self.line.unaligned.lock(wide).await;
         let memory = Memory::zeroed(usize_of(wide.len()));
         let all = memory.iovec();
         let block = u64::from(self.min_block);
@@ -363,8 +420,11 @@ impl Nbd {
             ));
         }
         if offered && self.fits(span) {
-            let _guard =
-                if self.min_block > 1 { Some(self.unaligned.lock(self.widen(span)?).await) } else { None };
+            let _guard = if self.min_block > 1 {
+                Some(self.line.unaligned.lock(self.widen(span)?).await)
+            } else {
+                None
+            };
             let wire = self
                 .fua_flag(fua)
                 .with_if(!flags.has(WriteFlags::MAY_UNMAP), CommandFlags::NO_HOLE)
@@ -588,11 +648,5 @@ impl Driver for Nbd {
             read_only: self.offers(TransmissionFlags::READ_ONLY),
             ..Description::default()
         }
-    }
-}
-
-impl Drop for Nbd {
-    fn drop(&mut self) {
-        self.link().close();
     }
 }

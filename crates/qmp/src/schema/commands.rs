@@ -53,6 +53,23 @@ pub static COMMANDS: &[Command] = &[
         help: "Closes a node that blockdev-add made and that nobody uses.",
     },
     Command {
+        name: "blockdev-reopen",
+        arguments: Ty::Object(&Shape::of(&[Field::required("options", Ty::Array(&Ty::BlockdevOptions))])),
+        returns: NOTHING,
+        features: &[],
+        help: "Gives nodes other options and other children, while they are in use; all of them or none.",
+    },
+    Command {
+        name: "blockdev-set-active",
+        arguments: Ty::Object(&Shape::of(&[
+            Field::optional("node-name", Ty::Str),
+            Field::required("active", Ty::Bool),
+        ])),
+        returns: NOTHING,
+        features: &[],
+        help: "Hands a node's image (all images, if none is named) to another process, or takes it over.",
+    },
+    Command {
         name: "query-named-block-nodes",
         arguments: Ty::Object(&Shape::of(&[Field::optional("flat", Ty::Bool)])),
         returns: Ty::Array(&Ty::Object(&model::BLOCK_DEVICE_INFO)),
@@ -180,6 +197,7 @@ pub(crate) static EXPORT_OPTIONS: &[Field] = &[
     Field::required("node-name", Ty::Str),
     Field::optional("writable", Ty::Bool),
     Field::optional("writethrough", Ty::Bool),
+    Field::optional("allow-inactive", Ty::Bool),
 ];
 
 /// The options of `--nbd-server`.

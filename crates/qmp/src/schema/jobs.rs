@@ -127,6 +127,65 @@ pub static COMMANDS: &[Command] = &[
         Ty::Object(&BACKUP),
         "Copies a node as it is now while its guest goes on writing.",
     ),
+    verb(
+        "blockdev-create",
+        Ty::Object(&Shape::of(&[
+            Field::required("job-id", Ty::Str),
+            Field::required("options", Ty::BlockdevCreateOptions),
+        ])),
+        "Makes an image; the job has to be dismissed.",
+    ),
+    verb(
+        "blockdev-prefetch",
+        Ty::Object(&Shape::of(&[
+            Field::optional("job-id", Ty::Str),
+            Field::required("node", Ty::Str),
+            Field::optional(
+                "ranges",
+                Ty::Array(&Ty::Object(&Shape::of(&[
+                    Field::required("offset", Ty::Int),
+                    Field::required("length", Ty::Int),
+                ]))),
+            ),
+            Field::optional("priority", Ty::Enum(&["low", "normal", "high"])),
+            Field::optional("speed", Ty::Int),
+            Field::optional("on-error", ON_ERROR),
+            Field::optional("auto-finalize", Ty::Bool),
+            Field::optional("auto-dismiss", Ty::Bool),
+        ])),
+        "Fills ranges of a node (default: all of it) from its backing files.",
+    ),
+];
+
+const PREALLOCATION: Ty = Ty::Enum(&["off", "metadata", "falloc", "full"]);
+
+/// What images can be made of, by driver.
+pub(crate) static CREATE: &[(&str, &Shape)] = &[
+    (
+        "file",
+        &Shape::of(&[
+            Field::required("filename", Ty::Str),
+            Field::required("size", Ty::Size),
+            Field::optional("preallocation", PREALLOCATION),
+        ]),
+    ),
+    (
+        "qcow2",
+        &Shape::of(&[
+            Field::required("file", Ty::NodeRef),
+            Field::optional("data-file-raw", Ty::Bool),
+            Field::optional("extended-l2", Ty::Bool),
+            Field::required("size", Ty::Size),
+            Field::optional("version", Ty::Enum(&["v2", "v3"])),
+            Field::optional("backing-file", Ty::Str),
+            Field::optional("backing-fmt", Ty::DriverName),
+            Field::optional("cluster-size", Ty::Size),
+            Field::optional("preallocation", PREALLOCATION),
+            Field::optional("lazy-refcounts", Ty::Bool),
+            Field::optional("refcount-bits", Ty::Int),
+            Field::optional("compression-type", Ty::Enum(&["zlib", "zstd"])),
+        ]),
+    ),
 ];
 
 /// The arguments of `blockdev-backup`. `on-cbw-error` and `fleecing` are our own.

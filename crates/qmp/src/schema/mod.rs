@@ -46,6 +46,10 @@ pub enum Ty {
     BlockdevOptions,
     /// The arguments of `block-export-add`.
     BlockExportOptions,
+    /// A node: its name, or its definition.
+    NodeRef,
+    /// What `blockdev-create` is to make: a driver that exists, and its options.
+    BlockdevCreateOptions,
 }
 
 /// A member of an object.
@@ -299,6 +303,8 @@ impl Builder<'_> {
             Ty::ExportName => self.export_names(),
             Ty::BlockdevOptions => self.blockdev_options(),
             Ty::BlockExportOptions => self.export_options(),
+            Ty::NodeRef => self.node_ref("BlockdevRef", false),
+            Ty::BlockdevCreateOptions => self.create_options(),
         }
     }
 
@@ -393,6 +399,16 @@ impl Builder<'_> {
             }));
             let union = b.branches(b.sources.exports);
             ObjectDef { fields, union: Some(("type", union)), features: Vec::new() }
+        })
+    }
+
+    fn create_options(&mut self) -> TypeId {
+        self.object(Origin::Named("BlockdevCreateOptions"), |b| {
+            let fields = vec![FieldDef { name: "driver", ty: b.driver_names(), optional: false }];
+            let of = |name| jobs::CREATE.iter().find(|(n, _)| *n == name).map_or(&EMPTY, |(_, s)| *s);
+            let drivers = b.sources.drivers;
+            let union = drivers.iter().map(|d| (d.name, b.shape(of(d.name)))).collect();
+            ObjectDef { fields, union: Some(("driver", union)), features: Vec::new() }
         })
     }
 

@@ -1,0 +1,107 @@
+//! `blockdev-reopen` and `blockdev-set-active`: nodes that are in use get other options and
+//! other children, or hand their images to another process.
+//!
+//! Each is proposed on a draft first. What a proposal changes is guarded by the claims of an
+//! operation of its own, which exists only as long as it takes to ask whether the draft may
+//! stand beside everybody else's operations.
+
+use dolmen_graph::{Draft, NodeOpener, OpInfo};
+use dolmen_qmp::QmpError;
+use dolmen_types::{ErrorKind, OpId, Options};
+
+use crate::task::Task;
+
+type Done = Result<(), QmpError>;
+
+/// Puts into a draft what `blockdev-reopen` asks for. The operation stays in the draft, with its
+/// claims, until [`settle`] takes it out.
+///
+/// # Errors
+/// What can't be found, changed or opened; the draft is then of no more use.
+pub(crate) async fn propose(
+    opener: &NodeOpener<'_>,
+    draft: &mut Draft,
+    list: Vec<Options>,
+) -> Result<OpId, QmpError> {
+    let names: Vec<String> = list
+        .iter()
+        .filter_map(|o| match o.get("node-name") {
+            Some(dolmen_types::Value::Str(s)) => Some(format!("'{s}'")),
+            _ => None,
+        })
+        .collect();
+    let op = OpId::internal("command:blockdev-reopen".to_owned());
+    draft.add_op(OpInfo {
+        id: op.clone(),
+        kind: "command".into(),
+        detail: format!("blockdev-reopen of {}", names.join(", ")),
+        since: None,
+        ends_with: None,
+        instead_of_writing: None,
+    })?;
+    opener.reopen(draft, &op, list).await?;
+    Ok(op)
+}
+
+/// Asks whether everybody can live with a proposal, takes the locks that it needs, and takes
+/// its operation out again.
+///
+/// # Errors
+/// The solver's, or `Locked`.
+pub(crate) async fn settle(draft: &mut Draft, op: &OpId, opener: &NodeOpener<'_>) -> Done {
+    // What is about to go must not be in the way.
+    draft.sweep();
+    draft.prepare(opener.rt).await?;
+    draft.remove_op(op);
+    Ok(())
+}
+
+/// Gives nodes other options and children: all of them or none.
+pub(crate) async fn blockdev_reopen(task: &mut Task, list: Vec<Options>) -> Done {
+    if list.is_empty() {
+        return Ok(());
+    }
+    let mut draft = task.owner.draft();
+    let rt = task.shared.rt.clone();
+    let opener = task.opener(&rt);
+    let work = async {
+        let op = propose(&opener, &mut draft, list).await?;
+        settle(&mut draft, &op, &opener).await
+    };
+    // A server may not answer.
+    task.shared.unless_quitting(work).await?;
+    task.owner.commit(draft).await?;
+    task.report_events().map_or(Ok(()), Err)
+}
+
+/// Puts into a draft what `blockdev-set-active` asks for.
+///
+/// # Errors
+/// `NotFound`, or what stands in the way.
+pub(crate) fn propose_active(draft: &mut Draft, node: Option<&str>, active: bool) -> Done {
+    if let Some(name) = node
+        && !draft.has_node(name)
+    {
+        return Err(QmpError::generic(format!("Failed to find node with node-name='{name}'")));
+    }
+    draft.set_active(node, active)?;
+    draft.solve().map_err(|e| match e.kind() {
+        ErrorKind::Busy if !active => {
+            let what = if node.is_some() { "node" } else { "all nodes" };
+            QmpError::from(e.context(format!("Failed to inactivate {what}")))
+        }
+        _ => QmpError::from(e),
+    })?;
+    Ok(())
+}
+
+/// Hands images to another process, or takes them over.
+pub(crate) async fn blockdev_set_active(task: &mut Task, node: Option<&str>, active: bool) -> Done {
+    let mut draft = task.owner.draft();
+    propose_active(&mut draft, node, active)?;
+    let rt = task.shared.rt.clone();
+    let prepare = async { Ok(draft.prepare(&rt).await.map(drop)?) };
+    task.shared.unless_quitting(prepare).await?;
+    task.owner.commit(draft).await?;
+    task.report_events().map_or(Ok(()), Err)
+}

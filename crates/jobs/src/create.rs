@@ -1,0 +1,152 @@
+//! `blockdev-create`: makes an image, with the driver's own function for that.
+//!
+//! A protocol makes a file; a format fills a node, which is named or defined in the options and goes again
+//! with the job. The driver does its work in one go: such a job neither pauses nor stops halfway, and the
+//! end of one that was cancelled is that the image is there and nobody wants it.
+
+use std::cell::{Cell, RefCell};
+
+use dolmen_graph::{ChildEdge, ClaimScope, Class, CreateCx, Draft, DriverKind, OpClaim};
+use dolmen_rt::LocalFuture;
+use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Value};
+
+use crate::stream::known;
+use crate::{BeginCx, Details, Ending, JobCx, Kind, SettleCx, Work, nothing_to_change};
+
+/// The work of a create job.
+#[derive(Debug)]
+pub struct Create {
+    driver: String,
+    /// What the driver gets, without `driver` and `file`.
+    options: RefCell<Options>,
+    /// The node to be filled: its name, or its definition.
+    file: RefCell<Option<Value>>,
+    kind: Cell<Option<&'static DriverKind>>,
+    /// It has failed before it began.
+    failed: RefCell<Option<Error>>,
+}
+
+impl Create {
+    /// Reads the options of `blockdev-create`.
+    ///
+    /// # Errors
+    /// `InvalidInput` when no driver is named.
+    pub fn from_options(o: &mut Options) -> Result<Create> {
+        let mut options = o.take_map("options")?.unwrap_or_default();
+        let driver = options.require_str("driver")?;
+        let file = options.take("file");
+        Ok(Create {
+            driver,
+            options: RefCell::new(options),
+            file: RefCell::new(file),
+            kind: Cell::new(None),
+            failed: RefCell::new(None),
+        })
+    }
+
+    /// A work that fails with `error` when it runs: clients of this command expect a job that fails where
+    /// the file is not there or can't be used.
+    pub fn failing(error: Error) -> Create {
+        Create {
+            driver: String::new(),
+            options: RefCell::default(),
+            file: RefCell::default(),
+            kind: Cell::new(None),
+            failed: RefCell::new(Some(error)),
+        }
+    }
+
+    async fn begin(&self, cx: BeginCx<'_>) -> Result<()> {
+        if self.failed.borrow().is_some() {
+            return Ok(());
+        }
+        let kind = cx.opener.registry.find(&self.driver)?;
+        self.kind.set(Some(kind));
+        let file = self.file.borrow().clone();
+        // What has no way to make images, or (raw) nothing of its own to be made.
+        if kind.create.is_none() || (kind.class != Class::Protocol && file.is_none()) {
+            return Err(unsupported());
+        }
+        let Some(file) = file else { return Ok(()) };
+        let node: NodeName = match file {
+            Value::Str(name) => known(cx.draft, &name, &name)?,
+            definition => {
+                let options = Options::from_value(definition)?;
+                cx.opener.open(cx.draft, options, false).await?
+            }
+        };
+        use Actions as A;
+        cx.draft.add_user(cx.op, &node, Claim { needs: A::D | A::V | A::S, allows: A::EVERY })?;
+        cx.draft.add_claim(OpClaim {
+            op: cx.op.clone(),
+            node,
+            claim: Claim { needs: A::NONE, allows: A::EVERY - A::V - A::M - A::S },
+            scope: ClaimScope::Node,
+            why: "makes an image in it".into(),
+            pins: true,
+        })
+    }
+
+    async fn create(&self, cx: &JobCx) -> Result<()> {
+        if let Some(e) = self.failed.take() {
+            return Err(e);
+        }
+        let kind = self.kind.get().ok_or_else(unsupported)?;
+        let create = kind.create.ok_or_else(unsupported)?;
+        let options = self.options.take();
+        if self.file.borrow().is_none() {
+            return create(CreateCx { file: None, rt: cx.rt() }, options).await;
+        }
+        let token = cx.edge(0).begin().await?;
+        let edge = ChildEdge {
+            name: "file",
+            role: ChildRole::Metadata,
+            node: token.node().clone(),
+            claim: cx.edge(0).claim(),
+        };
+        create(CreateCx { file: Some(&edge), rt: cx.rt() }, options).await
+    }
+}
+
+fn unsupported() -> Error {
+    Error::new(ErrorKind::Unsupported, "Driver does not support blockdev-create")
+}
+
+impl Work for Create {
+    fn kind(&self) -> Kind {
+        Kind::Create
+    }
+
+    fn detail(&self) -> String {
+        format!("creation of a '{}' image", self.driver)
+    }
+
+    fn begin<'a>(&'a self, cx: BeginCx<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.begin(cx))
+    }
+
+    fn run<'a>(&'a self, cx: &'a JobCx) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async move {
+            cx.set_remaining(1);
+            let made = self.create(cx).await;
+            cx.progress_add(1);
+            made
+        })
+    }
+
+    fn settle<'a>(&'a self, _: SettleCx<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn end(&self, _: &OpId, _: &mut Draft, _: Ending) -> Result<()> {
+        Ok(())
+    }
+
+    fn change(&self, _: Options) -> Result<()> {
+        Err(nothing_to_change())
+    }
+
+    fn details(&self) -> Details {
+        Details::default()
+    }
+}
