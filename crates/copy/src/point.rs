@@ -22,7 +22,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use dolmen_graph::Cx;
+use dolmen_graph::{Cx, Node};
 use dolmen_types::{Error, ErrorKind, ReadFlags, Result, Span, WriteFlags};
 use event_listener::Event;
 
@@ -60,6 +60,8 @@ pub struct PointInTime {
     inner: Mutex<Inner>,
     readers_gone: Event,
     buffers: Buffers,
+    /// Only what lies above this node is saved.
+    base: Option<Arc<Node>>,
 }
 
 impl PointInTime {
@@ -75,7 +77,16 @@ impl PointInTime {
             inner: Mutex::new(inner),
             readers_gone: Event::new(),
             buffers: Buffers::new(MAX_SAVE as usize, KEEP_BUFFERS),
+            base: None,
         }
+    }
+
+    /// Saves only what the layers above `base` hold: the target has the rest from its own backing file, and
+    /// nobody may write to `base`. Such a point can't be read as a whole.
+    #[must_use]
+    pub fn above(mut self, base: Option<Arc<Node>>) -> PointInTime {
+        self.base = base;
+        self
     }
 
     /// Which chunks have not been saved yet.
@@ -139,7 +150,7 @@ impl PointInTime {
         let how = How { unmap: true, detect_zeroes: false, flags: WriteFlags::NONE };
         let mut rest = taken.span();
         while !rest.is_empty() {
-            let (what, len) = content(source, cx.rt, rest, None).await;
+            let (what, len) = content(source, cx.rt, rest, self.base.as_deref()).await;
             let part = rest.prefix(len);
             transfer(from, to, target, part, what, how, &self.buffers).await.map_err(|f| f.error)?;
             rest = rest.skip(len);

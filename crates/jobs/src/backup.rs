@@ -65,7 +65,7 @@ struct Stand {
     /// What is left to be copied: the point's own map, or, with a fleecing node, the job's.
     left: Arc<Tracker>,
     /// Of `sync=top`: the image below the topmost one.
-    base: Option<NodeName>,
+    base: Option<Arc<Node>>,
 }
 
 /// The work of a backup job.
@@ -214,7 +214,9 @@ impl Backup {
         let images = draft.images(&source);
         drop((source_node, target_node));
 
-        let point = Arc::new(PointInTime::new(size, chunk));
+        let base = images.get(1).filter(|_| self.sync == Sync::Top);
+        let base = base.map(|name| draft.built_node(name)).transpose()?;
+        let point = Arc::new(PointInTime::new(size, chunk).above(base.clone()));
         let saved_in = fleecing.as_ref().unwrap_or(&target);
         let filter = self.filter_name.as_ref().map(|n| NodeName::parse(n)).transpose()?;
         let anonymous = filter.is_none();
@@ -262,7 +264,6 @@ impl Backup {
         if let Some(fleecing) = &fleecing {
             claim(fleecing, A::V | A::M, A::V | A::S, "keeps old data of its source in it")?;
         }
-        let base = images.get(1).cloned().filter(|_| self.sync == Sync::Top);
         *self.stand.borrow_mut() = Some(Stand { point, filter: driver, left, base });
         Ok(())
     }
@@ -279,8 +280,7 @@ impl Backup {
             None => Route::Filter { edge: cx.edge(0).clone(), driver: stand.filter.clone() },
             Some(_) => Route::Edges { source: cx.edge(0).clone(), target: cx.edge(1).clone() },
         };
-        let base = stand.base.as_ref().and_then(|name| find(&cx.edge(0).node(), name));
-        Engine::new(cx.rt(), route, stand.left.clone(), options).above(base)
+        Engine::new(cx.rt(), route, stand.left.clone(), options).above(stand.base.clone())
     }
 
     async fn run(&self, cx: &JobCx) -> Result<()> {
@@ -344,13 +344,6 @@ fn add(
     })?;
     draft.set_driver(name, driver, false);
     Ok(())
-}
-
-/// The node of this name in the chain below another one.
-fn find(top: &Arc<Node>, name: &NodeName) -> Option<Arc<Node>> {
-    std::iter::successors(Some(top), |n| n.filtered().or_else(|| n.backing()))
-        .find(|n| n.name == *name)
-        .cloned()
 }
 
 impl Stand {

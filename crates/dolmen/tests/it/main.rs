@@ -3,6 +3,7 @@
 mod daemon;
 mod peer;
 
+mod backup;
 mod create;
 mod damage;
 mod inspect;
