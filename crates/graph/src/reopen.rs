@@ -16,7 +16,7 @@ use dolmen_types::{
 
 use crate::draft::{DraftNode, driver_op, no_such_node};
 use crate::open::{Inherited, below, inherit};
-use crate::{AccessRule, ChildDef, ClaimScope, Common, Draft, NodeFlags, NodeOpener, OpClaim, OpenCx};
+use crate::{AccessRule, ChildDef, ClaimScope, Common, Draft, Node, NodeFlags, NodeOpener, OpClaim, OpenCx};
 
 impl Draft {
     /// The node that shows the same data as `node` and is not a filter.
@@ -272,6 +272,15 @@ impl Draft {
     /// Whether a node takes part.
     pub fn is_active(&self, node: &str) -> bool {
         self.state.node(node).is_some_and(|n| !n.def.flags.inactive)
+    }
+
+    /// The published nodes that have another size in the candidate.
+    fn resized(&self) -> Result<Vec<NodeName>> {
+        let built = self.build(&self.solve()?);
+        // Compared as they are now: a file may be growing while its successor is opened.
+        let differs =
+            |old: &&std::sync::Arc<Node>| built.get(&old.name).is_some_and(|n| n.size() != old.size());
+        Ok(self.published.iter().filter(differs).map(|n| n.name.clone()).collect())
     }
 
     /// The next node to be reopened: one with no such node below it.
@@ -563,22 +572,20 @@ impl NodeOpener<'_> {
             }
         }
         draft.reopen_drivers(self.rt).await?;
-        for (r, before) in renewals.iter().zip(&before) {
-            if size_of(draft, &r.name) != before.size {
-                for name in draft.readers(&r.name) {
-                    draft.add_claim(OpClaim {
-                        op: op.clone(),
-                        node: name,
-                        claim: Claim { needs: Actions::S, allows: Actions::EVERY },
-                        scope: ClaimScope::Node,
-                        why: "changes its size".into(),
-                        pins: false,
-                    })?;
-                }
-                if !other_data.contains(&r.name) {
-                    draft.claim_other_data(op, &r.name, "changes what it reads as")?;
-                }
+        for name in draft.resized()? {
+            draft.add_claim(OpClaim {
+                op: op.clone(),
+                node: name.clone(),
+                claim: Claim { needs: Actions::S, allows: Actions::EVERY },
+                scope: ClaimScope::Node,
+                why: "changes its size".into(),
+                pins: false,
+            })?;
+            if !other_data.contains(&name) {
+                draft.claim_other_data(op, &name, "changes what it reads as")?;
             }
+        }
+        for r in &renewals {
             if let Some(bottom) = &r.relies_down_to {
                 draft.rely_down_to(&r.name, bottom)?;
             }
@@ -589,7 +596,6 @@ impl NodeOpener<'_> {
 
 /// A node before it is changed.
 struct Before {
-    size: Option<u64>,
     /// Each child, and the image that it shows.
     contents: Vec<(&'static str, NodeName)>,
     window: (Option<Value>, Option<Value>),
@@ -599,7 +605,6 @@ impl Before {
     fn of(draft: &Draft, name: &NodeName) -> Before {
         let children = draft.state.node(name).map_or(&[][..], |n| &n.children);
         Before {
-            size: size_of(draft, name),
             contents: children.iter().map(|c| (c.name, draft.content(&c.node))).collect(),
             window: window(draft, name),
         }
@@ -627,9 +632,4 @@ fn member<'a>(options: &'a Value, name: &str) -> Option<&'a Value> {
         Value::Map(m) => m.iter().find(|(k, _)| k == name).map(|(_, v)| v),
         _ => None,
     }
-}
-
-/// The size of a node of the candidate, where it can be said already.
-fn size_of(draft: &Draft, name: &NodeName) -> Option<u64> {
-    draft.built_node(name).ok().map(|n| n.size())
 }

@@ -47,7 +47,10 @@ pub(super) struct FileDriver {
     is_device: bool,
     /// It was to be writable, but could only be opened for reading.
     read_only: bool,
-    size: AtomicU64,
+    /// Shared with the driver that this one takes over from, so that the two never differ.
+    size: Arc<AtomicU64>,
+    /// Opened for writing.
+    writable: bool,
     /// The file belongs to another process for now.
     inactive: bool,
     /// Offsets and lengths of requests to the kernel are multiples of this; 1 when buffered.
@@ -77,7 +80,7 @@ impl FileDriver {
         inactive: bool,
         old: Option<&FileDriver>,
     ) -> Arc<FileDriver> {
-        let Made { file, facts, direct, writable: _, locking } = made;
+        let Made { file, facts, direct, writable, locking } = made;
         let known = |align: u32| if align == 0 { DIRECT_ALIGN } else { align };
         let (align, memory_align) = if direct {
             (known(facts.direct_offset_align), known(facts.direct_memory_align))
@@ -96,7 +99,12 @@ impl FileDriver {
             file,
             is_device: facts.kind == FileKind::Block,
             read_only,
-            size: AtomicU64::new(facts.size),
+            size: match old {
+                // Nobody but this node changes its size.
+                Some(old) if old.writable && !old.inactive => old.size.clone(),
+                _ => Arc::new(AtomicU64::new(facts.size)),
+            },
+            writable,
             inactive,
             align,
             memory_align,
@@ -135,7 +143,7 @@ impl FileDriver {
     /// What has to happen when this driver takes the place of `old`.
     pub(super) fn takes_over(self: &Arc<Self>, old: &FileDriver) -> Option<Box<dyn Prepared>> {
         let old = old.me.upgrade()?;
-        Some(Box::new(TakeOver { new: self.clone(), old_size: old.size_now(), old }))
+        Some(Box::new(TakeOver { new: self.clone(), old }))
     }
 
     fn size_now(&self) -> u64 {
@@ -598,17 +606,12 @@ impl Driver for FileDriver {
 struct TakeOver {
     new: Arc<FileDriver>,
     old: Arc<FileDriver>,
-    /// The size that the old one knew when the new one looked.
-    old_size: u64,
 }
 
 impl Prepared for TakeOver {
     fn commit(self: Box<Self>) {
-        let TakeOver { new, old, old_size } = *self;
+        let TakeOver { new, old } = *self;
         new.locks.hand_over(new.file.clone());
-        if old.size_now() != old_size {
-            new.size.store(old.size_now(), Ordering::Release);
-        }
         if old.inactive {
             // What another process has written meanwhile is its own business.
             return;
