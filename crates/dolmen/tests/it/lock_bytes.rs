@@ -8,10 +8,10 @@ use std::process::Command;
 use crate::daemon::{Daemon, by_established_name, established, eventually};
 use crate::peer::Bench;
 
-type Bytes = BTreeMap<String, BTreeSet<u64>>;
+pub(crate) type Bytes = BTreeMap<String, BTreeSet<u64>>;
 
 /// Locked bytes of a process by file name.
-fn held(pid: u32) -> Bytes {
+pub(crate) fn held(pid: u32) -> Bytes {
     let mut out = Bytes::new();
     for fd in std::fs::read_dir(format!("/proc/{pid}/fd")).expect("the process").flatten() {
         let Ok(target) = std::fs::read_link(fd.path()) else { continue };

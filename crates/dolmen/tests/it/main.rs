@@ -1,17 +1,20 @@
 //! Integration tests of the tools and of the daemon, against the established ones where they are installed.
 
 mod daemon;
+mod load;
 mod peer;
 
 mod backup;
 mod create;
 mod damage;
+mod handover;
 mod inspect;
 mod io;
 mod lock_bytes;
 mod locks;
 mod main_job;
 mod nbd;
+mod reopen;
 mod repair;
 mod serve;
 mod stats;

@@ -118,17 +118,20 @@ impl FileDriver {
         })
     }
 
+    /// Makes sure that a node keeps its name when it is reopened.
+    pub(super) fn check_name(&self, filename: &str) -> Result<()> {
+        if self.filename == filename {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::InvalidInput, "Cannot change the option 'filename'")
+            .remedy("add a node for the other file, and link that instead"))
+    }
+
     /// Makes sure that this is the same file, locked in the same way.
     pub(super) fn check_same(&self, filename: &str, made: &Made) -> Result<()> {
-        let fixed = |option: &str| {
-            Err(Error::new(ErrorKind::InvalidInput, format!("Cannot change the option '{option}'"))
-                .remedy("add a node for the other file, and link that instead"))
-        };
-        if self.filename != filename {
-            return fixed("filename");
-        }
         if self.locks.between_processes() != made.locking {
-            return fixed("locking");
+            return Err(Error::new(ErrorKind::InvalidInput, "Cannot change the option 'locking'")
+                .remedy("remove the node, and add it with the other option"));
         }
         if self.locks.file_id() != made.facts.id {
             return Err(Error::new(

@@ -108,6 +108,10 @@ impl Opener for OpenFile {
             let io = cx.rt.io().ok_or_else(no_files)?;
             let flags = cx.common.flags;
             let want = OpenHow { write: !flags.read_only, direct: flags.direct, create: false };
+            let old = cx.replaced::<FileDriver>();
+            if let Some(old) = old {
+                old.check_name(&self.filename)?;
+            }
             let retry_read_only = cx.common.auto_read_only;
             let (wanted, locking) = (self.wanted, self.locking);
             let (path, beneath) = (self.filename.clone(), self.beneath.clone());
@@ -131,7 +135,6 @@ impl Opener for OpenFile {
                 .await
                 .context(|| format!("Could not open '{}'", self.filename))?;
             let read_only = want.write && !made.writable;
-            let old = cx.replaced::<FileDriver>();
             if let Some(old) = old {
                 old.check_same(&self.filename, &made)?;
             }
