@@ -7,6 +7,7 @@ mod peer;
 mod backup;
 mod create;
 mod damage;
+mod events;
 mod handover;
 mod inspect;
 mod io;
