@@ -293,6 +293,15 @@ impl Engine {
         Ok(if self.tracker.peek().is_none() { Pass::Clean } else { Pass::Attention })
     }
 
+    /// Makes what has been copied durable on the target.
+    ///
+    /// # Errors
+    /// What the target says; earlier parts may then be lost.
+    pub async fn flush(&self) -> Result<()> {
+        let tokens = self.route.begin().await?;
+        tokens.to(&self.rt)?.flush().await
+    }
+
     fn end(&self, error: Error) {
         self.error.borrow_mut().get_or_insert(error);
         self.stop.set(true);

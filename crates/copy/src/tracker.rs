@@ -30,6 +30,8 @@ struct Inner {
     map: CopyMap,
     /// What is known of this range still holds.
     watch: Option<Span>,
+    /// Parts that are out and that the target may not have yet.
+    owed: usize,
 }
 
 impl Inner {
@@ -57,7 +59,7 @@ pub struct Tracker {
 impl Tracker {
     /// Shares `map`.
     pub fn new(map: CopyMap) -> Tracker {
-        Tracker { inner: Mutex::new(Inner { map, watch: None }), changed: Event::new() }
+        Tracker { inner: Mutex::new(Inner { map, watch: None, owed: 0 }), changed: Event::new() }
     }
 
     /// With every chunk of a node of `size` bytes dirty.
@@ -120,6 +122,15 @@ impl Tracker {
         self.lock().map.is_done()
     }
 
+    /// Whether the target has everything but what is being written to both sides right now: nothing is
+    /// dirty, nobody is copying, and nobody holds a range that was dirty when he took it. In contrast to
+    /// [`Tracker::is_done`] this comes true under a load of writes that go to both sides, and stays
+    /// true until something is marked.
+    pub fn in_step(&self) -> bool {
+        let inner = self.lock();
+        inner.map.is_clean() && inner.owed == 0
+    }
+
     /// The run of chunks that would be handed out next.
     pub fn peek(&self) -> Option<Span> {
         self.lock().map.peek()
@@ -127,13 +138,17 @@ impl Tracker {
 
     /// See [`CopyMap::take_at`].
     pub fn take_at(&self, offset: u64, max: u64) -> Option<Taken<'_>> {
-        let work = self.lock().map.take_at(offset, max)?;
+        let mut inner = self.lock();
+        let work = inner.map.take_at(offset, max)?;
+        inner.owed += 1;
         Some(Taken { tracker: self, work: Some(work) })
     }
 
     /// See [`CopyMap::take_in`].
     pub fn take_in(&self, span: Span, max: u64) -> Option<Taken<'_>> {
-        let work = self.lock().map.take_in(span, max)?;
+        let mut inner = self.lock();
+        let work = inner.map.take_in(span, max)?;
+        inner.owed += 1;
         Some(Taken { tracker: self, work: Some(work) })
     }
 
@@ -155,7 +170,9 @@ impl Tracker {
     }
 
     fn try_hold(&self, span: Span) -> Option<Held<'_>> {
-        let (work, dirty) = self.lock().map.hold(span)?;
+        let mut inner = self.lock();
+        let (work, dirty) = inner.map.hold(span)?;
+        inner.owed += usize::from(!dirty.is_empty());
         Some(Held { tracker: self, work: Some(work), dirty, written: None })
     }
 
@@ -207,7 +224,10 @@ impl Taken<'_> {
     /// The part has been copied, or need not be.
     pub fn done(mut self) {
         let work = self.work.take().expect("there until it ends");
-        self.tracker.lock().map.complete(work);
+        let mut inner = self.tracker.lock();
+        inner.map.complete(work);
+        inner.owed -= 1;
+        drop(inner);
         self.tracker.tell();
     }
 }
@@ -215,7 +235,10 @@ impl Taken<'_> {
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
         if let Some(work) = self.work.take() {
-            self.tracker.lock().map.fail(work);
+            let mut inner = self.tracker.lock();
+            inner.map.fail(work);
+            inner.owed -= 1;
+            drop(inner);
             self.tracker.tell();
         }
     }
@@ -254,6 +277,7 @@ impl Drop for Held<'_> {
         let mut inner = self.tracker.lock();
         inner.cut(work.span());
         inner.map.complete(work);
+        inner.owed -= usize::from(!self.dirty.is_empty());
         let (chunk, size) = (inner.map.chunk(), inner.map.size());
         let clean = self.written.map_or(Span::new(0, 0), |w| {
             let start = w.offset().next_multiple_of(chunk);

@@ -18,10 +18,16 @@
 
 mod backup;
 mod create;
+mod claims;
+mod commit;
+mod commit_filter;
 mod cx;
 mod fill;
 mod job;
 mod life;
+mod mirror;
+mod mirror_core;
+mod mirror_filter;
 mod policy;
 mod prefetch;
 mod rate;
@@ -33,9 +39,11 @@ mod work;
 
 pub use backup::Backup;
 pub use create::Create;
+pub use commit::Commit;
 pub use cx::JobCx;
 pub use job::{Attention, Emit, IoStatus, Job, JobEvent, JobOptions, Progress, Wish};
 pub use life::{Group, JobTable, launch, prepare};
+pub use mirror::Mirror;
 pub use policy::{Action, Again, OnError, Side};
 pub use prefetch::Prefetch;
 pub use status::{Status, Verb};
