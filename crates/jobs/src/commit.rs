@@ -26,9 +26,7 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
 use dolmen_copy::{CopyOptions, Engine, Failure, Hooks, Moved, Pass, Route, Tracker};
-use dolmen_graph::{
-    AccessRule, BackingName, Class, Cx, Draft, NodeDef, NodeFlags, Prealloc,
-};
+use dolmen_graph::{AccessRule, BackingName, Class, Cx, Draft, NodeDef, NodeFlags, Prealloc};
 use dolmen_rt::{LocalFuture, Rt};
 use dolmen_types::{
     Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Span, Value, WriteFlags,
@@ -344,11 +342,8 @@ fn between(d: &Draft, b: &Begun) -> Vec<NodeName> {
 
 fn in_chain(d: &Draft, chain: &[NodeName], name: &str) -> Result<NodeName> {
     let Some(node) = d.node_names().find(|n| n.as_str() == name) else {
-        return Err(Error::new(
-            ErrorKind::NotFound,
-            format!("Cannot find device='' nor node-name='{name}'"),
-        )
-        .remedy("query-named-block-nodes lists the nodes there are"));
+        return Err(Error::new(ErrorKind::NotFound, format!("Cannot find device='' nor node-name='{name}'"))
+            .remedy("query-named-block-nodes lists the nodes there are"));
     };
     let content = d.content(node);
     chain

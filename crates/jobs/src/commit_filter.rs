@@ -4,8 +4,8 @@
 //! resized from above while the commit goes on.
 
 use dolmen_graph::{
-    AccessRule, BackingName, Class, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op,
-    Plan, Prepared, Request, Where, no_backing,
+    AccessRule, BackingName, Class, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange,
+    Op, Plan, Prepared, Request, Where, no_backing,
 };
 use dolmen_rt::LocalFuture;
 use dolmen_types::{BlkEvent, Result, Span};

@@ -18,9 +18,7 @@
 use dolmen_copy::Route;
 use dolmen_graph::{AccessRule, Draft, NodeDef, NodeFlags, UserEdge};
 use dolmen_rt::LocalFuture;
-use dolmen_types::{
-    Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Value,
-};
+use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Value};
 use std::sync::Arc;
 
 use crate::claims::{claim, known};

@@ -2,4 +2,5 @@
 
 mod backup;
 mod life;
+mod mirror;
 mod rig;
