@@ -15,7 +15,8 @@ use std::time::Duration;
 
 use dolmen_graph::{Draft, NodeOpener};
 use dolmen_jobs::{
-    Backup, Create, Emit, Job, JobEvent, JobOptions, JobTable, Kind, Prefetch, Status, Stream, Work, launch,
+    Backup, Commit, Create, Emit, Job, JobEvent, JobOptions, JobTable, Kind, Mirror, Prefetch, Status, Stream,
+    Work, launch, prepare,
     prepare,
 };
 use dolmen_qmp::model::{self, BlockJobInfo, JobInfo};
@@ -47,6 +48,8 @@ const STARTS: &[(&str, Read)] = &[
     ("blockdev-backup", |o| Ok(Box::new(Backup::from_options(o)?))),
     ("blockdev-create", |o| Ok(Box::new(Create::from_options(o)?))),
     ("blockdev-prefetch", |o| Ok(Box::new(Prefetch::from_options(o)?))),
+    ("block-commit", |o| Ok(Box::new(Commit::from_options(o)?))),
+    ("blockdev-mirror", |o| Ok(Box::new(Mirror::from_options(o)?))),
 ];
 
 impl JobStart {

@@ -35,7 +35,7 @@ use dolmen_types::{
 use crate::claims::claim;
 use crate::commit_filter::{COMMIT_TOP, CommitFilter};
 use crate::mirror::{add_filter, filter_name};
-use crate::mirror_core::{Core, CoreOptions, backing_link, invalid, take_policy};
+use crate::mirror_core::{Core, CoreOptions, backing_link, invalid};
 use crate::{Again, BeginCx, Details, Ending, JobCx, Kind, OnError, SettleCx, Side, Work};
 
 /// Bytes of a chunk of an intermediate commit.
@@ -101,17 +101,17 @@ impl Commit {
     ///
     /// # Errors
     /// `InvalidInput`.
-    pub fn from_options(mut o: Options) -> Result<Commit> {
-        let on_error = take_policy(&mut o, "on-error")?;
+    pub fn from_options(o: &mut Options) -> Result<Commit> {
+        let on_error = OnError::take(o, "on-error")?;
         let auto_converge = o.take_bool("auto-converge")?.unwrap_or(true);
-        let commit = Commit {
+        Ok(Commit {
             device: o.require_str("device")?,
-            top: Named::take(&mut o, "top", "top-node")?,
-            base: Named::take(&mut o, "base", "base-node")?,
+            top: Named::take(o, "top", "top-node")?,
+            base: Named::take(o, "base", "base-node")?,
             backing_file: o.take_str("backing-file")?,
             mask_protocol: o.take_bool("backing-mask-protocol")?.unwrap_or(false),
             on_error,
-            filter_name: filter_name(&mut o)?,
+            filter_name: filter_name(o)?,
             core: Core::new(CoreOptions {
                 on_source_error: on_error,
                 on_target_error: on_error,
@@ -119,9 +119,7 @@ impl Commit {
                 ..CoreOptions::default()
             }),
             begun: RefCell::new(None),
-        };
-        o.finish("block-commit")?;
-        Ok(commit)
+        })
     }
 
     fn begun(&self) -> Result<Arc<Begun>> {
@@ -141,7 +139,7 @@ impl Commit {
             Named::Node(name) => in_chain(d, &chain, name),
             Named::File(name) => chain
                 .iter()
-                .find(|n| file_name(d, n).is_some_and(|f| same_file(&f, name)))
+                .find(|n| d.filename(n).is_some_and(|f| same_file(&f, name)))
                 .cloned()
                 .ok_or_else(|| Error::new(ErrorKind::NotFound, missing(name))),
         };
@@ -178,13 +176,7 @@ impl Commit {
         let backing = match &self.backing_file {
             _ if active => None,
             Some(name) => Some((name.clone(), self.format_word(d, &base))),
-            None => Some((
-                file_name(d, &base).ok_or_else(|| {
-                    invalid(format!("node '{base}' has no file name that could be written into an image"))
-                        .remedy("say what to write (backing-file)")
-                })?,
-                self.format_word(d, &base),
-            )),
+            None => d.filename(&base).map(|name| (name, self.format_word(d, &base))),
         };
         let mut was_read_only = d.set_read_only(&base, false)?;
         if !active {
@@ -358,14 +350,6 @@ fn has_writer(d: &Draft, node: &NodeName) -> Result<bool> {
     let grants = d.solve()?;
     let i = d.node_names().position(|n| n == node);
     Ok(i.is_some_and(|i| grants.total[i].needs.contains(Actions::V)))
-}
-
-/// The file name of an image.
-fn file_name(d: &Draft, image: &NodeName) -> Option<String> {
-    d.image_filename(image).or_else(|| {
-        let node = d.built_node(image).ok()?;
-        node.driver.describe(&node).filename
-    })
 }
 
 /// Whether a file is meant by a name: as it was opened, or by the end of its path.

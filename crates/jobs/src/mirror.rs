@@ -41,16 +41,14 @@ impl Mirror {
     ///
     /// # Errors
     /// `InvalidInput`.
-    pub fn from_options(mut o: Options) -> Result<Mirror> {
-        let mirror = Mirror {
+    pub fn from_options(o: &mut Options) -> Result<Mirror> {
+        Ok(Mirror {
             source: o.require_str("device")?,
             target: o.require_str("target")?,
             replaces: o.take_str("replaces")?,
-            filter_name: filter_name(&mut o)?,
-            core: Core::new(CoreOptions::take(&mut o)?),
-        };
-        o.finish("blockdev-mirror")?;
-        Ok(mirror)
+            filter_name: filter_name(o)?,
+            core: Core::new(CoreOptions::take(o)?),
+        })
     }
 
     fn route(&self, edge: Arc<UserEdge>) -> Result<Route> {

@@ -111,12 +111,6 @@ fn blocks(word: &str) -> bool {
 /// The words of `copy-mode`.
 const COPY_MODES: &[&str] = &["background", "write-blocking"];
 
-/// Takes an error policy out of options.
-pub(crate) fn take_policy(o: &mut Options, name: &str) -> Result<OnError> {
-    let word = o.take_enum(name, &["report", "ignore", "enospc", "stop", "auto"])?;
-    Ok(word.and_then(OnError::from_word).unwrap_or(OnError::Report))
-}
-
 impl CoreOptions {
     /// Takes the options of a mirror out.
     ///
@@ -150,8 +144,8 @@ impl CoreOptions {
             auto_converge: o.take_bool("auto-converge")?.unwrap_or(true),
             granularity,
             buffers,
-            on_source_error: take_policy(o, "on-source-error")?,
-            on_target_error: take_policy(o, "on-target-error")?,
+            on_source_error: OnError::take(o, "on-source-error")?,
+            on_target_error: OnError::take(o, "on-target-error")?,
             unmap: o.take_bool("unmap")?.unwrap_or(true),
         })
     }

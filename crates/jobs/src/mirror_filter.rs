@@ -183,15 +183,16 @@ impl MirrorFilter {
         // Count first, then look at the phase: whoever changes the phase looks at the count afterwards,
         // so one of the two sees the other.
         self.marking.fetch_add(1, SeqCst);
-        let guard = Marking { filter: self, span };
         let way = match (self.phase(), discard) {
-            (Phase::Background, _) | (Phase::Blocking, true) => return Way::Mark(guard),
+            (Phase::Background, _) | (Phase::Blocking, true) => {
+                return Way::Mark(Marking { filter: self, span });
+            }
             (Phase::Blocking, false) => Way::Both,
             (Phase::Final | Phase::Ending, false) => Way::Both,
             (Phase::Final | Phase::Ending, true) => Way::Nowhere,
             (Phase::Off, _) => Way::Pass,
         };
-        guard.forget();
+        self.unmarking();
         way
     }
 
@@ -312,14 +313,6 @@ enum Way<'a> {
 struct Marking<'a> {
     filter: &'a MirrorFilter,
     span: Span,
-}
-
-impl Marking<'_> {
-    /// There was no request after all.
-    fn forget(self) {
-        self.filter.unmarking();
-        std::mem::forget(self);
-    }
 }
 
 impl MirrorFilter {

@@ -80,7 +80,7 @@ impl World {
     }
 
     async fn start(&mut self, options: Options) -> Rc<Job> {
-        let work = Mirror::from_options(options.with("device", "s").with("target", "t")).expect("reads");
+        let work = Mirror::from_options(&mut options.with("device", "s").with("target", "t")).expect("reads");
         let job = self.rig.job("m", work, |_| {});
         self.rig.start_one(&job).await.expect("starts");
         job
@@ -323,7 +323,8 @@ fn a_target_that_fails_at_the_last_moment_is_not_pivoted_to() {
             w.target.heal();
             stop.set(true);
             rt.sleep(Duration::from_secs(1)).await;
-            model.borrow().check(&whole(&rt, &w.guest).await, if moved { "target" } else { "source" });
+            let disk = whole(&rt, &w.guest).await;
+            model.borrow().check(&disk, if moved { "target" } else { "source" });
         });
     }
 }

@@ -36,6 +36,11 @@ pub(crate) const STATUS: &[&str] = &[
 
 const ON_ERROR: Ty = Ty::Enum(&["report", "ignore", "enospc", "stop", "auto"]);
 
+const COPY_MODE: Ty = Ty::Enum(&["background", "write-blocking"]);
+
+/// Those of all jobs that copy a node; not every job has every mode.
+const SYNC: Ty = Ty::Enum(&["top", "full", "none", "incremental", "bitmap"]);
+
 const BY_ID: Ty = Ty::Object(&super::commands::ID);
 static DEVICE: Shape = Shape::of(&[Field::required("device", Ty::Str)]);
 const BY_DEVICE: Ty = Ty::Object(&DEVICE);
@@ -87,10 +92,7 @@ pub static COMMANDS: &[Command] = &[
             fields: &[Field::required("id", Ty::Str), Field::required("type", Ty::Enum(TYPES))],
             tag: Some("type"),
             variants: &[
-                (
-                    "mirror",
-                    &Shape::of(&[Field::required("copy-mode", Ty::Enum(&["background", "write-blocking"]))]),
-                ),
+                ("mirror", &Shape::of(&[Field::required("copy-mode", COPY_MODE)])),
                 ("commit", &EMPTY),
                 ("stream", &EMPTY),
                 ("backup", &EMPTY),
@@ -103,6 +105,47 @@ pub static COMMANDS: &[Command] = &[
             ],
         }),
         "Changes options of a job while it runs.",
+    ),
+    verb(
+        "block-commit",
+        Ty::Object(&Shape::of(&[
+            Field::optional("job-id", Ty::Str),
+            Field::required("device", Ty::Str),
+            Field::optional("base-node", Ty::Str),
+            Field::optional("base", Ty::Str),
+            Field::optional("top-node", Ty::Str),
+            Field::optional("top", Ty::Str),
+            Field::optional("backing-file", Ty::Str),
+            Field::optional("backing-mask-protocol", Ty::Bool),
+            Field::optional("speed", Ty::Int),
+            Field::optional("on-error", ON_ERROR),
+            Field::optional("filter-node-name", Ty::Str),
+            Field::optional("auto-converge", Ty::Bool),
+            Field::optional("auto-finalize", Ty::Bool),
+            Field::optional("auto-dismiss", Ty::Bool),
+        ])),
+        "Copies what nodes hold into a backing file of theirs and takes them out of the chain.",
+    ),
+    verb(
+        "blockdev-mirror",
+        Ty::Object(&Shape::of(&[
+            Field::optional("job-id", Ty::Str),
+            Field::required("device", Ty::Str),
+            Field::required("target", Ty::Str),
+            Field::optional("replaces", Ty::Str),
+            Field::required("sync", SYNC),
+            Field::optional("speed", Ty::Int),
+            Field::optional("granularity", Ty::Int),
+            Field::optional("buf-size", Ty::Int),
+            Field::optional("on-source-error", ON_ERROR),
+            Field::optional("on-target-error", ON_ERROR),
+            Field::optional("filter-node-name", Ty::Str),
+            Field::optional("copy-mode", COPY_MODE),
+            Field::optional("auto-converge", Ty::Bool),
+            Field::optional("auto-finalize", Ty::Bool),
+            Field::optional("auto-dismiss", Ty::Bool),
+        ])),
+        "Copies a node and what is written to it meanwhile; the copy may take its place.",
     ),
     verb(
         "block-stream",
