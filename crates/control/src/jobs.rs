@@ -15,9 +15,8 @@ use std::time::Duration;
 
 use dolmen_graph::{Draft, NodeOpener};
 use dolmen_jobs::{
-    Backup, Commit, Create, Emit, Job, JobEvent, JobOptions, JobTable, Kind, Mirror, Prefetch, Status, Stream,
-    Work, launch, prepare,
-    prepare,
+    Backup, Commit, Create, Emit, Job, JobEvent, JobOptions, JobTable, Kind, Mirror, Prefetch, Status,
+    Stream, Work, launch, prepare,
 };
 use dolmen_qmp::model::{self, BlockJobInfo, JobInfo};
 use dolmen_qmp::{ErrorClass, QmpError, Request};

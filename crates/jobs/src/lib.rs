@@ -17,10 +17,10 @@
 #![forbid(unsafe_code)]
 
 mod backup;
-mod create;
 mod claims;
 mod commit;
 mod commit_filter;
+mod create;
 mod cx;
 mod fill;
 mod job;
@@ -38,8 +38,8 @@ mod tests;
 mod work;
 
 pub use backup::Backup;
-pub use create::Create;
 pub use commit::Commit;
+pub use create::Create;
 pub use cx::JobCx;
 pub use job::{Attention, Emit, IoStatus, Job, JobEvent, JobOptions, Progress, Wish};
 pub use life::{Group, JobTable, launch, prepare};

@@ -257,6 +257,8 @@ const ADDED: &[&str] = &[
     "query-jobs()[].estimated-remaining-ms: new",
     "query-block-jobs()[]: new case \"prefetch\"",
     "block-job-change: new case \"prefetch\"",
+    "block-commit.auto-converge: new",
+    "blockdev-mirror.auto-converge: new",
     "blockdev-backup.on-cbw-error: new",
     "blockdev-backup.fleecing: new",
 ];
