@@ -69,10 +69,10 @@ fn plain_name(node: &Arc<Node>) -> Option<String> {
     }
 }
 
-/// Whether an option names the backing file that the image names as well.
+/// Whether an option names the backing file that the image names as well (or both say that there is none).
 fn says_the_same(node: &Arc<Node>, option: &str) -> bool {
     let named = describe(node).backing.map(|(name, _)| join(&own_file(node), &name));
-    option == "backing" && named.is_some() && named == node.backing().map(node_filename)
+    option == "backing" && named == node.backing().map(node_filename)
 }
 
 fn is_use(name: &str) -> bool {

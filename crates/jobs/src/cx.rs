@@ -139,6 +139,12 @@ impl JobCx {
         if self.job.cancelled.get() { Err(cancelled()) } else { Ok(()) }
     }
 
+    /// Waits for something that is not the job's own work: it counts as idle meanwhile.
+    pub(crate) async fn resting(&self, wait: impl Future<Output = ()>) {
+        let _rest = Rest::new(&self.job);
+        wait.await;
+    }
+
     async fn rest_until(&self, deadline: Instant, listener: EventListener) {
         let _rest = Rest::new(&self.job);
         futures_lite::future::or(self.job.rt.sleep_until(deadline), listener).await;

@@ -266,7 +266,7 @@ impl Core {
             {
                 return;
             }
-            or(user, or(map, writes)).await;
+            cx.resting(or(user, or(map, writes))).await;
         }
     }
 
