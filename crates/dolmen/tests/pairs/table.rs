@@ -1,0 +1,125 @@
+//! The table in docs/, and the judgement about a row of it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+
+use crate::world::Promise;
+use crate::{Row, Verdict};
+
+/// Refusals that break nothing in this test when they are ignored, and why they are right all the
+/// same: part of the state's name, part of the attempt's name, the reason.
+const RIGHT_ALL_THE_SAME: &[(&str, &str, &str)] = &[
+    ("stream of", "export of", COPIED_MEANWHILE),
+    ("export of", "stream of", COPIED_MEANWHILE),
+    ("stream of", "stream of", CHAIN_OF_OTHERS),
+    ("stream of", "reopen top on base", CHAIN_OF_OTHERS),
+    ("stream of top", "backup of top", STRICT),
+    ("backup", "backup of top", STRICT),
+    ("bottom mid", "stream of", "the node that the filter relies on leaves the chain"),
+];
+
+const STRICT: &str = "nothing in this test: the guest's writes come through the other job's filter, which the claim of \
+    this one does not know; refused by the established daemon as well";
+const COPIED_MEANWHILE: &str = "a reader of the overlay may see new data and then, when the job's copy of a moment \
+    before arrives, the old ones: too short a moment for this test";
+const CHAIN_OF_OTHERS: &str =
+    "the one that ends first takes nodes out of the chain that the other one has still to read";
+
+/// What breaks although it is allowed, and why that is the user's own affair.
+const OWN_RISK: &[(&str, &str, &str)] = &[(
+    "copy-before-write over top",
+    "export of t1, writable",
+    "what is written to t1 and what the filter saves there overwrite each other",
+)];
+
+fn own_risk(row: &Row) -> Option<&'static str> {
+    OWN_RISK.iter().find(|(s, a, _)| row.state == *s && row.attempt == *a).map(|(_, _, reason)| *reason)
+}
+
+fn excuse(row: &Row) -> Option<&'static str> {
+    RIGHT_ALL_THE_SAME
+        .iter()
+        .find(|(s, a, _)| row.state.contains(s) && row.attempt.contains(a))
+        .map(|(_, _, reason)| *reason)
+}
+
+/// Everything that is wrong with a row.
+pub(crate) fn wrong(row: &Row) -> Vec<String> {
+    if own_risk(row).is_some() {
+        return Vec::new();
+    }
+    let mut out = row.wrong.clone();
+    if let Verdict::Refused { without, .. } = &row.verdict
+        && without.is_empty()
+        && excuse(row).is_none()
+    {
+        out.push("nothing breaks when the refusal is ignored".into());
+    }
+    out
+}
+
+fn breaks(broken: &BTreeMap<Promise, String>) -> &'static str {
+    // The worst of them: which others come along depends on the moment.
+    broken.keys().next().map_or("", |p| p.broken())
+}
+
+fn render(rows: &[Row]) -> String {
+    let mut out = String::from(
+        "# What may run beside what\n\n\
+         Written by a test (`DOLMEN_PAIRS=write cargo test -p dolmen --test pairs`): each pair of an operation that\n\
+         runs and a command has been tried on the chain `top -> mid -> base`, jobs with a client that writes to\n\
+         `top`. *Yes*: both ran to their end and all data were right. *No*: refused by the access control; the last\n\
+         column says what breaks when the refusal is ignored. *Fails*: refused for another reason.\n",
+    );
+    let mut state = "";
+    for row in rows {
+        if row.state != state {
+            state = row.state;
+            let _ = write!(
+                out,
+                "\n## {state}\n\n| command | | who does not allow it, where | without the refusal |\n|---|---|---|---|\n"
+            );
+        }
+        let _ = match &row.verdict {
+            Verdict::Allowed(_) => {
+                writeln!(
+                    out,
+                    "| {} | yes | {}| |",
+                    row.attempt,
+                    own_risk(row).map_or(String::new(), |r| format!("{r} "))
+                )
+            }
+            Verdict::Failed(text) => {
+                writeln!(out, "| {} | fails | {} | |", row.attempt, text.replace('|', "/"))
+            }
+            Verdict::Refused { conflict: c, without } => writeln!(
+                out,
+                "| {} | no | {}, at '{}': {} | {} |",
+                row.attempt,
+                c.denies,
+                c.node,
+                c.actions.join(", "),
+                if without.is_empty() { excuse(row).unwrap_or_default() } else { breaks(without) },
+            ),
+        };
+    }
+    out
+}
+
+/// Compares with the file in docs/, or writes it.
+pub(crate) fn check(rows: &[Row], write: bool) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/pairs.md");
+    let text = render(rows);
+    if write {
+        std::fs::create_dir_all(path.parent().expect("a directory")).expect("docs/");
+        std::fs::write(&path, text).expect("written");
+        return;
+    }
+    let there = std::fs::read_to_string(&path).unwrap_or_default();
+    let differs = there.lines().zip(text.lines()).find(|(a, b)| a != b);
+    assert!(
+        there == text,
+        "docs/pairs.md is out of date ({differs:?}): DOLMEN_PAIRS=write cargo test -p dolmen --test pairs"
+    );
+}
