@@ -29,7 +29,7 @@ use dolmen_nbd::{Command, Request, RequestStep, ServerHandshake, ServerStep, Ses
 use dolmen_rt::{IoVec, Memory, Rt, Stream};
 use dolmen_types::{Error, ErrorKind, Result};
 
-use super::execute::{Job, execute};
+use super::execute::{CACHE_STEP, Job, execute};
 use super::export::{Export, Exports};
 use super::pool::Pool;
 use super::replies::{Batch, Body, Reply};
@@ -307,6 +307,7 @@ impl Conn {
         }
         let charge = match verdict {
             Ok(Command::Read { .. }) => r.len as usize,
+            Ok(Command::Cache) => r.len.min(CACHE_STEP as u32) as usize,
             _ => payload,
         };
         self.reserve(charge).await?;

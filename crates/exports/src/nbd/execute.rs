@@ -12,6 +12,10 @@ use super::replies::{Body, Piece, Reply};
 
 /// Reads of at least this many bytes ask where the holes are before they move data.
 const SPARSE_READ_MIN: u64 = 256 * 1024;
+/// A request to cache is done in steps of so many bytes.
+pub(crate) const CACHE_STEP: u64 = 1 << 20;
+/// Of a longer one, only so much is done: it is a hint, and a request must not keep a change of the graph waiting.
+const CACHE_MOST: u64 = 32 << 20;
 /// Pieces that a sparse read is cut into; what is left goes out as data.
 const SPARSE_PIECES_MAX: usize = 16;
 /// A hole shorter than this goes out as data.
@@ -141,9 +145,19 @@ async fn run(
             let span = token.check(offset, len.into())?;
             status(&token, rt, span, one).await.map(Body::Status)
         }
-        Command::Cache | Command::Disconnect => {
-            Err(Error::new(ErrorKind::InvalidInput, "the command was not offered"))
+        Command::Cache => {
+            let span = token.check(offset, len.into())?.prefix(CACHE_MOST);
+            let io = token.read(rt)?;
+            // The data are not wanted, but a node may use the buffer; one is enough for all pieces.
+            let size = span.len().min(CACHE_STEP);
+            let buffer = conn.take_buffer(size as usize);
+            for part in span.blocks(CACHE_STEP) {
+                io.read(part, &window(&buffer, part.len() as u32), ReadFlags::PREFETCH).await?;
+            }
+            *memory = Some(buffer);
+            Ok(Body::Done)
         }
+        Command::Disconnect => Err(Error::new(ErrorKind::InvalidInput, "the command was not offered")),
     }
 }
 

@@ -80,6 +80,7 @@ impl Export {
         let flags = T::HAS_FLAGS
             .with(T::CAN_MULTI_CONN)
             .with(T::SEND_FLUSH)
+            .with(T::SEND_CACHE)
             .with_if(!w, T::READ_ONLY)
             .with_if(w, T::SEND_FUA)
             .with_if(w, T::SEND_TRIM)

@@ -4,12 +4,13 @@ use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use dolmen_exports::NbdServerConfig;
+use dolmen_graph::UserEdge;
 use dolmen_nbd::consts::{OPTION_MAGIC, cmd, opt};
 use dolmen_nbd::{CommandFlags, Errno, Request};
 
 use crate::memory::{BAD_SECTOR, Memory};
 use crate::rig::{Rig, pattern, run, run_with};
-use crate::wire::{Client, connect};
+use crate::wire::{Answer, Client, connect};
 
 const NONE: CommandFlags = CommandFlags(0);
 
@@ -105,7 +106,8 @@ fn refused_requests_are_answered_and_nothing_else_happens() {
                     (cmd::READ, NONE, 0, (32 << 20) + 1, Errno::Inval),
                     (cmd::WRITE_ZEROES, NONE, size - 512, 1024, Errno::NoSpc),
                     (cmd::TRIM, NONE, size, 512, Errno::Inval),
-                    (cmd::CACHE, NONE, 0, 512, Errno::Inval),
+                    (cmd::CACHE, NONE, size, 512, Errno::Inval),
+                    (cmd::CACHE, NONE, BAD_SECTOR, 512, Errno::Io),
                     (4711, NONE, 0, 512, Errno::Inval),
                     (cmd::BLOCK_STATUS, NONE, 0, 0, Errno::Inval),
                 ] {
@@ -137,6 +139,36 @@ fn refused_requests_are_answered_and_nothing_else_happens() {
         }
         assert_eq!(rig.peek(&ro, 0, 512).await, [0; 512]);
         drop(edge);
+    });
+}
+
+/// A request to cache reads what is asked for, answers without data, and may be longer than a read.
+#[test]
+fn a_request_to_cache_is_a_read_without_data() {
+    run(async |rig| {
+        let edge = rig.export("d", 64 << 20, true).await;
+        let ro = rig.export("r", 4 << 20, false).await;
+        for structured in [false, true] {
+            let socket = rig.socket();
+            rig.beside(move || {
+                let mut c = Client::negotiate(&socket, "d", structured);
+                for (offset, len) in [(0, 4096), (512, 3 << 20), (1 << 20, 63 << 20)] {
+                    c.send(cmd::CACHE, NONE, 5, offset, len);
+                    assert_eq!(c.answer(0), Answer { cookie: 5, ..Answer::default() });
+                }
+                let mut c = Client::negotiate(&socket, "r", structured);
+                c.send(cmd::CACHE, NONE, 6, 0, 0);
+                assert_eq!(c.answer(0).error, None);
+                c.send(cmd::CACHE, NONE, 6, 0, 4 << 20);
+                assert_eq!(c.answer(0).error, None);
+            })
+            .await;
+        }
+        let read = |edge: &UserEdge| Rig::node(edge).state.counters.read().reads.bytes;
+        // The longest one is cut short.
+        assert_eq!(read(&edge), 2 * (4096 + (3 << 20) + (32 << 20)));
+        assert_eq!(read(&ro), 2 * (4 << 20));
+        assert_eq!(edge.counters().read().reads.requests, 0, "nobody was sent data");
     });
 }
 

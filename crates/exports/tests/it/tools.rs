@@ -30,7 +30,7 @@ fn nbdinfo_sees_what_is_true() {
             ("can_zero", true),
             ("can_fast_zero", true),
             ("can_df", true),
-            ("can_cache", false),
+            ("can_cache", true),
         ] {
             assert_eq!(e[flag], value, "{flag}");
         }
