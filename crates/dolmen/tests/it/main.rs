@@ -14,6 +14,7 @@ mod io;
 mod lock_bytes;
 mod locks;
 mod main_job;
+mod mirror;
 mod nbd;
 mod reopen;
 mod repair;
