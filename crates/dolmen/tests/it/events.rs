@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 
 use serde_json::{Value as Json, json};
 
+use crate::daemon::{Daemon, Monitor, by_established_name, established};
 use crate::peer::{Bench, is_reference};
 
 /// Events told apart in one run: the number of rules doubles with each.
@@ -244,4 +245,48 @@ fn of_tables_that_grow() {
     // Here the blocks of a table that grows are all written with it.
     same(&b, "small.qcow2", &image, &grown, &READ, &without("refblock_alloc_write"));
     same(&b, "small.qcow2", &image, &["truncate 64M"], &READ, &all);
+}
+
+/// What `blkdebug` holds on its image, with nobody above and with a writer; and whom that keeps out.
+#[test]
+fn permissions_of_the_image() {
+    let story = |command: &dyn Fn(&std::path::Path) -> std::process::Command, held: &Json| -> Vec<Json> {
+        let mut d = Daemon::start(command, &["--nbd-server", "addr.type=unix,addr.path=DIR/nbd.sock"]);
+        let mut m = d.monitor();
+        let mut said = Vec::new();
+        m.ok("blockdev-add", json!({"driver": "null-aio", "node-name": "n", "size": 1 << 20}));
+        let mut debug = json!({"driver": "blkdebug", "node-name": "d", "image": "n"});
+        debug.as_object_mut().expect("an object").extend(held.as_object().cloned().expect("an object"));
+        m.ok("blockdev-add", debug);
+        let image = |m: &mut Monitor| {
+            let graph = m.ok("x-debug-query-block-graph", json!({}));
+            let edges = graph["edges"].as_array().expect("edges");
+            let edge = edges.iter().find(|e| e["name"] == "image").expect("blkdebug's").clone();
+            json!([edge["perm"], edge["shared-perm"]])
+        };
+        said.push(image(&mut m));
+        for (id, node, writable) in [("r", "n", false), ("w", "n", true), ("a", "d", true)] {
+            let reply = m.ask(&json!({"execute": "block-export-add", "arguments":
+                {"type": "nbd", "id": id, "name": id, "node-name": node, "writable": writable}}));
+            said.push(json!([id, reply.get("error").is_none(), image(&mut m)]));
+            if reply.get("error").is_none() {
+                m.ok("block-export-del", json!({"id": id}));
+            }
+        }
+        said
+    };
+    if established().is_none() {
+        return;
+    }
+    for held in [
+        json!({}),
+        json!({"take-child-perms": ["write"]}),
+        json!({"take-child-perms": ["write", "consistent-read", "resize", "write-unchanged", "write"]}),
+        json!({"unshare-child-perms": ["write"]}),
+        json!({"unshare-child-perms": ["write", "consistent-read", "write-unchanged", "resize"]}),
+        json!({"unshare-child-perms": ["consistent-read"], "take-child-perms": ["write-unchanged"]}),
+    ] {
+        let theirs = story(&|_| established().expect("installed"), &held);
+        assert_eq!(story(&by_established_name, &held), theirs, "{held}");
+    }
 }

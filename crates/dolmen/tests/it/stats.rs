@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value as Json, json};
 
-use crate::daemon::{Daemon, by_established_name, established, eventually};
+use crate::daemon::{Daemon, Monitor, by_established_name, established, eventually};
 
 const CHAIN: &[&str] = &[
     "--blockdev",
@@ -181,7 +181,7 @@ fn a_write_threshold_is_announced_as_by_the_established_daemon() {
             json!({"execute": "block-set-write-threshold",
             "arguments": {"node-name": node, "write-threshold": at}})
         };
-        let shown = |m: &mut crate::daemon::Monitor| {
+        let shown = |m: &mut Monitor| {
             let nodes = m.ok("query-named-block-nodes", json!({}));
             entry(&nodes, "top")["write_threshold"].clone()
         };
@@ -218,4 +218,38 @@ fn a_write_threshold_is_announced_as_by_the_established_daemon() {
     // A refusal may say more.
     assert_eq!(ours[1..], theirs[1..]);
     assert_eq!(ours[0]["error"]["desc"], theirs[0]["error"]["desc"]);
+}
+
+/// What a job puts under an export without a name is not seen, and what the export shows stays where it was.
+#[test]
+fn nodes_of_a_job_are_hidden() {
+    let Some(mut d) = chain(by_established_name) else { return };
+    let mut m = d.monitor();
+    requests(&d, &["write 0 1M"]);
+    let names = |m: &mut Monitor, query: &str, arguments: Json| -> Vec<String> {
+        let list = m.ok(query, arguments);
+        let mut names: Vec<_> =
+            list.as_array().expect("a list").iter().map(|e| e["node-name"].to_string()).collect();
+        // The order is that of the links.
+        names.sort();
+        names
+    };
+    let lists = |m: &mut Monitor| {
+        [
+            names(m, "query-named-block-nodes", json!({"flat": true})),
+            names(m, "query-blockstats", json!({"query-nodes": true})),
+            names(m, "query-blockstats", json!({})),
+        ]
+    };
+    let before = lists(&mut m);
+    let all_before = m.ok("x-debug-query-block-graph", json!({}));
+    m.ok("block-stream", json!({"job-id": "j", "device": "r", "speed": 1, "auto-dismiss": true}));
+    let all = m.ok("x-debug-query-block-graph", json!({}));
+    let count = |of: &Json| {
+        let nodes = of["nodes"].as_array().expect("a list");
+        nodes.iter().filter(|n| n["type"] == "block-driver").count()
+    };
+    assert!(count(&all) > count(&all_before), "the job has a node of its own: {all}");
+    assert_eq!(lists(&mut m), before);
+    assert_eq!(m.ok("query-block", json!({}))[0]["inserted"]["node-name"], "r");
 }
