@@ -7,7 +7,6 @@
 //! - [`PointInTime`] is a node as it was at some time; [`CopyBeforeWrite`] keeps it, [`SnapshotAccess`] shows it.
 #![forbid(unsafe_code)]
 
-mod buffers;
 mod cbw;
 mod engine;
 mod map;
@@ -18,8 +17,8 @@ mod tests;
 mod tracker;
 mod transfer;
 
-pub use buffers::{Buffer, Buffers};
 pub use cbw::{COPY_BEFORE_WRITE, CopyBeforeWrite, OnCbwError, chunk_size};
+pub use dolmen_rt::{Buffer, Buffers};
 pub use engine::{CopyOptions, Engine, Hooks, Pass, Route};
 pub use map::{ChunkState, CopyMap, Work};
 pub use point::PointInTime;

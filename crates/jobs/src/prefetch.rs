@@ -149,7 +149,9 @@ impl Work for Prefetch {
         })
     }
 
-    fn end(&self, _: &OpId, draft: &mut Draft, _: Ending) -> Result<()> {
+    fn end(&self, op: &OpId, draft: &mut Draft, _: Ending) -> Result<()> {
+        // The filter goes first: it needs the node to be writable.
+        draft.remove_op(op);
         draft.restore_read_only(&self.made_writable.borrow());
         Ok(())
     }

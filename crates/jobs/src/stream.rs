@@ -173,7 +173,8 @@ impl Stream {
         if let Some(name) = &self.filter_name {
             options.set("node-name", name.as_str());
         }
-        let filter = cx.opener.open_interposed(cx.draft, options, cx.op).await?;
+        let filter = cx.opener.open_interposed(cx.draft, options, cx.op).await;
+        let filter = filter.context(|| "Could not create node")?;
         cx.draft.interpose_opened(&filter, "file", &self.device)?;
         cx.draft.add_user(cx.op, &filter, Claim { needs: Actions::D, allows: Actions::EVERY })?;
         let images = cx.draft.images(&plan.top);
@@ -228,6 +229,10 @@ impl Work for Stream {
     fn run<'a>(&'a self, cx: &'a JobCx) -> LocalFuture<'a, Result<()>> {
         Box::pin(async move {
             let plan = self.plan()?;
+            if plan.top == plan.bottom {
+                // Nothing is to go.
+                return Ok(());
+            }
             let size = cx.edge(0).node().size();
             cx.set_remaining(size);
             let fill = Fill {
@@ -271,13 +276,15 @@ impl Work for Stream {
         })
     }
 
-    fn end(&self, _: &OpId, draft: &mut Draft, ending: Ending) -> Result<()> {
+    fn end(&self, op: &OpId, draft: &mut Draft, ending: Ending) -> Result<()> {
         let plan = self.plan()?;
         if ending == Ending::Success && plan.top != plan.bottom {
             // Another job's filter may stand on the base by now.
             let base = draft.child(&plan.bottom, "backing").cloned();
             draft.set_backing_link(&plan.top, base.as_ref().map(|b| b.as_str()))?;
         }
+        // The filter goes first: it needs the node to be writable.
+        draft.remove_op(op);
         draft.restore_read_only(&plan.made_writable);
         Ok(())
     }

@@ -10,6 +10,7 @@
 //! them through [`Rt::io`].
 
 mod buf;
+mod buffers;
 mod core;
 mod engine;
 mod epoll;
@@ -29,6 +30,7 @@ mod timers;
 mod workers;
 
 pub use buf::{Buf, IoVec, Memory};
+pub use buffers::{Buffer, Buffers};
 pub use dolmen_types::Result;
 pub use engine::{Config, EngineKind};
 pub use executor::{CoreHandle, Pool, block_on, block_on_with};

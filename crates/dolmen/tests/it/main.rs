@@ -11,6 +11,7 @@ mod events;
 mod handover;
 mod inspect;
 mod io;
+mod jobs;
 mod lock_bytes;
 mod locks;
 mod main_job;

@@ -9,7 +9,7 @@ use dolmen_graph::{
     ImplicitChild, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock,
     Request, SnapshotInfo, Where,
 };
-use dolmen_rt::LocalFuture;
+use dolmen_rt::{Buffers, LocalFuture};
 use dolmen_types::{
     BlkEvent, ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, ReadFlags, Result, Span, Value,
     WriteFlags,
@@ -140,6 +140,13 @@ impl Prepared for Reopened {
 }
 
 /// The state of an open image.
+/// Bytes that a copy from a backing file moves at a time: as much as stays in a processor's cache between reading
+/// and writing. A larger cluster goes at once.
+const COPY_STEP: u64 = 512 << 10;
+
+/// Buffers for copies that stay allocated.
+const COPIES_KEPT: usize = 4;
+
 pub(super) struct Core {
     /// Protects all metadata in memory. Never held across an await.
     meta: Mutex<Meta>,
@@ -165,6 +172,8 @@ pub(super) struct Core {
     pub grown: AtomicBool,
     /// A round has ended.
     pub round_ended: Event,
+    /// What is copied from backing files goes through these.
+    pub copies: Buffers,
     /// Itself, for tasks that outlive a request.
     pub me: Weak<Core>,
     bitmaps: Vec<BitmapEntry>,
@@ -218,6 +227,7 @@ impl Core {
             growing: RangeLock::new(),
             grown: AtomicBool::new(false),
             round_ended: Event::new(),
+            copies: Buffers::new(COPY_STEP.max(geo.cluster_size()) as usize, COPIES_KEPT),
             me: me.clone(),
             bitmaps,
         }))

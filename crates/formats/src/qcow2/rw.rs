@@ -287,10 +287,7 @@ impl Core {
     ) -> Result<()> {
         self.begin_change(env).await?;
         let _range = self.ranges.lock(around).await;
-        let (cluster, zero_entries) = {
-            let m = self.meta();
-            (m.geo.cluster_size(), m.geo.version >= 3)
-        };
+        let zero_entries = self.meta().geo.version >= 3;
         let mut rest = around;
         while !rest.is_empty() {
             let run = self.find(env, rest.offset(), rest.len()).await?;
@@ -304,31 +301,55 @@ impl Core {
                 }
                 continue;
             }
-            // A private buffer: the caller's memory may be changed by a guest between the two steps.
-            let copy = Memory::zeroed(part.len() as usize).iovec();
-            if let Some(visible) = part.intersect(Span::new(0, self.size())) {
-                self.read_backing(env, visible, &slice(&copy, part, visible), ReadFlags::NONE).await?;
+            let mut rest = part;
+            while !rest.is_empty() {
+                let step = rest.prefix(self.copies.size() as u64);
+                self.copy_up(env, step, piece, to, zero_entries).await?;
+                rest = rest.skip(step.len());
             }
-            // Zero clusters stay zero clusters, one by one, so that a copied image is as sparse as its source.
-            let mut at = part;
-            while !at.is_empty() {
-                let is_zero = |s: Span| zero_entries && slice(&copy, part, s).is_zero();
-                let zero = is_zero(at.prefix(cluster));
-                let mut len = cluster;
-                while len < at.len() && is_zero(at.skip(len).prefix(cluster)) == zero {
-                    len += cluster;
-                }
-                let run = at.prefix(len);
-                if zero {
-                    self.set_range(env, run, |_, _| L2Entry::Zero { kept: None }).await?;
-                } else {
-                    self.write_mapping(env, run, &slice(&copy, part, run)).await?;
-                }
-                at = at.skip(run.len());
+        }
+        Ok(())
+    }
+
+    /// Copies whole clusters that are unallocated from the backing chain, and what `piece` has of them to `to`.
+    async fn copy_up(
+        &self,
+        env: Env<'_>,
+        part: Span,
+        piece: Span,
+        to: Option<&IoVec>,
+        zero_entries: bool,
+    ) -> Result<()> {
+        let cluster = self.geo.cluster_size();
+        // A private buffer: the caller's memory may be changed by a guest between the two steps.
+        let buffer = self.copies.get();
+        let copy = buffer.iovec(part.len() as usize);
+        let visible = part.intersect(Span::new(0, self.size()));
+        if let Some(visible) = visible {
+            self.read_backing(env, visible, &slice(&copy, part, visible), ReadFlags::NONE).await?;
+        }
+        let seen = visible.map_or(0, |v| v.len());
+        copy.slice(seen as usize, (part.len() - seen) as usize).fill(0);
+        env.file.read()?.event(BlkEvent::CorWrite)?;
+        // Zero clusters stay zero clusters, one by one, so that a copied image is as sparse as its source.
+        let mut at = part;
+        while !at.is_empty() {
+            let is_zero = |s: Span| zero_entries && slice(&copy, part, s).is_zero();
+            let zero = is_zero(at.prefix(cluster));
+            let mut len = cluster;
+            while len < at.len() && is_zero(at.skip(len).prefix(cluster)) == zero {
+                len += cluster;
             }
-            if let (Some(w), Some(to)) = (wanted, to) {
-                slice(to, piece, w).copy_from(&slice(&copy, part, w));
+            let run = at.prefix(len);
+            if zero {
+                self.set_range(env, run, |_, _| L2Entry::Zero { kept: None }).await?;
+            } else {
+                self.write_mapping(env, run, &slice(&copy, part, run)).await?;
             }
+            at = at.skip(run.len());
+        }
+        if let (Some(wanted), Some(to)) = (part.intersect(piece), to) {
+            slice(to, piece, wanted).copy_from(&slice(&copy, part, wanted));
         }
         Ok(())
     }

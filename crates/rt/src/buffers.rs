@@ -3,7 +3,7 @@
 
 use std::sync::Mutex;
 
-use dolmen_rt::{IoVec, Memory};
+use crate::{IoVec, Memory};
 
 /// A pool of buffers of one size, aligned for direct I/O.
 #[derive(Debug)]
