@@ -5,7 +5,7 @@
 //! operation of its own, which exists only as long as it takes to ask whether the draft may
 //! stand beside everybody else's operations.
 
-use dolmen_graph::{Draft, NodeOpener, OpInfo};
+use dolmen_graph::{Draft, NodeOpener};
 use dolmen_qmp::QmpError;
 use dolmen_types::{ErrorKind, OpId, Options};
 
@@ -30,15 +30,7 @@ pub(crate) async fn propose(
             _ => None,
         })
         .collect();
-    let op = OpId::internal("command:blockdev-reopen".to_owned());
-    draft.add_op(OpInfo {
-        id: op.clone(),
-        kind: "command".into(),
-        detail: format!("blockdev-reopen of {}", names.join(", ")),
-        since: None,
-        ends_with: None,
-        instead_of_writing: None,
-    })?;
+    let op = draft.add_command("blockdev-reopen", format!("of {}", names.join(", ")));
     opener.reopen(draft, &op, list).await?;
     Ok(op)
 }

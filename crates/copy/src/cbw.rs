@@ -157,7 +157,27 @@ impl Opener for Open {
     fn open<'a>(self: Box<Self>, cx: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
         Box::pin(async move {
             let (file, target) = (&cx.child("file")?.node, &cx.child("target")?.node);
-            let point = match cx.replaced::<CopyBeforeWrite>() {
+            let content = content(file).to_owned();
+            let old = cx.replaced::<CopyBeforeWrite>();
+            if let Some(old) = old
+                && (old.content.as_ref().is_some_and(|c| *c != content) || cx.common.flags.inactive)
+            {
+                let why = if cx.common.flags.inactive {
+                    "another process must not change it"
+                } else {
+                    "another can't take its place"
+                };
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!(
+                        "'{}' keeps old data of '{}': {why}",
+                        cx.name,
+                        old.content.as_ref().unwrap_or(&content)
+                    ),
+                )
+                .remedy("remove the copy-before-write node first"));
+            }
+            let point = match old {
                 Some(old) if old.target_name == target.name.as_str() => old.point.clone(),
                 Some(old) => {
                     return Err(Error::new(
@@ -180,6 +200,7 @@ impl Opener for Open {
                 on_error: self.on_error,
                 timeout: self.timeout,
                 target_name: target.name.as_str().to_owned(),
+                content: Some(content),
             })))
         })
     }
@@ -210,6 +231,14 @@ pub struct CopyBeforeWrite {
     on_error: OnCbwError,
     timeout: Option<Duration>,
     target_name: String,
+    /// The node below, past all filters, as it was when a user put this one there.
+    content: Option<String>,
+}
+
+/// The name of the node whose data a node shows.
+fn content(node: &Arc<Node>) -> &str {
+    let last = std::iter::successors(Some(node), |n| n.filtered()).last();
+    last.unwrap_or(node).name.as_str()
 }
 
 impl CopyBeforeWrite {
@@ -222,6 +251,7 @@ impl CopyBeforeWrite {
             on_error,
             timeout: None,
             target_name: target.to_owned(),
+            content: None,
         }
     }
 

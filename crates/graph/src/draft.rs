@@ -358,6 +358,28 @@ impl Draft {
         Ok(())
     }
 
+    /// Registers the operation of an instant command, known by the command's name. Several of
+    /// one name may stand in a draft.
+    pub fn add_command(&mut self, command: &str, detail: String) -> OpId {
+        let taken = |id: &str| self.state.ops.iter().any(|o| o.id.as_str() == id);
+        let mut id = command.to_owned();
+        let mut n = 1;
+        while taken(&id) {
+            n += 1;
+            id = format!("{command}#{n}");
+        }
+        let id = OpId::internal(id);
+        self.state.ops.push(OpInfo {
+            id: id.clone(),
+            kind: "command".into(),
+            detail,
+            since: None,
+            ends_with: None,
+            instead_of_writing: None,
+        });
+        id
+    }
+
     /// Gives an operation its start time: until then it is worded as one that is being tried.
     pub fn mark_started(&mut self, op: &OpId) {
         let now = self.now;

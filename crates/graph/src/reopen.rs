@@ -16,7 +16,9 @@ use dolmen_types::{
 
 use crate::draft::{DraftNode, driver_op, no_such_node};
 use crate::open::{Inherited, below, inherit};
-use crate::{AccessRule, ChildDef, ClaimScope, Common, Draft, Node, NodeFlags, NodeOpener, OpClaim, OpenCx};
+use crate::{
+    AccessRule, ChildDef, ClaimScope, Class, Common, Draft, Node, NodeFlags, NodeOpener, OpClaim, OpenCx,
+};
 
 impl Draft {
     /// The node that shows the same data as `node` and is not a filter.
@@ -552,10 +554,11 @@ impl NodeOpener<'_> {
         let mut other_data = Vec::new();
         for (r, before) in renewals.iter().zip(&before) {
             let changed = before.other_contents(draft, r);
-            if changed.iter().any(|role| *role != ChildRole::Backing) {
-                let i = draft.state.index(&r.name);
-                draft.state.nodes[i].other_image = true;
-            }
+            let i = draft.state.index(&r.name);
+            let node = &mut draft.state.nodes[i];
+            // What a format has in memory belongs to the image in its old file.
+            node.other_image = node.def.kind.class == Class::Format
+                && changed.iter().any(|role| *role != ChildRole::Backing);
             if !changed.is_empty() {
                 draft.add_claim(OpClaim {
                     op: op.clone(),
