@@ -306,7 +306,8 @@ impl DraftNode {
             return;
         }
         self.def.flags.inactive = !active;
-        self.reopening = true;
+        // A leaf that a program has put there itself has no options to be opened with.
+        self.reopening = self.def.options != Value::Null;
         if let Value::Map(options) = &mut self.def.options {
             options.retain(|(k, _)| k != "active");
             if !active {

@@ -5,7 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-use dolmen_graph::Registry;
+use dolmen_graph::{Implicit, NodeOpener, OpenPolicy, Registry, protocol_name};
 use dolmen_rt::Rt;
 use dolmen_sim::{
     DiskConfig, Fault, FaultAction, GuestOp, Harness, Image, Leaf, MEMORY, MemoryDisk, Oracle, Random,
@@ -66,6 +66,9 @@ pub(crate) struct Scenario {
     pub(crate) cancels: bool,
     /// Many discards and flushes among the writes, so that clusters are freed and used again.
     pub(crate) churn: bool,
+    /// The graph changes meanwhile: other options and links, and the image is let go and taken
+    /// over again.
+    pub(crate) changes: bool,
 }
 
 impl Scenario {
@@ -97,22 +100,28 @@ impl Scenario {
             errors: weather == Weather::Rough && r.percent(60),
             cancels: weather == Weather::Rough && r.percent(60),
             churn: r.percent(30),
+            changes: r.percent(25),
         }
     }
 
     /// The stack over the leaves `disk` and `base`.
     pub(crate) fn stack(&self) -> Options {
-        let qcow2 = Options::new()
-            .with("driver", "qcow2")
-            .with("node-name", "top")
-            .with("file", "disk")
-            .with("discard", "unmap")
-            .with("backing", if self.base.is_some() { Value::from("base") } else { Value::Null });
+        let qcow2 = self.image();
         let over = |driver: &str, below: Options| {
             Options::new().with("driver", driver).with("discard", "unmap").with("file", below.into_value())
         };
         let stack = if self.raw { over("raw", qcow2) } else { qcow2 };
         if self.copy_on_read { over("copy-on-read", stack) } else { stack }
+    }
+
+    /// The image itself.
+    fn image(&self) -> Options {
+        Options::new()
+            .with("driver", "qcow2")
+            .with("node-name", "top")
+            .with("file", "disk")
+            .with("discard", "unmap")
+            .with("backing", if self.base.is_some() { Value::from("base") } else { Value::Null })
     }
 
     /// Tags of the disk's sectors in the beginning.
@@ -156,6 +165,7 @@ pub(crate) fn run(scenario: &Scenario, seed: u64, bug: Bug) -> Result<Run, Error
         errors: scenario.errors,
         cancels: scenario.cancels,
         churn: scenario.churn,
+        image: scenario.changes.then(|| scenario.image()),
         bug,
         seed,
     };
@@ -178,6 +188,8 @@ struct Plan {
     errors: bool,
     cancels: bool,
     churn: bool,
+    /// The image's options, if they change meanwhile.
+    image: Option<Options>,
     bug: Bug,
     seed: u64,
 }
@@ -191,7 +203,7 @@ impl Plan {
         let disk = SimDisk::new(fresh.image(), config);
         let leaves = base.into_iter().chain([Leaf::new("disk", disk.clone())]).collect();
         let needs = Actions::D | Actions::V | Actions::S;
-        let harness = Harness::open(&rt, REGISTRY, leaves, self.stack, needs).await?;
+        let mut harness = Harness::open(&rt, REGISTRY, leaves, self.stack, needs).await?;
         let mut random = Random::new(self.seed ^ 0x5eed);
         if self.bug == Bug::MissingFlush {
             let skip = random.below(12);
@@ -201,6 +213,7 @@ impl Plan {
             disk.inject(some_fault(&mut random));
         }
         let running = Rc::new(Cell::new(self.tasks));
+        let paused = Rc::new(Cell::new(false));
         for task in 0..self.tasks {
             let guest = Guest {
                 user: harness.user(),
@@ -213,6 +226,7 @@ impl Plan {
                 errors: self.errors,
                 cancels: self.cancels,
                 churn: self.churn,
+                paused: paused.clone(),
                 rt: rt.clone(),
             };
             let (requests, running) = (self.requests, running.clone());
@@ -221,14 +235,109 @@ impl Plan {
                 running.set(running.get() - 1);
             });
         }
+        let mut changes = self.image.filter(|_| self.bug == Bug::None).map(|image| Changes {
+            rt: rt.clone(),
+            image,
+            oracle,
+            disk: disk.clone(),
+            paused,
+            errors: self.errors,
+            random: random.fork(),
+        });
         while running.get() > 0 {
             rt.sleep(Duration::from_micros(200)).await;
+            if let Some(changes) = &mut changes {
+                changes.step(&mut harness).await;
+            }
         }
+        drop(changes);
         // With errors about, closing may fail; what the disk holds must still be right.
         match harness.close().await {
             Err(e) if !self.errors => Err(e),
             _ => Ok(disk),
         }
+    }
+}
+
+/// Changes the graph under the guest.
+struct Changes {
+    rt: Rt,
+    image: Options,
+    oracle: Rc<RefCell<Oracle>>,
+    disk: SimDisk,
+    /// The guest begins nothing new.
+    paused: Rc<Cell<bool>>,
+    errors: bool,
+    random: Random,
+}
+
+impl Changes {
+    async fn step(&mut self, harness: &mut Harness) {
+        if self.random.percent(30) {
+            return self.let_go_and_take_over(harness).await;
+        }
+        let result = self.reopen(harness).await;
+        assert!(self.errors || result.is_ok(), "reopening failed: {result:?}");
+    }
+
+    /// Other options, and filters in and out below the image on both sides.
+    async fn reopen(&mut self, harness: &mut Harness) -> Result<(), Error> {
+        let mut options = self.image.clone();
+        options.set("pass-discard-request", self.random.percent(50));
+        let over = |node: &str, name: &str| {
+            let filter = Options::new().with("driver", "raw").with("node-name", name).with("file", node);
+            filter.with("discard", "unmap").into_value()
+        };
+        let mut draft = harness.owner.draft();
+        // Filters that stand there are named, others made.
+        let through = |options: &mut Options, child: &str, node: &str, name: &str| {
+            let there = draft.has_node(name);
+            options.set(child, if there { Value::from(name) } else { over(node, name) });
+        };
+        if self.random.percent(50) {
+            through(&mut options, "file", "disk", "below");
+        }
+        if self.random.percent(50) && options.get("backing") == Some(&Value::from("base")) {
+            through(&mut options, "backing", "base", "behind");
+        }
+        let rt = self.rt.clone();
+        let policy = OpenPolicy {
+            implicit: Implicit::Deny,
+            probe: false,
+            permit_with: "nothing in a test",
+            probe_with: "nothing in a test",
+        };
+        let opener = NodeOpener { registry: REGISTRY, policy, names: protocol_name, rt: &rt };
+        let op = draft.add_command("blockdev-reopen", "of 'top'".to_owned());
+        opener.reopen(&mut draft, &op, vec![options]).await?;
+        draft.prepare(&rt).await?;
+        draft.remove_op(&op);
+        harness.owner.commit(draft).await.map(drop)
+    }
+
+    /// What was acknowledged is durable once the image is let go.
+    async fn let_go_and_take_over(&mut self, harness: &mut Harness) {
+        self.paused.set(true);
+        let op = self.oracle.borrow_mut().flush(self.disk.position());
+        let result = self.set_active(harness, false).await;
+        self.oracle.borrow_mut().flushed(op, &result, self.disk.position());
+        assert!(self.errors || result.is_ok(), "letting go failed: {result:?}");
+        // The disk's errors end some time.
+        for attempt in 0.. {
+            match self.set_active(harness, true).await {
+                Ok(()) => break,
+                Err(e) => assert!(self.errors && attempt < 20, "taking over failed: {e:?}"),
+            }
+        }
+        self.paused.set(false);
+    }
+
+    async fn set_active(&mut self, harness: &mut Harness, active: bool) -> Result<(), Error> {
+        let mut draft = harness.owner.draft();
+        draft.allow_inactive(harness.edge.op());
+        let top = harness.top().name.clone();
+        draft.set_active(Some(&top), active)?;
+        harness.owner.commit(draft).await.map(drop)
     }
 }
 
@@ -265,6 +374,7 @@ struct Guest {
     errors: bool,
     cancels: bool,
     churn: bool,
+    paused: Rc<Cell<bool>>,
     rt: Rt,
 }
 
@@ -274,6 +384,10 @@ impl Guest {
             if self.random.percent(30) {
                 let pause_ns = self.random.below(300_000);
                 self.rt.sleep(Duration::from_nanos(pause_ns)).await;
+            }
+            // Nothing is awaited between this and the request's token.
+            while self.paused.get() {
+                self.rt.sleep(Duration::from_micros(10)).await;
             }
             self.request().await;
         }
