@@ -123,8 +123,12 @@ impl Load {
                         }
                     }),
                     5 => client.flush(),
-                    6 => client.zero(block).map(|()| drop(model.insert(block, 0))),
-                    _ => client.write(block, value).map(|()| drop(model.insert(block, value))),
+                    6 => client.zero(block).map(|()| {
+                        model.insert(block, 0);
+                    }),
+                    _ => client.write(block, value).map(|()| {
+                        model.insert(block, value);
+                    }),
                 };
                 if let Err(e) = result {
                     return (model, Err(e));

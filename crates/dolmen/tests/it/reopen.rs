@@ -341,3 +341,49 @@ fn refusals_begin_with_the_same_words() {
         assert!(ours.contains(&theirs), "{case}\nours: {ours}\ntheirs: {theirs}");
     }
 }
+
+/// Jobs copy what a chain reads as: nobody may make it read as something else meanwhile.
+#[test]
+fn other_data_under_a_job_are_refused_and_who_minds_is_named() {
+    let b = Bench::new();
+    let (d, mut m) = daemon(&b);
+    b.ok("dolmen", &["img", "create", "-q", "-f", "qcow2", "target.qcow2", "4M"]);
+    b.ok("dolmen", &["img", "create", "-q", "-f", "qcow2", "other.qcow2", "4M"]);
+    let image = |name: &str| {
+        let file = json!({"driver": "file", "filename": b.path(&format!("{name}.qcow2"))});
+        json!({"driver": "qcow2", "node-name": name, "file": file})
+    };
+    m.ok("blockdev-add", image("target"));
+    m.ok("blockdev-add", with(&image("other"), json!({"read-only": true})));
+    m.ok("blockdev-add", json!({"driver": "raw", "node-name": "over-base", "file": "base"}));
+    let top = json!({"driver": "qcow2", "node-name": "top", "file": "tf", "backing": "base"});
+    for job in ["blockdev-backup", "blockdev-mirror"] {
+        let start =
+            json!({"job-id": "j", "device": "top", "target": "target", "sync": "full", "speed": 65536});
+        m.ok(job, start);
+        let nodes_then = nodes(&mut m).as_array().expect("a list").len();
+        for change in [json!({"backing": "other"}), json!({"backing": null})] {
+            let options = json!([with(&top, change)]);
+            let reply = m.ask(&json!({"execute": "blockdev-reopen", "arguments": {"options": options}}));
+            let conflict = &reply["error"]["data"]["conflict"];
+            let party = |who: &str| (conflict[who]["kind"].clone(), conflict[who]["id"].clone());
+            assert_eq!(party("denies"), (json!("job"), json!("j")), "{job}: {reply}");
+            assert_eq!(party("asks"), (json!("command"), json!("blockdev-reopen")), "{job}: {reply}");
+            assert!(conflict["why"].as_str().is_some_and(|w| !w.is_empty()), "{job}: {reply}");
+            let remedies = conflict["remedies"].to_string();
+            assert!(remedies.contains("job-cancel"), "{job}: {reply}");
+        }
+        assert_eq!(nodes(&mut m).as_array().expect("a list").len(), nodes_then, "no trace");
+        // What leaves the data as they are is nobody's business.
+        reopen(&mut m, json!([with(&top, json!({"discard": "unmap"}))])).expect("options");
+        reopen(&mut m, json!([with(&top, json!({"backing": "over-base"}))])).expect("a filter in");
+        reopen(&mut m, json!([top])).expect("and out");
+        m.ok("block-job-cancel", json!({"device": "j", "force": true}));
+        eventually("end of the job", || {
+            m.ok("query-jobs", json!({})).as_array().expect("a list").is_empty().then_some(())
+        });
+        reopen(&mut m, json!([with(&top, json!({"backing": "other"}))])).expect("nobody minds now");
+        reopen(&mut m, json!([top])).expect("back");
+    }
+    drop(d);
+}
