@@ -253,3 +253,42 @@ fn nodes_of_a_job_are_hidden() {
     assert_eq!(lists(&mut m), before);
     assert_eq!(m.ok("query-block", json!({}))[0]["inserted"]["node-name"], "r");
 }
+
+/// A filter that is put between two nodes of a running export counts and injects from then on; nobody else's counters
+/// begin anew, and the node above is stepped over again when the filter is gone.
+#[test]
+fn counters_go_on_while_the_graph_changes() {
+    let Some(mut d) = chain(by_established_name) else { return };
+    let mut m = d.monitor();
+    let read = |d: &Daemon| {
+        let uri = format!("nbd+unix:///x?socket={}", d.path("nbd.sock").display());
+        let out =
+            Command::new("qemu-io").args(["-f", "raw", "-c", "read 1M 4k", &uri]).output().expect("runs");
+        !String::from_utf8_lossy(&out.stdout).contains("failed")
+    };
+    let reopen = |m: &mut Monitor, node: Json| m.ok("blockdev-reopen", json!({ "options": [node] }));
+    eventually("NBD server", || d.path("nbd.sock").exists().then_some(()));
+    assert!(read(&d));
+    let debug = json!({"driver": "blkdebug", "node-name": "d", "image": "top"});
+    m.ok("blockdev-add", debug.clone());
+    reopen(&mut m, json!({"driver": "raw", "node-name": "r", "file": "d"}));
+    assert!(read(&d));
+    let mut failing = debug;
+    failing["inject-error"] = json!([{"event": "read_aio", "sector": 2048, "errno": 28}]);
+    reopen(&mut m, failing);
+    assert!(!read(&d));
+    reopen(&mut m, json!({"driver": "raw", "node-name": "r", "file": "top"}));
+    assert!(read(&d));
+    let nodes = m.ok("query-blockstats", json!({"query-nodes": true}));
+    let export = m.ok("query-blockstats", json!({}))[0].clone();
+    for (of, ok, failed) in [
+        (&export, 3, 1),
+        (entry(&nodes, "r"), 3, 1),
+        (entry(&nodes, "d"), 1, 1),
+        (entry(&nodes, "top"), 3, 0),
+    ] {
+        let s = &of["stats"];
+        assert_eq!((&s["rd_operations"], &s["failed_rd_operations"]), (&json!(ok), &json!(failed)), "{of}");
+        assert_eq!(s["rd_bytes"], ok * 4096, "{of}");
+    }
+}
