@@ -29,6 +29,7 @@ use std::sync::Arc;
 use dolmen_graph::{Cx, Driver, Io, Node, Read, Token, UserEdge, Write};
 use dolmen_rt::{LocalFuture, Rt};
 use dolmen_types::{ChildRole, Error, ErrorKind, Result, Span, WriteFlags};
+use event_listener::Event;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::tracker::Taken;
@@ -52,6 +53,10 @@ pub struct CopyOptions {
     pub workers: usize,
     /// The most bytes of data in one part; rounded down to chunks, but at least one.
     pub max_chunk: u64,
+    /// Bytes of data that are moved at the same time; a single part may have more. Many small parts keep a
+    /// distant target busy, while a few large ones are enough for a local file, whose writers would
+    /// only stand in each other's way (and in the processor's cache).
+    pub max_in_flight: u64,
     /// Zero writes may give space back on the target.
     pub unmap: bool,
     /// Data that happen to be zeroes are written as zeroes.
@@ -63,11 +68,12 @@ pub struct CopyOptions {
 }
 
 impl Default for CopyOptions {
-    /// 16 parts of 1 MiB.
+    /// 16 parts of up to 1 MiB, 4 MiB together.
     fn default() -> CopyOptions {
         CopyOptions {
             workers: 16,
             max_chunk: 1 << 20,
+            max_in_flight: 4 << 20,
             unmap: true,
             detect_zeroes: false,
             discard_source: false,
@@ -201,7 +207,8 @@ pub trait Hooks {
 pub enum Pass {
     /// Nothing is dirty. Others may still have chunks in flight ([`Tracker::is_done`]).
     Clean,
-    /// [`Hooks::attention`]; nothing of the engine is in flight.
+    /// [`Hooks::attention`], or something became dirty when the last worker had gone: call it again when there is
+    /// nothing else to do. Nothing of the engine is in flight.
     Attention,
 }
 
@@ -217,6 +224,27 @@ struct Part<'a> {
     taken: Taken<'a>,
     tokens: Tokens,
     content: Content,
+    _load: Load<'a>,
+}
+
+/// Bytes of data in flight, as long as it lives.
+struct Load<'a> {
+    engine: &'a Engine,
+    bytes: u64,
+}
+
+impl<'a> Load<'a> {
+    fn new(engine: &'a Engine, bytes: u64) -> Load<'a> {
+        engine.flying.set(engine.flying.get() + bytes);
+        Load { engine, bytes }
+    }
+}
+
+impl Drop for Load<'_> {
+    fn drop(&mut self) {
+        self.engine.flying.set(self.engine.flying.get() - self.bytes);
+        self.engine.landed.notify(usize::MAX);
+    }
 }
 
 /// A copy; see the module's head.
@@ -232,6 +260,9 @@ pub struct Engine {
     next: async_lock::Mutex<()>,
     known: Cell<Option<Known>>,
     busy: Cell<usize>,
+    /// Bytes of data in flight, and whoever waits for fewer.
+    flying: Cell<u64>,
+    landed: Event,
     stop: Cell<bool>,
     error: RefCell<Option<Error>>,
 }
@@ -259,6 +290,8 @@ impl Engine {
             next: async_lock::Mutex::new(()),
             known: Cell::new(None),
             busy: Cell::new(0),
+            flying: Cell::new(0),
+            landed: Event::new(),
             stop: Cell::new(false),
             error: RefCell::new(None),
         }
@@ -353,6 +386,9 @@ impl Engine {
             let Some(run) = self.tracker.peek() else { return Ok(None) };
             let (content, span) = self.look(run).await?;
             if content == Content::Data {
+                while self.flying.get() > 0 && self.flying.get() + span.len() > self.options.max_in_flight {
+                    self.landed.listen().await;
+                }
                 hooks.throttle(span.len()).await;
                 if self.stopping(hooks) {
                     return Ok(None);
@@ -364,7 +400,8 @@ impl Engine {
             let holds =
                 content == Content::Data || self.tracker.watched().is_some_and(|w| w.contains(taken.span()));
             let content = if holds { content } else { Content::Data };
-            return Ok(Some(Part { taken, tokens, content }));
+            let load = Load::new(self, if content == Content::Data { taken.span().len() } else { 0 });
+            return Ok(Some(Part { taken, tokens, content, _load: load }));
         }
     }
 
