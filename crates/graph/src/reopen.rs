@@ -255,11 +255,15 @@ impl Draft {
                 .find(|n| !n.def.flags.inactive && n.children.iter().any(|c| c.node == name));
             if let Some(parent) = parent {
                 if first {
-                    return Err(Error::new(
-                        ErrorKind::Busy,
-                        format!("Node has active parent node '{}'", parent.def.name),
-                    )
-                    .remedy("make the parent inactive instead; what is below it goes along"));
+                    let mut text = format!("Node has active parent node '{}'", parent.def.name);
+                    let mut remedy =
+                        "make the parent inactive instead; what is below it goes along".to_owned();
+                    let owner = parent.def.owner.as_ref();
+                    if let Some(o) = self.state.ops.iter().find(|o| owner == Some(&o.id)) {
+                        text += &format!(" of {} '{}' ({})", o.kind, o.id, o.detail);
+                        remedy = o.ends_with.clone().unwrap_or(remedy);
+                    }
+                    return Err(Error::new(ErrorKind::Busy, text).remedy(remedy));
                 }
                 continue;
             }
@@ -456,7 +460,12 @@ impl NodeOpener<'_> {
             let beneath = below(&common, parsed.rule, child.role, 0);
             let to = match child.def {
                 ChildDef::None => None,
-                ChildDef::FromImage if cause == Cause::Follows => now.clone(),
+                ChildDef::FromImage if cause == Cause::Follows => {
+                    if let Some(now) = &now {
+                        self.follow(draft, now, beneath, out).await?;
+                    }
+                    now.clone()
+                }
                 ChildDef::FromImage => {
                     if now.is_some() || (child.role == ChildRole::Backing && image_backing.is_some()) {
                         return Err(Error::new(
@@ -471,7 +480,11 @@ impl NodeOpener<'_> {
                     None
                 }
                 ChildDef::Reference(n) => {
-                    let to = draft.resolve(&n)?;
+                    // A link that leads below a job's filter on purpose stays where it is.
+                    let to = match &now {
+                        Some(now) if *now == n => n,
+                        _ => draft.resolve(&n)?,
+                    };
                     if Some(&to) == now.as_ref() {
                         self.follow(draft, &to, beneath, out).await?;
                     }
