@@ -18,6 +18,8 @@ pub(crate) struct Found {
     pub(crate) leaks: u64,
     /// Images that were used on after the crash.
     pub(crate) used_on: u64,
+    /// Images that a stream had made independent of their backing file.
+    pub(crate) streamed: u64,
     /// Events in the disks' logs.
     pub(crate) events: u64,
 }
@@ -29,6 +31,7 @@ impl Found {
         self.with_flushed += other.with_flushed;
         self.leaks += other.leaks;
         self.used_on += other.used_on;
+        self.streamed += other.streamed;
         self.events += other.events;
     }
 }
@@ -51,9 +54,18 @@ pub(crate) fn judge(scenario: &Scenario, run: &Run, seed: u64, crashes: u64) -> 
         let use_on = random.percent(25);
         found.used_on += u64::from(use_on);
         let leaves = Leaves { image: image.clone(), base: scenario.base_leaf() };
-        let (stack, after) = (scenario.stack(), random.fork());
-        let result = Sim::run(seed, move |rt| async move { reopen(&rt, leaves, stack, use_on, after).await });
-        let verdict = result.map_err(|e| e.to_string()).and_then(|(leaks, bytes)| {
+        let (stack, without, after) = (scenario.stack(), scenario.without_base(), random.fork());
+        let result = Sim::run(seed, move |rt| async move {
+            // A stream may have made the image independent before the crash.
+            let alone = match &without {
+                Some(alone) => !names_a_base(&rt, &leaves.image, alone.clone()).await?,
+                None => false,
+            };
+            let stack = if alone { without.unwrap_or(stack) } else { stack };
+            reopen(&rt, leaves, stack, use_on, after).await.map(|(leaks, bytes)| (alone, leaks, bytes))
+        });
+        let verdict = result.map_err(|e| e.to_string()).and_then(|(alone, leaks, bytes)| {
+            found.streamed += u64::from(alone);
             found.leaks += u64::from(leaks > 0);
             run.oracle.check_crash(position, &bytes).map_err(|v| v.to_string())
         });
@@ -77,6 +89,20 @@ fn keep(image: &Image, seed: u64, position: usize) -> String {
 struct Leaves {
     image: Image,
     base: Option<Leaf>,
+}
+
+/// Whether the header of a crashed image names a backing file.
+async fn names_a_base(rt: &dolmen_rt::Rt, image: &Image, alone: Options) -> Result<bool, Error> {
+    let leaf = Leaf::new("disk", MemoryDisk::new(Image::from_bytes(&image.to_vec())));
+    let harness = Harness::open(rt, REGISTRY, vec![leaf], alone, Actions::D).await?;
+    let mut node = harness.edge.node();
+    while let Some(below) = node.filtered().cloned() {
+        node = below;
+    }
+    let named = node.driver.describe(&node).backing.is_some();
+    drop(node);
+    harness.close().await?;
+    Ok(named)
 }
 
 /// Checks and opens a crashed image. Returns the leaked clusters, and what a reader finds.

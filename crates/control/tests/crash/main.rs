@@ -115,6 +115,7 @@ fn flushed_data_survive_and_nothing_is_corrupt() {
         assert!(found.with_unflushed * 2 > found.crashes, "{found:?}");
         assert!(found.with_flushed * 4 > found.crashes, "{found:?}");
         assert!(found.leaks > 0, "no crash ever interrupted an allocation: {found:?}");
+        assert!(found.streamed > 0, "no crash came after the end of a stream: {found:?}");
     }
 }
 

@@ -6,12 +6,13 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use dolmen_graph::{Implicit, NodeOpener, OpenPolicy, Registry, protocol_name};
+use dolmen_jobs::{Attention, Emit, Group, Job, JobOptions, Stream, launch, prepare};
 use dolmen_rt::Rt;
 use dolmen_sim::{
     DiskConfig, Fault, FaultAction, GuestOp, Harness, Image, Leaf, MEMORY, MemoryDisk, Oracle, Random,
     SECTOR, Sim, SimDisk, TagPattern, User, ZERO_TAG,
 };
-use dolmen_types::{Actions, Error, ErrorKind, OpKind, Options, Span, Value, WriteFlags};
+use dolmen_types::{Actions, Error, ErrorKind, OpId, OpKind, Options, Span, Value, WriteFlags};
 
 /// The drivers of the stack.
 pub(crate) static REGISTRY: Registry = Registry::new(&[
@@ -44,7 +45,7 @@ pub(crate) enum Bug {
 }
 
 /// What a seed has drawn.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Scenario {
     /// Cluster size in bytes.
     pub(crate) cluster: u64,
@@ -69,6 +70,9 @@ pub(crate) struct Scenario {
     /// The graph changes meanwhile: other options and links, and the image is let go and taken
     /// over again.
     pub(crate) changes: bool,
+    /// The backing file is streamed into the image meanwhile, by a job that is paused, resumed and
+    /// sometimes cancelled.
+    pub(crate) stream: bool,
 }
 
 impl Scenario {
@@ -87,7 +91,7 @@ impl Scenario {
             1 => sectors + r.below(sectors),
             _ => sectors,
         });
-        Scenario {
+        let scenario = Scenario {
             cluster,
             sectors,
             base,
@@ -101,7 +105,10 @@ impl Scenario {
             cancels: weather == Weather::Rough && r.percent(60),
             churn: r.percent(30),
             changes: r.percent(25),
-        }
+            stream: false,
+        };
+        let stream = scenario.base.is_some() && !scenario.changes && r.percent(35);
+        Scenario { stream, may_grow: scenario.may_grow && !stream, ..scenario }
     }
 
     /// The stack over the leaves `disk` and `base`.
@@ -122,6 +129,11 @@ impl Scenario {
             .with("file", "disk")
             .with("discard", "unmap")
             .with("backing", if self.base.is_some() { Value::from("base") } else { Value::Null })
+    }
+
+    /// The same once the backing file has been streamed into the image, if that may happen.
+    pub(crate) fn without_base(&self) -> Option<Options> {
+        self.stream.then(|| Scenario { base: None, ..*self }.stack())
     }
 
     /// Tags of the disk's sectors in the beginning.
@@ -166,6 +178,7 @@ pub(crate) fn run(scenario: &Scenario, seed: u64, bug: Bug) -> Result<Run, Error
         cancels: scenario.cancels,
         churn: scenario.churn,
         image: scenario.changes.then(|| scenario.image()),
+        stream: scenario.stream,
         bug,
         seed,
     };
@@ -190,6 +203,7 @@ struct Plan {
     churn: bool,
     /// The image's options, if they change meanwhile.
     image: Option<Options>,
+    stream: bool,
     bug: Bug,
     seed: u64,
 }
@@ -197,12 +211,19 @@ struct Plan {
 impl Plan {
     async fn run(self, rt: Rt, base: Option<Leaf>, oracle: Rc<RefCell<Oracle>>) -> Result<SimDisk, Error> {
         let fresh = MemoryDisk::new(Image::new(0));
-        let options = Options::new().with("size", self.sectors * SECTOR).with("cluster_size", self.cluster);
+        let mut options =
+            Options::new().with("size", self.sectors * SECTOR).with("cluster_size", self.cluster);
+        if self.stream {
+            // The judge asks the header whether the base still counts.
+            options.set("backing_file", "base");
+        }
         dolmen_sim::create(&rt, &dolmen_formats::QCOW2, Leaf::new("disk", fresh.clone()), options).await?;
         let config = DiskConfig { latency_ns_max: self.latency_ns_max, ..DiskConfig::default() };
         let disk = SimDisk::new(fresh.image(), config);
         let leaves = base.into_iter().chain([Leaf::new("disk", disk.clone())]).collect();
-        let needs = Actions::D | Actions::V | Actions::S;
+        // A stream lets nobody change the size.
+        let size = if self.stream { Actions::NONE } else { Actions::S };
+        let needs = Actions::D | Actions::V | size;
         let mut harness = Harness::open(&rt, REGISTRY, leaves, self.stack, needs).await?;
         let mut random = Random::new(self.seed ^ 0x5eed);
         if self.bug == Bug::MissingFlush {
@@ -244,18 +265,98 @@ impl Plan {
             errors: self.errors,
             random: random.fork(),
         });
-        while running.get() > 0 {
+        let mut streaming = None;
+        if self.stream && self.bug == Bug::None {
+            match Streaming::start(&rt, &mut harness, random.fork(), self.errors).await {
+                Ok(started) => streaming = Some(started),
+                Err(_) if self.errors => {}
+                Err(e) => return Err(e),
+            }
+        }
+        while running.get() > 0 || streaming.as_ref().is_some_and(|s| !s.has_ended()) {
             rt.sleep(Duration::from_micros(200)).await;
             if let Some(changes) = &mut changes {
                 changes.step(&mut harness).await;
             }
+            if let Some(streaming) = &mut streaming {
+                streaming.step(&mut harness).await?;
+            }
         }
         drop(changes);
+        if let Some(streaming) = streaming {
+            streaming.check();
+        }
         // With errors about, closing may fail; what the disk holds must still be right.
         match harness.close().await {
             Err(e) if !self.errors => Err(e),
             _ => Ok(disk),
         }
+    }
+}
+
+/// A stream job under the guest.
+struct Streaming {
+    job: Rc<Job>,
+    group: Rc<Group>,
+    /// The work has ended, or is to end.
+    attention: Rc<Cell<bool>>,
+    random: Random,
+    cancelled: bool,
+    errors: bool,
+}
+
+impl Streaming {
+    async fn start(
+        rt: &Rt,
+        harness: &mut Harness,
+        mut random: Random,
+        errors: bool,
+    ) -> Result<Streaming, Error> {
+        let mut options = JobOptions::new(OpId::internal("stream"));
+        // Some are so slow that they are never done before they are cancelled.
+        options.speed = *random.pick(&[0, 0, 1 << 30, 1]);
+        let device = harness.edge.node().name.to_string();
+        let work = Stream::from_options(&mut Options::new().with("device", device.as_str()))?;
+        let attention = Rc::new(Cell::new(false));
+        let asked = attention.clone();
+        let (emit, attend): (Emit, Attention) = (Rc::new(|_, _| {}), Rc::new(move |_| asked.set(true)));
+        let job = Job::new(options, Box::new(work), rt, emit, attend);
+        let policy = OpenPolicy { implicit: Implicit::Deny, probe: false, permit_with: "", probe_with: "" };
+        let opener = NodeOpener { registry: REGISTRY, policy, names: protocol_name, rt };
+        let mut draft = harness.owner.draft();
+        prepare(&job, &mut draft, &opener).await?;
+        harness.owner.commit(draft).await?;
+        let group = launch(vec![job.clone()], &harness.owner);
+        Ok(Streaming { job, group, attention, random, cancelled: false, errors })
+    }
+
+    fn has_ended(&self) -> bool {
+        self.group.is_concluded()
+    }
+
+    async fn step(&mut self, harness: &mut Harness) -> Result<(), Error> {
+        if self.job.speed() == 1 && self.random.percent(10) || self.random.percent(1) {
+            // Too late, perhaps.
+            self.cancelled |= self.job.cancel(true).is_ok();
+        }
+        match self.random.below(4) {
+            0 => drop(self.job.pause()),
+            1 | 2 => drop(self.job.resume()),
+            _ => {}
+        }
+        if self.attention.replace(false)
+            && let Err(e) = self.group.advance(&mut harness.owner).await
+        {
+            // An abort can't be published while flushing fails: it is tried again.
+            self.attention.set(true);
+            return if self.errors { Ok(()) } else { Err(e) };
+        }
+        Ok(())
+    }
+
+    /// It succeeds unless there is a reason.
+    fn check(&self) {
+        assert!(self.job.error().is_none() || self.cancelled || self.errors, "{:?}", self.job.error());
     }
 }
 
