@@ -19,6 +19,7 @@ pub(crate) const BLOCK: u64 = 4096;
 const READ: u16 = 0;
 const WRITE: u16 = 1;
 const FLUSH: u16 = 3;
+const TRIM: u16 = 4;
 const WRITE_ZEROES: u16 = 6;
 
 /// One connection.
@@ -75,6 +76,10 @@ impl Client {
 
     pub(crate) fn zero(&mut self, block: u64) -> Result<()> {
         self.request(WRITE_ZEROES, block * BLOCK, BLOCK as u32, &[], &mut [])
+    }
+
+    pub(crate) fn discard(&mut self, first: u64, blocks: u64) -> Result<()> {
+        self.request(TRIM, first * BLOCK, (blocks * BLOCK) as u32, &[], &mut [])
     }
 
     pub(crate) fn flush(&mut self) -> Result<()> {

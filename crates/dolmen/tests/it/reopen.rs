@@ -387,3 +387,34 @@ fn other_data_under_a_job_are_refused_and_who_minds_is_named() {
     }
     drop(d);
 }
+
+/// `discard` and `pass-discard-request` do what they say from the next request on.
+#[test]
+fn discards_follow_the_options() {
+    let b = Bench::new();
+    let (d, mut m) = daemon(&b);
+    export(&mut m, "e", "top", true);
+    let mut client = Client::connect(&d.path("n.sock"), "e").expect("connected");
+    let top = json!({"driver": "qcow2", "node-name": "top", "file": "tf", "backing": null});
+    let tf =
+        json!({"driver": "file", "node-name": "tf", "filename": b.path("top.qcow2"), "discard": "unmap"});
+    // Bytes of the disk that a MiB takes after it has been written and discarded.
+    let mut left = |m: &mut Monitor, options: Json| {
+        reopen(m, json!([with(&top, options), tf])).expect("reopened");
+        let empty = node(m, "tf")["image"]["actual-size"].as_u64().expect("a size");
+        for block in 0..256 {
+            client.write(block, 5).expect("written");
+        }
+        client.flush().expect("flushed");
+        client.discard(0, 256).expect("discarded");
+        // Space is given back by the flush that follows the one that unmaps it.
+        client.flush().expect("flushed");
+        client.flush().expect("flushed");
+        let reads = client.read(0).expect("read")[0];
+        let full = node(m, "tf")["image"]["actual-size"].as_u64().expect("a size");
+        (reads, full.saturating_sub(empty) >= 512 << 10)
+    };
+    assert_eq!(left(&mut m, json!({"discard": "unmap", "pass-discard-request": true})), (0, false));
+    assert_eq!(left(&mut m, json!({"discard": "ignore"})), (5, true));
+    assert_eq!(left(&mut m, json!({"discard": "unmap"})), (0, false));
+}
