@@ -124,7 +124,7 @@ pub struct Details {
 
 /// What a job does. There are no default methods: whoever adds a method has to think about
 /// every job.
-pub trait Work: fmt::Debug + 'static {
+pub trait Work: fmt::Debug + std::any::Any {
     /// What kind of job it is.
     fn kind(&self) -> Kind;
 

@@ -256,3 +256,34 @@ fn mistakes_are_refused_in_the_established_words() {
         assert!(ours == theirs || ours.starts_with(&format!("{theirs} (")), "{ours} / {theirs}");
     }
 }
+
+/// To a file name: a new image in the source's format, and one that is there.
+#[test]
+fn a_backup_to_a_file_name_makes_the_image() {
+    let Some(b) = Bench::with_peers() else { return };
+    images(&b, &["there.qcow2"]);
+    for (target, sync, more) in [
+        ("new.qcow2", "full", json!({})),
+        ("new-top.qcow2", "top", json!({})),
+        ("new.raw", "full", json!({"format": "raw"})),
+        ("there.qcow2", "full", json!({"format": "qcow2", "mode": "existing"})),
+    ] {
+        let mut d = daemon(&b, |_| serve(), &[]);
+        let mut m = d.monitor();
+        let file = b.path(target);
+        let mut arguments = json!({"job-id": "b", "device": "top", "target": file, "sync": sync});
+        for (key, value) in more.as_object().expect("an object") {
+            arguments[key] = value.clone();
+        }
+        m.ok("drive-backup", arguments);
+        finish(&mut m);
+        let nodes = m.ok("query-named-block-nodes", json!({}));
+        let names = nodes.to_string();
+        assert!(!names.contains(target), "the target is closed: {names}");
+        quit(m, d);
+        b.ok("qemu-img", &["compare", "before.raw", target]);
+    }
+    let info = b.ok("qemu-img", &["info", "--output=json", "new-top.qcow2"]);
+    let info: Json = serde_json::from_str(&info).expect("JSON");
+    assert!(info["backing-filename"].as_str().is_some_and(|f| f.ends_with("base.qcow2")), "{info}");
+}

@@ -170,6 +170,13 @@ pub static COMMANDS: &[Command] = &[
         Ty::Object(&BACKUP),
         "Copies a node as it is now while its guest goes on writing.",
     ),
+    Command {
+        name: "drive-backup",
+        arguments: Ty::Object(&DRIVE_BACKUP),
+        returns: NOTHING,
+        features: &["deprecated"],
+        help: "The same as blockdev-backup, to a file that is made if it is not there.",
+    },
     verb(
         "blockdev-create",
         Ty::Object(&Shape::of(&[
@@ -258,6 +265,35 @@ static BACKUP: Shape = Shape::of(&[
             Field::optional("min-cluster-size", Ty::Int),
         ])),
     ),
+]);
+
+/// The arguments of `drive-backup`, whose target is a file name.
+static DRIVE_BACKUP: Shape = Shape::of(&[
+    Field::optional("job-id", Ty::Str),
+    Field::required("device", Ty::Str),
+    Field::required("target", Ty::Str),
+    Field::required("sync", Ty::Enum(&["top", "full", "none", "incremental", "bitmap"])),
+    Field::optional("speed", Ty::Int),
+    Field::optional("bitmap", Ty::Str),
+    Field::optional("bitmap-mode", Ty::Enum(&["on-success", "never", "always"])),
+    Field::optional("compress", Ty::Bool),
+    Field::optional("on-source-error", ON_ERROR),
+    Field::optional("on-target-error", ON_ERROR),
+    Field::optional("auto-finalize", Ty::Bool),
+    Field::optional("auto-dismiss", Ty::Bool),
+    Field::optional("filter-node-name", Ty::Str),
+    Field::optional("discard-source", Ty::Bool),
+    Field::optional(
+        "x-perf",
+        Ty::Object(&Shape::of(&[
+            Field::optional("use-copy-range", Ty::Bool),
+            Field::optional("max-workers", Ty::Int),
+            Field::optional("max-chunk", Ty::Int),
+            Field::optional("min-cluster-size", Ty::Int),
+        ])),
+    ),
+    Field::optional("format", Ty::Str),
+    Field::optional("mode", Ty::Enum(&["existing", "absolute-paths"])),
 ]);
 
 /// What most events of block jobs carry.
