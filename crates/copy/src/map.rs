@@ -355,6 +355,9 @@ mod tests {
         Mark(u64, u64),
         Unmark(u64, u64),
         Take(u64),
+        TakeIn(u64, u64, u64),
+        TakeAt(u64, u64),
+        Hold(u64, u64),
         Complete(usize),
         Fail(usize),
     }
@@ -364,6 +367,9 @@ mod tests {
             (0..400u64, 0..80u64).prop_map(|(a, l)| Step::Mark(a, l)),
             (0..400u64, 0..150u64).prop_map(|(a, l)| Step::Unmark(a, l)),
             (0..90u64).prop_map(Step::Take),
+            (0..400u64, 1..80u64, 0..90u64).prop_map(|(a, l, m)| Step::TakeIn(a, l, m)),
+            (0..400u64, 0..90u64).prop_map(|(a, m)| Step::TakeAt(a, m)),
+            (0..400u64, 1..80u64).prop_map(|(a, l)| Step::Hold(a, l)),
             (0..8usize).prop_map(Step::Complete),
             (0..8usize).prop_map(Step::Fail),
         ]
@@ -391,6 +397,25 @@ mod tests {
             assert_eq!(of(&map.dirty), ranges(&self.dirty));
             assert_eq!(of(&map.in_flight), ranges(&self.flying));
             assert!(map.dirty.iter().zip(map.dirty.iter().skip(1)).all(|(a, b)| a.1 < b.0), "merged");
+            let state = |i: usize| match (self.flying[i], self.dirty[i]) {
+                (true, _) => ChunkState::InFlight,
+                (false, true) => ChunkState::Dirty,
+                (false, false) => ChunkState::Clean,
+            };
+            let mut rest = Span::new(0, self.size);
+            while !rest.is_empty() {
+                let (found, piece) = map.state(rest);
+                let first = (piece.offset() / self.chunk) as usize;
+                let last = ((piece.end() - 1) / self.chunk) as usize;
+                assert!((first..=last).all(|i| state(i) == found), "{piece} is not {found:?}");
+                // Parts in flight stay apart.
+                let longest = piece.end() == self.size || state(last + 1) != found;
+                assert!(longest || found == ChunkState::InFlight, "{piece} could be longer");
+                assert_eq!(map.is_dirty(piece), (first..=last).any(|i| self.dirty[i]));
+                rest = rest.skip(piece.len());
+            }
+            let free = (0..self.dirty.len()).any(|i| state(i) == ChunkState::Dirty);
+            assert_eq!(map.peek().is_some(), free);
             let left = (0..self.dirty.len()).filter(|i| self.dirty[*i] || self.flying[*i]);
             assert_eq!(map.remaining(), left.map(|i| self.span(i).len()).sum::<u64>());
         }
@@ -441,6 +466,53 @@ mod tests {
                             prop_assert!((0..chunks).all(|i| !model.dirty[i] || model.flying[i]));
                         }
                     },
+                    Step::TakeIn(..) | Step::TakeAt(..) => {
+                        let free = |model: &Model, i: usize| model.dirty[i] && !model.flying[i];
+                        let (work, max, first) = match step {
+                            Step::TakeIn(at, len, max) => {
+                                let span = Span::new(at, len);
+                                let wanted = |i: &usize| {
+                                    free(&model, *i) && model.span(*i).intersect(span).is_some()
+                                };
+                                (map.take_in(span, max), max, (0..chunks).find(wanted))
+                            }
+                            Step::TakeAt(at, max) => {
+                                let i = (at / chunk) as usize;
+                                (map.take_at(at, max), max, (i < chunks && free(&model, i)).then_some(i))
+                            }
+                            _ => unreachable!("matched above"),
+                        };
+                        let got = work.as_ref().map(|w| (w.span().offset() / chunk) as usize);
+                        prop_assert_eq!(got, first);
+                        if let Some(work) = work {
+                            let n = work.span().len().div_ceil(chunk) as usize;
+                            prop_assert!(n as u64 <= (max / chunk).max(1));
+                            for i in got.into_iter().flat_map(|f| f..f + n) {
+                                prop_assert!(free(&model, i));
+                                model.dirty[i] = false;
+                                model.flying[i] = true;
+                            }
+                            out.push(work);
+                        }
+                    }
+                    Step::Hold(at, len) => {
+                        let span = Span::new(at, len);
+                        let touched: Vec<usize> =
+                            (0..chunks).filter(|i| model.span(*i).intersect(span).is_some()).collect();
+                        let can = !touched.is_empty() && !touched.iter().any(|i| model.flying[*i]);
+                        let held = map.hold(span);
+                        prop_assert_eq!(held.is_some(), can);
+                        if let Some((work, dirty)) = held {
+                            let were: u64 =
+                                touched.iter().filter(|i| model.dirty[**i]).map(|i| model.span(*i).len()).sum();
+                            prop_assert_eq!(dirty.iter().map(|s| s.len()).sum::<u64>(), were);
+                            for i in touched {
+                                model.dirty[i] = false;
+                                model.flying[i] = true;
+                            }
+                            out.push(work);
+                        }
+                    }
                     Step::Complete(i) | Step::Fail(i) if i < out.len() => {
                         let work = out.swap_remove(i);
                         let first = (work.span().offset() / chunk) as usize;
