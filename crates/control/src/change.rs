@@ -57,6 +57,8 @@ pub enum Change {
     },
     /// Starts a job.
     JobStart(JobStart),
+    /// Starts a mirror to a file that may have to be made first.
+    DriveMirror(Options),
     /// Makes the result of a pending job visible.
     JobFinalize {
         /// Its id.
@@ -125,6 +127,7 @@ impl Change {
                 Change::ExportDel { id: o.require_str("id")?, hard }
             }
             "quit" => Change::Quit,
+            "drive-mirror" => Change::DriveMirror(o),
             "job-finalize" => Change::JobFinalize { id: o.require_str("id")?, block: false },
             "block-job-finalize" => Change::JobFinalize { id: o.require_str("id")?, block: true },
             other => return Ok(JobStart::from_options(other, o)?.map(Change::JobStart)),

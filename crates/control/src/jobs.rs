@@ -142,6 +142,9 @@ async fn begin(
     let prepared = async {
         prepare(&job, draft, &opener).await.map_err(|e| {
             let shown = QmpError::from(&e);
+            // Some commands have another word for a node that is not there.
+            let no_device = e.kind() == ErrorKind::NotFound && e.to_string().starts_with("Device '");
+            let shown = if no_device { shown.with_class(ErrorClass::DeviceNotFound) } else { shown };
             *refusal = Some(e);
             shown
         })

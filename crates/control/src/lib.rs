@@ -19,6 +19,7 @@
 
 mod change;
 mod commands;
+mod drive_mirror;
 mod export;
 mod handle;
 mod jobs;

@@ -15,7 +15,7 @@ use serde_json::{Value as Json, json};
 
 use crate::export::{Export, stop_server};
 use crate::handle::{Config, Job, Published, Shared};
-use crate::{Change, commands, jobs, reopen};
+use crate::{Change, commands, drive_mirror, jobs, reopen};
 
 /// How long the last replies may take to leave, once everything is closed. A client
 /// that does not read must not keep the program alive.
@@ -163,6 +163,7 @@ impl Task {
                 Err(e) => Err(e),
             },
             Change::JobStart(start) => jobs::start(self, start).await,
+            Change::DriveMirror(o) => drive_mirror::start(self, o).await,
             Change::JobFinalize { id, block } => jobs::finalize(self, &id, block).await,
             // Taken before it comes here; the end has begun already.
             Change::Quit => Ok(()),

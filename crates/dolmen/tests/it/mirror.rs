@@ -384,3 +384,35 @@ fn events_come_in_the_established_order() {
         assert_eq!(run(serve()), theirs, "{command} {arguments} {ending:?}");
     }
 }
+
+#[test]
+fn a_mirror_to_a_file_makes_the_file() {
+    let Some(b) = Bench::with_peers() else { return };
+    let before = images(&b);
+    for (sync, format) in [("full", "qcow2"), ("full", "raw"), ("top", "qcow2")] {
+        let (d, mut m) = daemon(&b, |_| serve());
+        let file = b.path(&format!("{sync}.{format}"));
+        let start = |m: &mut Monitor, device: &str, mode: &str| {
+            let arguments = json!({"job-id": "j", "device": device, "target": file, "sync": sync, "mode": mode,
+                                   "format": format, "node-name": "copy"});
+            m.ask(&json!({"execute": "drive-mirror", "arguments": arguments}))
+        };
+        assert!(start(&mut m, "nobody", "absolute-paths").get("error").is_some());
+        assert!(start(&mut m, "top", "existing").get("error").is_some() && !file.exists());
+        ok(&start(&mut m, "top", "absolute-paths"));
+        until(&mut m, "ready");
+        m.ok("block-job-cancel", json!({"device": "j"}));
+        until(&mut m, "null");
+        assert_succeeded(&m);
+        let nodes = m.ok("query-named-block-nodes", json!({"flat": true}));
+        assert!(nodes.as_array().expect("a list").iter().all(|n| n["node-name"] != "copy"), "{nodes}");
+        quit(m, d);
+        let file = file.to_str().expect("text");
+        assert_same(&content(&b, file), &before);
+        let info: Json =
+            serde_json::from_str(&b.ok("qemu-img", &["info", "-f", format, "--output=json", file]))
+                .expect("JSON");
+        let backing = if sync == "top" { json!(b.path("mid.qcow2")) } else { Json::Null };
+        assert_eq!(info["backing-filename"], backing);
+    }
+}
