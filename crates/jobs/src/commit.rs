@@ -35,7 +35,7 @@ use dolmen_types::{
 use crate::claims::claim;
 use crate::commit_filter::{COMMIT_TOP, CommitFilter};
 use crate::mirror::{add_filter, filter_name};
-use crate::mirror_core::{Core, CoreOptions, backing_link, invalid};
+use crate::mirror_core::{Core, CoreOptions, USUAL, backing_link, invalid};
 use crate::{Again, BeginCx, Details, Ending, JobCx, Kind, OnError, SettleCx, Side, Work};
 
 /// Bytes of a chunk of an intermediate commit.
@@ -285,7 +285,9 @@ impl Commit {
         let tracker = Arc::new(Tracker::all_dirty(size, CHUNK));
         cx.set_remaining(size);
         let route = Route::Edges { source: cx.edge(0).clone(), target: cx.edge(1).clone() };
-        let engine = Engine::new(cx.rt(), route, tracker, CopyOptions::default()).above(above);
+        let (workers, max_chunk) = USUAL;
+        let options = CopyOptions { workers, max_chunk, ..CopyOptions::default() };
+        let engine = Engine::new(cx.rt(), route, tracker, options).above(above);
         let hooks = Committing { cx, policy: self.on_error, again: Cell::new(false) };
         loop {
             cx.checkpoint().await?;

@@ -33,8 +33,9 @@ use crate::{Again, JobCx, OnError, Side, Wish};
 /// The most bytes of one part.
 const MAX_PART: u64 = 1 << 20;
 
-/// Bytes in flight unless the user says otherwise.
-const DEFAULT_BUFFERS: u64 = 16 << 20;
+/// Parts in flight, and bytes of each, unless the user says otherwise. What is read is written while it is still
+/// in the processor's cache: with 16 MiB in flight the same copy between files takes nearly twice the CPU time.
+pub(crate) const USUAL: (usize, u64) = (4, 512 << 10);
 
 /// The most parts in flight.
 const MAX_WORKERS: u64 = 16;
@@ -81,7 +82,7 @@ pub(crate) struct CoreOptions {
     /// Bytes of a chunk; chosen by the target if not given.
     pub(crate) granularity: Option<u64>,
     /// Bytes in flight.
-    pub(crate) buffers: u64,
+    pub(crate) buffers: Option<u64>,
     pub(crate) on_source_error: OnError,
     pub(crate) on_target_error: OnError,
     /// Zeroes may give space back on the target.
@@ -95,7 +96,7 @@ impl Default for CoreOptions {
             blocking: false,
             auto_converge: true,
             granularity: None,
-            buffers: DEFAULT_BUFFERS,
+            buffers: None,
             on_source_error: OnError::Report,
             on_target_error: OnError::Report,
             unmap: true,
@@ -137,7 +138,7 @@ impl CoreOptions {
             }
         }
         let buffers = o.take_size("buf-size").map_err(|_| invalid("Invalid parameter 'buf-size'"))?;
-        let buffers = buffers.filter(|b| *b != 0).unwrap_or(DEFAULT_BUFFERS);
+        let buffers = buffers.filter(|b| *b != 0);
         Ok(CoreOptions {
             sync,
             blocking: o.take_enum("copy-mode", COPY_MODES)?.is_some_and(blocks),
@@ -196,13 +197,14 @@ impl Core {
     }
 
     fn engine(&self, rt: &Rt, route: Route, filter: &MirrorFilter) -> Engine {
-        let part = MAX_PART.min(self.options.buffers);
-        let options = CopyOptions {
-            workers: (self.options.buffers / part.max(1)).clamp(1, MAX_WORKERS) as usize,
-            max_chunk: part,
-            unmap: self.options.unmap,
-            ..CopyOptions::default()
+        let (workers, max_chunk) = match self.options.buffers {
+            None => USUAL,
+            Some(bytes) => {
+                let part = MAX_PART.min(bytes);
+                ((bytes / part.max(1)).clamp(1, MAX_WORKERS) as usize, part)
+            }
         };
+        let options = CopyOptions { workers, max_chunk, unmap: self.options.unmap, ..CopyOptions::default() };
         Engine::new(rt, route, filter.tracker().clone(), options)
     }
 

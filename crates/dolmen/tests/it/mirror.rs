@@ -389,16 +389,18 @@ fn events_come_in_the_established_order() {
 fn a_mirror_to_a_file_makes_the_file() {
     let Some(b) = Bench::with_peers() else { return };
     let before = images(&b);
-    for (sync, format) in [("full", "qcow2"), ("full", "raw"), ("top", "qcow2")] {
+    for (sync, format, name) in [("full", "qcow2", "a"), ("full", "raw", "b"), ("top", "qcow2", "c")] {
         let (d, mut m) = daemon(&b, |_| serve());
-        let file = b.path(&format!("{sync}.{format}"));
+        let file = b.path(&format!("{name}.{format}"));
         let start = |m: &mut Monitor, device: &str, mode: &str| {
             let arguments = json!({"job-id": "j", "device": device, "target": file, "sync": sync, "mode": mode,
                                    "format": format, "node-name": "copy"});
             m.ask(&json!({"execute": "drive-mirror", "arguments": arguments}))
         };
         assert!(start(&mut m, "nobody", "absolute-paths").get("error").is_some());
-        assert!(start(&mut m, "top", "existing").get("error").is_some() && !file.exists());
+        let missing = start(&mut m, "top", "existing");
+        assert!(missing.get("error").is_some(), "{missing}");
+        assert!(!file.exists(), "{}", file.display());
         ok(&start(&mut m, "top", "absolute-paths"));
         until(&mut m, "ready");
         m.ok("block-job-cancel", json!({"device": "j"}));
