@@ -454,7 +454,7 @@ impl<'a> Copying<'a> {
         let mut c = self.converging.get();
         let waits = self.filter.phase() == Phase::Background && !self.ready.get() && c.first_pass == 0;
         if waits && c.judge(now, left) && self.core.options.auto_converge {
-            self.filter.set_phase(Phase::Blocking);
+            self.filter.converge();
         }
         self.converging.set(c);
     }

@@ -15,7 +15,7 @@
 //!   requests wait for it, so both sides get overlapping writes in the same order. What the target does
 //!   not take becomes dirty, and the job hears of the error; the guest is not bothered.
 //! - What a range reads as after a discard is the source's business, so a discard is never repeated on
-//!   the target: its chunks become dirty. In the final phase, where nothing may become dirty any more,
+//!   the target: its chunks become dirty. In the final phase (and when a copy does not converge), where nothing may become dirty any more,
 //!   discards (which promise nothing) are acknowledged and not done.
 //! - Writes that change nothing for readers pass and mark nothing.
 //!
@@ -34,7 +34,7 @@
 //! the guest's disk, nor fail, since the source has it. It waits: the change of the graph gives up, the
 //! job fails, the filter goes off, and the request is acknowledged.
 
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use dolmen_copy::Tracker;
@@ -110,6 +110,8 @@ pub(crate) struct MirrorFilter {
     tracker: Arc<Tracker>,
     /// A [`Phase`].
     phase: AtomicU8,
+    /// Discards are not done: the copy does not converge otherwise.
+    no_discards: AtomicBool,
     /// Requests under way that will be marked when they end.
     marking: AtomicUsize,
     /// Why the target refused a request, until the job takes notice. Never held across an await.
@@ -125,6 +127,7 @@ impl MirrorFilter {
             rule,
             tracker,
             phase: AtomicU8::new(phase as u8),
+            no_discards: AtomicBool::new(false),
             marking: AtomicUsize::new(0),
             failure: Mutex::new(None),
             changed: Event::new(),
@@ -149,6 +152,13 @@ impl MirrorFilter {
         if moved.is_ok() {
             self.changed.notify(usize::MAX);
         }
+    }
+
+    /// Lets nothing become dirty any more unless the target refuses it, though the end has not been asked
+    /// for.
+    pub(crate) fn converge(&self) {
+        self.no_discards.store(true, SeqCst);
+        self.set_phase(Phase::Blocking);
     }
 
     /// A change of the graph that was to be the last one was not published: what waits goes on.
@@ -184,6 +194,7 @@ impl MirrorFilter {
         // so one of the two sees the other.
         self.marking.fetch_add(1, SeqCst);
         let way = match (self.phase(), discard) {
+            (Phase::Blocking, true) if self.no_discards.load(SeqCst) => Way::Nowhere,
             (Phase::Background, _) | (Phase::Blocking, true) => {
                 return Way::Mark(Marking { filter: self, span });
             }
