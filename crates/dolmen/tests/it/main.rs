@@ -5,10 +5,12 @@ mod load;
 mod peer;
 
 mod backup;
+mod clients;
 mod create;
 mod damage;
 mod events;
 mod handover;
+mod hazards;
 mod inspect;
 mod io;
 mod jobs;

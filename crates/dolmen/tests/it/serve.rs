@@ -652,38 +652,6 @@ fn same(command: &Json, ours: &Json, theirs: &Json) {
     }
 }
 
-/// The public Python client drives the daemon. It is installed once into a directory
-/// under `target`.
-#[test]
-fn the_public_python_client() {
-    let venv = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("qemu-qmp-0.0.6");
-    let python = venv.join("bin/python3");
-    if !venv.join("ready").exists() {
-        // Two test runs may do this at the same time; both end with the same files.
-        let step = |mut c: Command| {
-            let out = c.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{c:?}: {e}"));
-            assert!(out.status.success(), "{c:?}: {}", String::from_utf8_lossy(&out.stderr));
-        };
-        let mut c = Command::new("python3");
-        c.args(["-m", "venv"]).arg(&venv);
-        step(c);
-        let mut c = Command::new(&python);
-        c.args(["-m", "pip", "install", "--quiet", "qemu.qmp==0.0.6"]);
-        step(c);
-        std::fs::write(venv.join("ready"), "").expect("written");
-    }
-    let mut d = Daemon::start(|_| serve(), &[]);
-    d.monitor();
-    let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/client.py");
-    let mut c = Command::new(&python);
-    c.arg(script).arg(d.path("m.sock")).arg(d.path("nbd.sock"));
-    let out = c.output().expect("runs");
-    let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
-    assert!(out.status.success(), "{}{}", text(&out.stdout), text(&out.stderr));
-    assert_eq!(text(&out.stdout).trim(), "all is well");
-    assert!(d.wait().success());
-}
-
 /// A damaged L2 entry is met by a client's read: the client gets an error, everybody else
 /// an event, the image is marked, and the next writer is refused.
 #[test]
