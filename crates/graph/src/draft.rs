@@ -651,10 +651,6 @@ impl Draft {
     /// Who uses a node, in words; `None` if nobody does.
     pub fn used_by(&self, node: &NodeName) -> Option<String> {
         let s = &self.state;
-        if let Some(p) = s.nodes.iter().find(|n| n.children.iter().any(|c| c.node == *node)) {
-            let role = p.children.iter().find(|c| c.node == *node).map_or("child", |c| c.name);
-            return Some(format!("it is the '{role}' child of node '{}'", p.def.name));
-        }
         let by = |op: &OpId| {
             let info = s.ops.iter().find(|o| o.id == *op);
             match info {
@@ -662,6 +658,14 @@ impl Draft {
                 None => format!("'{op}'"),
             }
         };
+        if let Some(p) = s.nodes.iter().find(|n| n.children.iter().any(|c| c.node == *node)) {
+            // A filter without a name says nothing to anybody, whose it is does.
+            if let Some(op) = p.def.owner.as_ref().filter(|_| p.def.anonymous) {
+                return Some(by(op));
+            }
+            let role = p.children.iter().find(|c| c.node == *node).map_or("child", |c| c.name);
+            return Some(format!("it is the '{role}' child of node '{}'", p.def.name));
+        }
         if let Some(u) = s.users.iter().find(|u| u.node == *node) {
             return Some(by(&u.op));
         }
@@ -726,7 +730,9 @@ impl Draft {
         let mut at = self.state.node(node).and_then(|n| n.children.first()).map(|c| c.node.clone());
         while let Some(name) = at {
             let last = name == *bottom;
-            let allows = if last { Actions::EVERY } else { Actions::EVERY - Actions::G - Actions::P };
+            // What lies below the bottom is nobody's business here, but the bottom must stay in its place.
+            let denies = if last { Actions::P } else { Actions::G | Actions::P };
+            let allows = Actions::EVERY - denies;
             self.add_claim(OpClaim {
                 op: op.clone(),
                 node: name.clone(),

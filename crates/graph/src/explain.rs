@@ -112,7 +112,7 @@ pub(crate) fn explain(state: &State, known: &BTreeSet<OpId>, refusal: Refusal, n
                 remedies.push(format!("end {} '{}' first", deny_party.kind, deny_party.id));
             }
             Error::refused(Conflict {
-                node: name(node).into(),
+                node: scene.shown(node).into(),
                 actions,
                 why: scene.why(denies),
                 asks: ask_party,
@@ -240,6 +240,19 @@ impl<'a> Scene<'a> {
             }
         }
         None
+    }
+
+    /// The name under which a user knows the node: an operation's filter without a name of its own
+    /// stands for what it was put on.
+    fn shown(&self, mut node: usize) -> &str {
+        loop {
+            let n = &self.state.nodes[node];
+            let below = self.topology.nodes[node].children.iter().find(|c| c.0 == ChildRole::Filtered);
+            match below {
+                Some(&(_, child)) if n.def.anonymous && n.def.owner.is_some() => node = child,
+                _ => return n.def.name.as_str(),
+            }
+        }
     }
 
     /// Why a party does not allow others more.

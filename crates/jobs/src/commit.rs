@@ -249,7 +249,12 @@ impl Commit {
         for o in &b.overlays {
             claim(d, op, o, A::G, A::S | A::G, "relinks it when the commit ends")?;
         }
-        self.put_base(op, d, b)
+        self.put_base(op, d, b)?;
+        for o in &b.overlays {
+            // Its header will name another backing file, so it must stay writable.
+            d.add_user_below_filters(op, o, Claim { needs: A::M, allows: A::EVERY })?;
+        }
+        Ok(())
     }
 
     fn put_base(&self, op: &OpId, d: &mut Draft, b: &Begun) -> Result<()> {

@@ -669,7 +669,7 @@ fn a_driver_that_relies_on_a_chain_says_so() {
             .iter()
             .map(|c| (c.node.to_string(), (Actions::EVERY - c.claim.allows).to_string(), c.pins))
             .collect();
-        let want = [("top", "GP"), ("mid", "GP"), ("base", "-")];
+        let want = [("top", "GP"), ("mid", "GP"), ("base", "P")];
         assert_eq!(claims, want.map(|(n, d)| (n.to_owned(), d.to_owned(), true)));
         // They go with the node.
         world.run(|d| d.remove_node("c")).await.unwrap();
