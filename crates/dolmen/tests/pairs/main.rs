@@ -25,6 +25,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use daemon::Checks;
 use serde_json::{Value as Json, json};
@@ -58,6 +59,7 @@ struct Row {
     attempt: &'static str,
     verdict: Verdict,
     wrong: Vec<String>,
+    took: Duration,
 }
 
 /// Brings a world into a state, or says why that can't be.
@@ -78,6 +80,11 @@ fn prepared(
         world
             .execute(s.command, &s.arguments, s.effect)
             .map_err(|e| format!("'{}' can't be begun: {} says {}", state.name, s.command, e["desc"]))?;
+        world.burst();
+    }
+    if state.ready {
+        let _ = world.daemon.ask("block-job-set-speed", &json!({"device": "j", "speed": 0}));
+        world.ready("j")?;
         world.burst();
     }
     Ok(world)
@@ -125,9 +132,9 @@ fn run(templates: &Templates, state: &State, attempt: &Attempt) -> Result<(Verdi
     let Some(conflict) = conflict(&refusal, &mut wrong) else {
         return Ok((Verdict::Failed(text), wrong));
     };
-    // What breaks may depend on who ends first.
+    // What breaks may depend on who ends first, and on the moment.
     let mut broken = BTreeMap::new();
-    for order in [Order::OldestFirst, Order::NewestFirst] {
+    for order in [Order::OldestFirst, Order::NewestFirst, Order::OldestFirst] {
         let mut without = prepared(templates, state, attempt, Checks::Off)?;
         broken = match without.execute(step.command, &step.arguments, step.effect) {
             Ok(()) => run_out(without, order),
@@ -212,14 +219,15 @@ fn is_driver(step: &steps::Step) -> bool {
     name.is_none_or(|n| dolmen::registry().rows().iter().any(|d| d.name == n))
 }
 
-/// Runs pairs on all cores.
+/// Runs pairs on all cores; some wait, so there are more at a time than cores.
 fn run_all(templates: &Templates, pairs: &[(&State, &Attempt)]) -> Vec<Row> {
     let next = AtomicUsize::new(0);
     let rows = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
-        for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
+        for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) * 2 {
             scope.spawn(|| {
                 while let Some((state, attempt)) = pairs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let started = Instant::now();
                     let ran = catch_unwind(AssertUnwindSafe(|| run(templates, state, attempt)));
                     let (verdict, wrong) = match ran {
                         Ok(Ok(ran)) => ran,
@@ -229,7 +237,8 @@ fn run_all(templates: &Templates, pairs: &[(&State, &Attempt)]) -> Vec<Row> {
                             (Verdict::Failed(text.clone()), vec![format!("panic: {text}")])
                         }
                     };
-                    let row = Row { state: state.name, attempt: attempt.name, verdict, wrong };
+                    let took = started.elapsed();
+                    let row = Row { state: state.name, attempt: attempt.name, verdict, wrong, took };
                     rows.lock().expect("rows").push(row);
                 }
             });
@@ -259,9 +268,12 @@ fn every_pair_is_right() {
         .flat_map(|s| attempts.iter().map(move |a| (*s, a)))
         .filter(|(s, a)| words.iter().all(|w| format!("{} x {}", s.name, a.name).contains(w)))
         .collect();
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     let rows = run_all(&templates, &pairs);
     println!("{} pairs in {:.1} s", rows.len(), started.elapsed().as_secs_f64());
+    for row in rows.iter().filter(|r| r.took > Duration::from_secs(5)) {
+        println!("{} x {} took {:.1} s", row.state, row.attempt, row.took.as_secs_f64());
+    }
     let mut bad = 0;
     for row in &rows {
         let wrong = table::wrong(row);

@@ -20,6 +20,8 @@ pub(crate) struct State {
     pub(crate) writes: &'static [&'static str],
     /// A client writes to `top` from the beginning.
     pub(crate) guest: bool,
+    /// Its job has been let go until it was ready.
+    pub(crate) ready: bool,
 }
 
 /// Something that is tried.
@@ -132,8 +134,8 @@ fn copy_before_write(name: &str, target: &str) -> Step {
 
 /// Everything that runs.
 pub(crate) fn states() -> Vec<State> {
-    let running = |name, steps, writes| State { name, steps, writes, guest: true };
-    let alone = |name, steps| State { name, steps, writes: &[], guest: false };
+    let running = |name, steps, writes| State { name, steps, writes, guest: true, ready: false };
+    let alone = |name, steps| State { name, steps, writes: &[], guest: false, ready: false };
     vec![
         alone("nothing", vec![]),
         alone("export of top, writable", vec![client("e", "top", Disk::Top, true)]),
@@ -176,6 +178,14 @@ pub(crate) fn states() -> Vec<State> {
         running("active commit of top to base", vec![commit("j", "top", "base")], &["base"]),
         running("mirror, background", vec![mirror("j", "top", "t1", "background")], &["t1"]),
         running("mirror, write-blocking", vec![mirror("j", "top", "t1", "write-blocking")], &["t1"]),
+        State {
+            ready: true,
+            ..running("mirror, ready", vec![mirror("j", "top", "t1", "background")], &["t1"])
+        },
+        State {
+            ready: true,
+            ..running("active commit of top to base, ready", vec![commit("j", "top", "base")], &["base"])
+        },
         running("backup, full", vec![backup("j", "top", "t1")], &["t1"]),
         running("backup, none (fleecing)", vec![fleecing_target(), fleece("j")], &["f"]),
     ]

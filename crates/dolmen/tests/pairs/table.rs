@@ -16,8 +16,32 @@ const RIGHT_ALL_THE_SAME: &[(&str, &str, &str)] = &[
     ("stream of", "reopen top on base", CHAIN_OF_OTHERS),
     ("stream of top", "backup of top", STRICT),
     ("backup", "backup of top", STRICT),
-    ("bottom mid", "stream of", "the node that the filter relies on leaves the chain"),
+    ("mirror", "export of t1, read-only", "it reads a copy that is not one yet"),
+    ("mirror, ", "reopen top on base", READY_SHOWS),
+    ("mirror, ", "export of", READY_SHOWS),
+    ("export of", "mirror of", READY_SHOWS),
+    ("active commit of top to base, ready", "reopen top on base", "the data of mid are in base already"),
+    ("bottom mid", "stream of", BOTTOM_GONE),
+    ("bottom mid", "active commit of", BOTTOM_GONE),
+    ("bottom mid", "mirror of", BOTTOM_GONE),
+    ("stream of", "commit of", TWO_JOBS),
+    ("commit of", "stream of", TWO_JOBS),
+    ("commit of", "commit of", TWO_JOBS),
+    ("commit of", "mirror of", TWO_JOBS),
+    ("commit of", "backup of", TWO_JOBS),
+    ("mirror", "commit of", TWO_JOBS),
+    ("mirror", "stream of", TWO_JOBS),
+    ("mirror", "mirror of", TWO_JOBS),
+    ("mirror", "backup of", TWO_JOBS),
+    ("backup", "commit of", TWO_JOBS),
+    ("backup", "mirror of", TWO_JOBS),
+    ("stream of", "mirror of", TWO_JOBS),
 ];
+
+const READY_SHOWS: &str = "nothing as long as nothing has been copied: see the mirror that is ready";
+const BOTTOM_GONE: &str = "the node that the filter relies on leaves the chain";
+const TWO_JOBS: &str = "nothing in the orders that were tried: two jobs on the same nodes, of which one changes what the \
+    other one reads or links; refused by the established daemon as well";
 
 const STRICT: &str = "nothing in this test: the guest's writes come through the other job's filter, which the claim of \
     this one does not know; refused by the established daemon as well";
@@ -27,11 +51,18 @@ const CHAIN_OF_OTHERS: &str =
     "the one that ends first takes nodes out of the chain that the other one has still to read";
 
 /// What breaks although it is allowed, and why that is the user's own affair.
-const OWN_RISK: &[(&str, &str, &str)] = &[(
-    "copy-before-write over top",
-    "export of t1, writable",
-    "what is written to t1 and what the filter saves there overwrite each other",
-)];
+const OWN_RISK: &[(&str, &str, &str)] = &[
+    (
+        "copy-before-write over top",
+        "export of t1, writable",
+        "what is written to t1 and what the filter saves there overwrite each other",
+    ),
+    ("export of mid, writable", "commit of mid", NOT_IN_THE_IMAGE),
+    ("export of mid, writable", "mirror of mid to t2", NOT_IN_THE_IMAGE),
+];
+
+const NOT_IN_THE_IMAGE: &str = "the image of `top` still names `mid` when the client of `mid` has moved on: \
+    change-backing-file of `top` has to follow";
 
 fn own_risk(row: &Row) -> Option<&'static str> {
     OWN_RISK.iter().find(|(s, a, _)| row.state == *s && row.attempt == *a).map(|(_, _, reason)| *reason)
@@ -117,9 +148,16 @@ pub(crate) fn check(rows: &[Row], write: bool) {
         return;
     }
     let there = std::fs::read_to_string(&path).unwrap_or_default();
-    let differs = there.lines().zip(text.lines()).find(|(a, b)| a != b);
+    // Which promise is the first to break depends on the moment.
+    let verdict = |line: &str| {
+        let cells: Vec<&str> = line.split(" | ").collect();
+        cells[..cells.len().min(3)].join(" | ").trim_end_matches(" |").to_owned()
+    };
+    let (old, new): (Vec<_>, Vec<_>) =
+        (there.lines().map(verdict).collect(), text.lines().map(verdict).collect());
+    let differs = old.iter().zip(&new).find(|(a, b)| a != b);
     assert!(
-        there == text,
+        old == new,
         "docs/pairs.md is out of date ({differs:?}): DOLMEN_PAIRS=write cargo test -p dolmen --test pairs"
     );
 }

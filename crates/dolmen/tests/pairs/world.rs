@@ -20,6 +20,8 @@ use crate::model::{CLUSTER, PER_CLUSTER, SIZE, Tag, UNIT, UNITS, View, fill, fir
 const BURST: usize = 8;
 /// Writes that a client does while a job is waited for, at most.
 const LOAD: usize = 400;
+/// It writes to units from here on: those before still come from below where they did.
+const LOADED: usize = UNITS / 2;
 /// The images, in the order of [`Disk`].
 pub(crate) const IMAGES: [&str; 8] = ["top", "mid", "base", "t1", "t2", "f", "ov", "x"];
 
@@ -125,6 +127,8 @@ struct Running {
     work: Work,
     /// The disk as it was when the job began.
     before: Option<View>,
+    /// It has been seen to be ready.
+    ready: bool,
 }
 
 /// A flow of data: what is written to one disk may show on the other.
@@ -380,12 +384,10 @@ impl World {
     fn begin(&mut self, id: &'static str, work: Work) {
         let before = match work {
             Work::Unseen => None,
-            Work::Follow { from, to, between, .. } => {
+            Work::Follow { from, to, .. } => {
                 let view = self.disks[from as usize].clone();
-                for to in [Some(to), between].into_iter().flatten() {
-                    self.disks[to as usize].may_become_all(&view);
-                    self.flows.push(Flow { from, to });
-                }
+                self.disks[to as usize].may_become_all(&view);
+                self.flows.push(Flow { from, to });
                 None
             }
             Work::Keep { from, to, .. } => {
@@ -399,7 +401,7 @@ impl World {
                 Some(view)
             }
         };
-        self.jobs.push(Running { id, work, before });
+        self.jobs.push(Running { id, work, before, ready: false });
     }
 
     fn may_become(&mut self, disk: Disk, unit: usize, tag: Tag) {
@@ -559,8 +561,10 @@ impl World {
             self.ended(id)?;
             return Ok(());
         }
-        if self.under_load(|d| next_of(d, id))? == Next::Ready {
+        if job.ready || self.under_load(|d| next_of(d, id))? == Next::Ready {
             self.burst();
+            // What clients have seen by now must be in the result.
+            self.look();
             self.under_load(|d| {
                 d.ask("job-complete", &json!({"id": id})).map_err(|e| e["desc"].to_string())
             })?;
@@ -586,6 +590,18 @@ impl World {
 
     fn ask(&mut self, command: &str, arguments: &Json) -> Outcome<Json> {
         self.daemon.ask(command, arguments).map_err(|e| format!("{command}: {}", e["desc"]))
+    }
+
+    /// Waits until a job is ready.
+    pub(crate) fn ready(&mut self, id: &str) -> Outcome<()> {
+        match next_of(&mut self.daemon, id)? {
+            Next::Ready => {
+                let job = self.jobs.iter_mut().find(|j| j.id == id).expect("it has begun");
+                job.ready = true;
+                Ok(())
+            }
+            Next::Over => Err("it is over already".into()),
+        }
     }
 
     /// Waits until a job is gone, after its end if that has not been seen.
