@@ -504,7 +504,8 @@ impl World {
         let Some(g) = self.guests.iter().position(|g| g.writable && g.disk == Disk::Top) else {
             return what(&mut self.daemon);
         };
-        let plan: Vec<(usize, Tag)> = (0..LOAD).map(|_| (self.below(UNITS), self.fresh_tag())).collect();
+        let plan: Vec<(usize, Tag)> =
+            (0..LOAD).map(|_| (LOADED + self.below(UNITS - LOADED), self.fresh_tag())).collect();
         let stop = AtomicBool::new(false);
         let (daemon, guest) = (&mut self.daemon, &mut self.guests[g]);
         let (out, done) = std::thread::scope(|scope| {
