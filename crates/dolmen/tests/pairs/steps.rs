@@ -285,7 +285,10 @@ pub(crate) fn part(command: &str) -> Option<Part> {
                     "job-id": "k", "speed": 1, "device": "top", "target": "DIR/x.qcow2", "format": "qcow2",
                     "sync": "full", "mode": "existing", "node-name": "n",
                 }),
-                ..mirror("k", "top", "t2", "background")
+                effect: Effect::Job {
+                    id: "k",
+                    work: Work::Follow { from: Disk::Top, to: Disk::T2, node: "n", between: None },
+                },
             },
         )]),
         "drive-backup" => tried(vec![attempt(
@@ -296,7 +299,10 @@ pub(crate) fn part(command: &str) -> Option<Part> {
                     "job-id": "k", "speed": 1, "device": "top", "target": "DIR/x.qcow2", "format": "qcow2",
                     "sync": "full", "mode": "existing",
                 }),
-                effect: Effect::Job { id: "k", work: Work::Unseen },
+                effect: Effect::Job {
+                    id: "k",
+                    work: Work::Keep { from: Disk::Top, to: Disk::T2, node: "x" },
+                },
             },
         )]),
         "blockdev-create" => tried(vec![attempt(
