@@ -8,7 +8,8 @@ use std::time::Duration;
 use dolmen_qmp::{Request, SocketAddress};
 use dolmen_types::{Error, ErrorKind, Options, Result, Value};
 
-use crate::JobStart;
+use crate::act::{Drive, SnapshotSync, device_or_node};
+use crate::{JobStart, OperationBegin};
 
 /// Clients that connect to the NBD server at one time, unless said otherwise.
 const MAX_CONNECTIONS: u32 = 100;
@@ -66,6 +67,53 @@ pub enum Change {
         /// Only a job that works on nodes is meant.
         block: bool,
     },
+    /// A job with a target that it opens, or makes, itself.
+    Drive(Drive),
+    /// Puts an overlay over a node.
+    Snapshot {
+        /// The node.
+        node: String,
+        /// The node that is to lie over it.
+        overlay: String,
+    },
+    /// Makes an overlay and puts it over a node.
+    SnapshotSync(SnapshotSync),
+    /// Has an image name another backing file.
+    ChangeBackingFile {
+        /// A node at or above the image.
+        device: String,
+        /// The image's node.
+        image: String,
+        /// The new name; none if empty.
+        file: String,
+    },
+    /// Changes the size of a node.
+    Resize {
+        /// Its name.
+        node: String,
+        /// In bytes.
+        size: u64,
+    },
+    /// Begins an operation of an external tool.
+    OperationBegin(OperationBegin),
+    /// Ends it.
+    OperationEnd {
+        /// Its id.
+        id: String,
+    },
+    /// Several changes at one instant: all of them or none.
+    Transaction {
+        /// In their order.
+        actions: Vec<Change>,
+        /// Its jobs end together: all of them successfully, or none.
+        grouped: bool,
+    },
+    /// Fails.
+    Abort,
+    /// What the change would lead to.
+    WhatIf(Box<Change>),
+    /// What a query changes, when one asks what if.
+    Nothing,
     /// Ends the program in an orderly way.
     Quit,
 }
@@ -130,9 +178,58 @@ impl Change {
             "drive-mirror" => Change::DriveMirror(o),
             "job-finalize" => Change::JobFinalize { id: o.require_str("id")?, block: false },
             "block-job-finalize" => Change::JobFinalize { id: o.require_str("id")?, block: true },
+            "blockdev-snapshot" => {
+                Change::Snapshot { node: o.require_str("node")?, overlay: o.require_str("overlay")? }
+            }
+            "blockdev-snapshot-sync" => Change::SnapshotSync(SnapshotSync::from_options(o)?),
+            "change-backing-file" => Change::ChangeBackingFile {
+                device: o.require_str("device")?,
+                image: o.require_str("image-node-name")?,
+                file: o.require_str("backing-file")?,
+            },
+            "block_resize" => {
+                Change::Resize { node: device_or_node(&mut o)?, size: o.take_size("size")?.unwrap_or(0) }
+            }
+            "operation-begin" => Change::OperationBegin(OperationBegin::from_options(o)?),
+            "operation-end" => Change::OperationEnd { id: o.require_str("id")? },
+            "transaction" => transaction(o)?,
             other => return Ok(JobStart::from_options(other, o)?.map(Change::JobStart)),
         }))
     }
+}
+
+/// Every action is a command; one that fails on purpose has no command.
+fn transaction(mut o: Options) -> Result<Change> {
+    let properties = o.take_map("properties")?.unwrap_or_default();
+    let mut properties = properties;
+    let grouped = properties.take_enum("completion-mode", &["individual", "grouped"])? == Some("grouped");
+    let mut actions = Vec::new();
+    for action in list(&mut o, "actions")? {
+        let mut action = action;
+        let kind = action.require_str("type")?;
+        let data = action.take_map("data")?.unwrap_or_default();
+        actions.push(match kind.as_str() {
+            "abort" => Change::Abort,
+            "blockdev-snapshot" => {
+                let mut data = data;
+                Change::Snapshot { node: data.require_str("node")?, overlay: data.require_str("overlay")? }
+            }
+            "blockdev-snapshot-sync" => Change::SnapshotSync(SnapshotSync::from_options(data)?),
+            other => match Drive::from_options(other, data.clone()) {
+                Some(drive) => Change::Drive(drive),
+                None => match JobStart::from_options(other, data)? {
+                    Some(start) => Change::JobStart(start),
+                    None => {
+                        return Err(Error::new(
+                            ErrorKind::InvalidInput,
+                            format!("a transaction has no action '{other}'"),
+                        ));
+                    }
+                },
+            },
+        });
+    }
+    Ok(Change::Transaction { actions, grouped })
 }
 
 impl NbdServerStart {

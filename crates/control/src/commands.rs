@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use dolmen_exports::{NbdExport, NbdServer, NbdServerConfig};
-use dolmen_graph::OpInfo;
+use dolmen_graph::{Draft, OpInfo};
 use dolmen_qmp::QmpError;
 use dolmen_rt::Addr;
 use dolmen_types::{Actions, Claim, Error, ErrorKind, OpId, Options};
@@ -16,22 +16,35 @@ type Done = Result<(), QmpError>;
 
 /// Opens a node and what is defined inside it: all of it, or nothing.
 pub(crate) async fn blockdev_add(task: &mut Task, options: Options) -> Done {
+    let mut draft = task.owner.draft();
+    // A server may not answer. Dropping the draft on the way out closes what was opened.
+    let shared = task.shared.clone();
+    shared.unless_quitting(propose_add(task, &mut draft, options)).await?;
+    task.owner.commit(draft).await?;
+    Ok(())
+}
+
+/// Puts a node and what is defined inside it into a draft.
+pub(crate) async fn propose_add(task: &Task, draft: &mut Draft, options: Options) -> Done {
     if !options.has("node-name") {
         return Err(QmpError::generic("'node-name' must be specified for the root node"));
     }
-    let mut draft = task.owner.draft();
     let rt = task.shared.rt.clone();
-    let opener = task.opener(&rt);
-    // A server may not answer. Dropping the draft on the way out closes what was opened.
-    let open = async { Ok(opener.open(&mut draft, options, true).await?) };
-    task.shared.unless_quitting(open).await?;
-    task.owner.commit(draft).await?;
+    task.opener(&rt).open(draft, options, true).await?;
     Ok(())
 }
 
 /// Closes a node and those below it that nobody else holds.
 pub(crate) async fn blockdev_del(task: &mut Task, name: &str) -> Done {
     let mut draft = task.owner.draft();
+    propose_del(task, &mut draft, name)?;
+    task.owner.commit(draft).await?;
+    // The node is gone either way, but who removed it wants to know that data are missing.
+    task.report_events().map_or(Ok(()), Err)
+}
+
+/// Takes a node out of a draft.
+pub(crate) fn propose_del(task: &Task, draft: &mut Draft, name: &str) -> Done {
     if !draft.has_node(name) {
         return Err(QmpError::generic(format!("Failed to find node with node-name='{name}'")));
     }
@@ -47,9 +60,7 @@ pub(crate) async fn blockdev_del(task: &mut Task, name: &str) -> Done {
         return Err(QmpError::generic(format!("Node {name} is not owned by the monitor")));
     }
     draft.remove_node(name)?;
-    task.owner.commit(draft).await?;
-    // The node is gone either way, but who removed it wants to know that data are missing.
-    task.report_events().map_or(Ok(()), Err)
+    Ok(())
 }
 
 /// Sets the write threshold of a node. Changes no link and no grant, so nothing is drafted.
@@ -101,21 +112,20 @@ pub(crate) fn nbd_server_stop(task: &mut Task, reply: &Reply) -> Done {
     Ok(())
 }
 
-/// Adds an export: an operation with an edge in the graph, and a name at the server.
-pub(crate) async fn export_add(task: &mut Task, add: ExportAdd) -> Done {
+/// Puts an export into a draft: an operation with an edge.
+pub(crate) fn propose_export(task: &Task, draft: &mut Draft, add: &ExportAdd) -> Result<OpId, QmpError> {
     let id = OpId::parse(&add.id).map_err(|e| QmpError::from(e.context("Invalid block export id")))?;
     if task.owner.ops().iter().any(|o| o.id == id) {
         return Err(QmpError::generic(format!("Block export id '{id}' is already in use")));
     }
-    let mut draft = task.owner.draft();
     if !draft.has_node(&add.node) {
         return Err(QmpError::generic(format!("Cannot find device='' nor node-name='{}'", add.node)));
     }
-    let Some(server) = task.server.clone() else {
+    if task.server.is_none() {
         return Err(QmpError::generic("NBD server not running"));
-    };
-    let name = add.name.unwrap_or_else(|| add.node.clone());
-    if task.exports.iter().any(|e| e.name == name) {
+    }
+    let name = add.name.as_ref().unwrap_or(&add.node);
+    if task.exports.iter().any(|e| e.name == *name) {
         return Err(QmpError::generic(format!("NBD server already has export named '{name}'")));
     }
     let read_only = task.owner.graph().node(&add.node).is_some_and(|n| n.flags.read_only);
@@ -142,6 +152,17 @@ pub(crate) async fn export_add(task: &mut Task, add: ExportAdd) -> Done {
     // Refusals are worded for a newcomer; from here on it has a start time.
     draft.solve()?;
     draft.mark_started(&id);
+    Ok(id)
+}
+
+/// Adds an export: an operation with an edge in the graph, and a name at the server.
+pub(crate) async fn export_add(task: &mut Task, add: ExportAdd) -> Done {
+    let mut draft = task.owner.draft();
+    let id = propose_export(task, &mut draft, &add)?;
+    let Some(server) = task.server.clone() else {
+        return Err(QmpError::generic("NBD server not running"));
+    };
+    let name = add.name.unwrap_or_else(|| add.node.clone());
     task.owner.commit(draft).await?;
     let edge = task.owner.edges(&id).next().cloned();
     let offered = match edge {

@@ -8,17 +8,17 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_channel::{Receiver, Sender};
-use dolmen_graph::{Graph, GraphOwner, OpInfo, OpenPolicy, Registry, common_options};
+use dolmen_graph::{Graph, GraphOwner, OpClaim, OpInfo, OpenPolicy, Registry, common_options};
 use dolmen_jobs::JobTable;
 use dolmen_qmp::model::{self, BlockExportInfo};
 use dolmen_qmp::schema::{Branch, Sources};
-use dolmen_qmp::{Event, QmpError, Request, Schema, Timestamp, Version};
+use dolmen_qmp::{Event, QmpError, Request, Schema, Source, Timestamp, Version};
 use dolmen_rt::Rt;
-use dolmen_types::Value;
+use dolmen_types::{Options, Value};
 use serde_json::{Value as Json, json};
 
 use crate::monitor::Outgoing;
-use crate::{Change, export, jobs, query, stats};
+use crate::{Change, export, jobs, operations, query, stats};
 
 /// What is said to those who come too late.
 const ENDING: &str = "The daemon is shutting down";
@@ -42,6 +42,7 @@ pub struct Config {
 pub(crate) struct Published {
     pub(crate) graph: Arc<Graph>,
     pub(crate) ops: Vec<OpInfo>,
+    pub(crate) claims: Vec<OpClaim>,
     pub(crate) exports: Vec<BlockExportInfo>,
 }
 
@@ -141,7 +142,12 @@ impl Control {
             exports: export::TYPES,
         });
         let introspection = schema.introspection();
-        let published = Published { graph: Arc::new(Graph::empty()), ops: Vec::new(), exports: Vec::new() };
+        let published = Published {
+            graph: Arc::new(Graph::empty()),
+            ops: Vec::new(),
+            claims: Vec::new(),
+            exports: Vec::new(),
+        };
         let shared = Rc::new(Shared {
             rt: rt.clone(),
             schema,
@@ -185,10 +191,30 @@ impl Control {
         if let Some(done) = jobs::at_once(&self.shared, request) {
             return done;
         }
+        if request.name == "what-if" {
+            let change = self.supposed(request)?;
+            return self.change(Change::WhatIf(Box::new(change))).await;
+        }
         match Change::from_request(request)? {
             Some(change) => self.change(change).await,
             None => self.query(request),
         }
+    }
+
+    /// The change that `what-if` asks about.
+    fn supposed(&self, request: &Request) -> Result<Change, QmpError> {
+        let mut o = Options::from_value(request.arguments.clone())?;
+        let command = o.require_str("command")?;
+        let arguments = match o.take("arguments") {
+            Some(v) => dolmen_qmp::json::from_value(&v),
+            None => json!({}),
+        };
+        let (name, arguments) = self.shared.schema.check_command(&command, arguments, Source::Json)?;
+        let inner = Request { name, arguments, id: None };
+        if inner.name == "what-if" {
+            return Err(QmpError::generic("what-if asks about commands, not about itself"));
+        }
+        Ok(Change::from_request(&inner)?.unwrap_or(Change::Nothing))
     }
 
     /// Makes a change and waits for its result.
@@ -236,6 +262,9 @@ impl Control {
                 let nodes = flag(request, "query-nodes");
                 let now = self.shared.rt.now();
                 model::to_json(&stats::block_stats(&published.graph, &published.exports, nodes, now))
+            }
+            "query-operations" => {
+                operations::list(&published.graph, &published.ops, &published.claims, self.shared.rt.now())
             }
             "query-block-exports" => model::to_json(&published.exports),
             // A row of the command table without code here: a test finds it.

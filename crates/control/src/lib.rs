@@ -17,6 +17,7 @@
 //! other way round, at every point where the task waits for its next change.
 #![forbid(unsafe_code)]
 
+mod act;
 mod change;
 mod commands;
 mod drive_mirror;
@@ -25,17 +26,20 @@ mod handle;
 mod jobs;
 mod monitor;
 mod names;
+mod operations;
 mod query;
 mod reopen;
 mod socket;
 mod stats;
 mod task;
 
+pub use act::{Drive, SnapshotSync};
 pub use change::{Change, ExportAdd, NbdServerStart};
 pub use dolmen_graph::node_filename;
 pub use handle::{Config, Control, Log};
 pub use jobs::JobStart;
 pub use monitor::{MonitorOptions, serve_monitor};
 pub use names::image_name;
+pub use operations::{OperationBegin, ToolClaim};
 pub use query::{block_graph, block_nodes, image_info};
 pub use socket::{MonitorSocket, listen_monitor};

@@ -15,7 +15,7 @@ use serde_json::{Value as Json, json};
 
 use crate::export::{Export, stop_server};
 use crate::handle::{Config, Job, Published, Shared};
-use crate::{Change, commands, drive_mirror, jobs, reopen};
+use crate::{Change, act, commands, drive_mirror, jobs, operations, reopen};
 
 /// How long the last replies may take to leave, once everything is closed. A client
 /// that does not read must not keep the program alive.
@@ -165,6 +165,22 @@ impl Task {
             Change::JobStart(start) => jobs::start(self, start).await,
             Change::DriveMirror(o) => drive_mirror::start(self, o).await,
             Change::JobFinalize { id, block } => jobs::finalize(self, &id, block).await,
+            Change::ChangeBackingFile { device, image, file } => {
+                act::change_backing_file(self, &device, &image, &file).await
+            }
+            Change::Resize { node, size } => act::block_resize(self, &node, size).await,
+            change @ (Change::Drive(_)
+            | Change::Snapshot { .. }
+            | Change::SnapshotSync(_)
+            | Change::OperationBegin(_)
+            | Change::OperationEnd { .. }
+            | Change::Transaction { .. }
+            | Change::Abort
+            | Change::Nothing) => act::carry_out(self, change).await,
+            Change::WhatIf(inner) => {
+                let seen = operations::what_if(self, *inner).await;
+                return answer(&reply, Ok(seen));
+            }
             // Taken before it comes here; the end has begun already.
             Change::Quit => Ok(()),
         };
@@ -216,6 +232,7 @@ impl Task {
         *self.shared.published.borrow_mut() = Rc::new(Published {
             graph: self.owner.graph().clone(),
             ops: self.owner.ops().to_vec(),
+            claims: self.owner.claims().to_vec(),
             exports: self.exports.iter().map(Export::info).collect(),
         });
     }

@@ -11,13 +11,13 @@
 use std::sync::Arc;
 
 use dolmen_graph::{
-    ChainStatus, ChildEdge, Graph, GraphEvent, GraphOwner, Implicit, Node, NodeOpener, OpInfo, OpenPolicy,
-    PROBE_BYTES, Prealloc, Registry, UserEdge, chain_status, has_protocol,
+    ChainStatus, Graph, GraphEvent, GraphOwner, Implicit, Node, NodeOpener, OpInfo, OpenPolicy, PROBE_BYTES,
+    Prealloc, Registry, UserEdge, chain_status,
 };
 use dolmen_rt::{IoVec, Memory, Rt};
 use dolmen_types::{
-    Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, ReadFlags, Result, ResultExt, Span,
-    Value, WriteFlags,
+    Actions, Claim, Error, ErrorKind, NodeName, OpId, Options, ReadFlags, Result, ResultExt, Span, Value,
+    WriteFlags,
 };
 
 use crate::spec;
@@ -213,48 +213,8 @@ impl Session {
     ///
     /// # Errors
     /// `Unsupported` when the format can't be created; `Locked`; what the drivers say.
-    pub async fn create(&mut self, filename: &str, format: &str, mut options: Options) -> Result<()> {
-        let kind = self.registry.find(format)?;
-        let create = kind.create.ok_or_else(|| {
-            Error::new(
-                ErrorKind::Unsupported,
-                format!("Format driver '{format}' does not support image creation"),
-            )
-        })?;
-        if let (true, Some((protocol, _))) = (has_protocol(filename), filename.split_once(':')) {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("Protocol driver '{protocol}' does not support image creation"),
-            ));
-        }
-        let file = self.registry.find("file")?;
-        let create_file = file.create.expect("the file driver can make files");
-        let mut of_file = Options::new().with("filename", filename);
-        for spec in file.create_options {
-            let known = kind.create_options.iter().any(|s| s.name == spec.name);
-            if spec.name != "filename"
-                && !known
-                && let Some(v) = options.take(spec.name)
-            {
-                of_file.set(spec.name, v);
-            }
-        }
-        of_file.set("size", 0u64);
-        create_file(dolmen_graph::CreateCx { file: None, rt: &self.rt }, of_file).await?;
-
-        let image =
-            self.open(Options::new().with("driver", "file").with("filename", filename), EXCLUSIVE).await?;
-        let edge = ChildEdge {
-            name: "file",
-            role: ChildRole::Metadata,
-            node: image.node(),
-            claim: image.edge.claim(),
-        };
-        let cx = dolmen_graph::CreateCx { file: Some(&edge), rt: &self.rt };
-        let made = create(cx, options).await;
-        drop(edge);
-        let closed = self.close_image(image).await;
-        made.and(closed)
+    pub async fn create(&mut self, filename: &str, format: &str, options: Options) -> Result<()> {
+        dolmen_graph::create_image(self.registry, &self.rt, filename, format, options).await
     }
 }
 

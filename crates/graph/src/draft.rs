@@ -15,8 +15,8 @@ use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, 
 use crate::notice::{NoticeSink, Notices};
 use crate::solver::solve_unchecked;
 use crate::{
-    AccessRule, ChildEdge, Cx, Driver, DriverKind, Grants, Node, NodeChange, NodeFlags, NodeState, Prepared,
-    TopoClaim, TopoNode, TopoUser, Topology, UserEdge, solve,
+    AccessRule, ChildEdge, Cx, Driver, DriverKind, Grants, Graph, Node, NodeChange, NodeFlags, NodeState,
+    Prepared, TopoClaim, TopoNode, TopoUser, Topology, UserEdge, solve,
 };
 
 /// Who an operation is, for messages and queries.
@@ -857,6 +857,29 @@ impl Draft {
             edges.iter_mut().for_each(|e| e.claim.needs |= Actions::D);
         }
         Ok(edges)
+    }
+
+    /// The snapshot that publishing the draft would make: to be looked at, not to be used.
+    ///
+    /// # Errors
+    /// The solver's.
+    pub fn preview(&self) -> Result<Graph> {
+        let grants = self.solve()?;
+        let built = self.build(&grants);
+        let user = |u: &DraftUser| {
+            let node = built.get(&u.node)?.clone();
+            Some(UserEdge::new(u.op.clone(), node, u.claim))
+        };
+        Ok(Graph {
+            generation: self.generation + 1,
+            nodes: crate::owner::children_first(&built),
+            users: self.state.users.iter().filter_map(user).collect(),
+        })
+    }
+
+    /// The operations of the candidate.
+    pub fn ops(&self) -> &[OpInfo] {
+        &self.state.ops
     }
 
     /// The node as it is in the candidate, to look at its size and limits.

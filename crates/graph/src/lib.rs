@@ -92,6 +92,7 @@
 
 mod access;
 mod count;
+mod create;
 mod draft;
 mod driver;
 mod epoch;
@@ -111,6 +112,7 @@ mod user;
 
 pub use access::{AccessRule, NodeFacts};
 pub use count::{Counters, Counts, Tally};
+pub use create::create_image;
 pub use draft::{ClaimScope, Draft, NodeDef, OpClaim, OpInfo};
 pub use driver::{
     BackingName, Class, Description, Driver, Extent, Limits, NodeChange, Op, Plan, Prealloc, Prepared,

@@ -306,7 +306,7 @@ fn in_flight(edge: &Arc<UserEdge>) -> String {
     format!("'{}' with {n} request{plural} on node '{}'", edge.op(), edge.node().name)
 }
 
-fn children_first(built: &BTreeMap<NodeName, Arc<Node>>) -> Box<[Arc<Node>]> {
+pub(crate) fn children_first(built: &BTreeMap<NodeName, Arc<Node>>) -> Box<[Arc<Node>]> {
     fn visit(n: &Arc<Node>, out: &mut Vec<Arc<Node>>) {
         if out.iter().any(|o| Arc::ptr_eq(o, n)) {
             return;

@@ -110,7 +110,10 @@ impl Draft {
                 }
             }
         }
-        for user in self.state.users.iter_mut().filter(|u| u.node == old && !u.below_filters) {
+        // What an operation does through its own filter stays there.
+        let owner = self.state.node(&old).and_then(|n| n.def.owner.clone());
+        let stays = |u: &crate::draft::DraftUser| u.below_filters || Some(&u.op) == owner.as_ref();
+        for user in self.state.users.iter_mut().filter(|u| u.node == old && !stays(u)) {
             user.node = new.clone();
         }
         Ok(())

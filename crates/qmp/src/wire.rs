@@ -62,7 +62,8 @@ impl QmpError {
         self
     }
 
-    fn to_json(&self) -> Json {
+    /// As clients see it.
+    pub fn to_json(&self) -> Json {
         let mut m = Map::new();
         m.insert("class".into(), json!(self.class));
         m.insert("desc".into(), json!(self.desc));
@@ -132,18 +133,7 @@ fn party_json(p: &Party) -> Json {
 
 /// One word per action: the permission word where there is one.
 fn words(actions: Actions) -> Vec<&'static str> {
-    actions
-        .iter()
-        .map(|a| match a {
-            Action::ReadData => "consistent-read",
-            Action::WriteData => "write",
-            Action::WriteUnchanged => "write-unchanged",
-            Action::Resize => "resize",
-            Action::RelinkChildren => "relink-children",
-            Action::RelinkParents => "relink-parents",
-            Action::ReadMetadata => "read-metadata",
-        })
-        .collect()
+    actions.iter().map(Action::word).collect()
 }
 
 /// A successful reply, without the line end.

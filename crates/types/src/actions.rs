@@ -60,6 +60,19 @@ impl Action {
         }
     }
 
+    /// The word for it in JSON: the permission word where there is one.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Action::ReadData => "consistent-read",
+            Action::WriteData => "write",
+            Action::WriteUnchanged => "write-unchanged",
+            Action::Resize => "resize",
+            Action::RelinkChildren => "relink-children",
+            Action::RelinkParents => "relink-parents",
+            Action::ReadMetadata => "read-metadata",
+        }
+    }
+
     /// A verb phrase for messages: "needs to *write data*".
     pub const fn phrase(self) -> &'static str {
         match self {

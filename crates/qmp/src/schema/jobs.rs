@@ -262,7 +262,7 @@ pub(crate) static CREATE: &[(&str, &Shape)] = &[
 ];
 
 /// The arguments of `blockdev-backup`. `on-cbw-error` and `fleecing` are our own.
-static BACKUP: Shape = Shape::of(&[
+pub(crate) static BACKUP: Shape = Shape::of(&[
     Field::optional("job-id", Ty::Str),
     Field::required("device", Ty::Str),
     Field::required("target", Ty::Str),
@@ -291,7 +291,7 @@ static BACKUP: Shape = Shape::of(&[
 ]);
 
 /// The arguments of `drive-backup`, whose target is a file name.
-static DRIVE_BACKUP: Shape = Shape::of(&[
+pub(crate) static DRIVE_BACKUP: Shape = Shape::of(&[
     Field::optional("job-id", Ty::Str),
     Field::required("device", Ty::Str),
     Field::required("target", Ty::Str),

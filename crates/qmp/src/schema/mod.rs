@@ -6,6 +6,7 @@
 //! occur once. Recursive types (a node definition holds node definitions) are
 //! cycles in the arena.
 
+mod changes;
 mod check;
 pub mod commands;
 mod introspect;
@@ -226,6 +227,7 @@ impl Schema {
         let mut b = Builder { types: Vec::new(), known: HashMap::new(), sources };
         let commands = commands::COMMANDS
             .iter()
+            .chain(changes::COMMANDS)
             .chain(jobs::COMMANDS)
             .map(|c| CommandDef {
                 name: c.name,

@@ -1,0 +1,499 @@
+//! Changes of the graph as proposals: what a command would publish, on a draft.
+//!
+//! Every command that touches the graph is a proposal first. Publishing it is doing it;
+//! publishing several at once is a transaction; looking at the draft and dropping it is
+//! `what-if`. So the three can't disagree.
+//!
+//! An instant command guards what it changes by the claims of an operation of its own. It
+//! is asked about ([`reopen::settle`]) and gone again before the draft is published.
+
+use std::path::PathBuf;
+
+use dolmen_graph::{
+    BackingName, ClaimScope, Class, Cx, Draft, OpClaim, OpInfo, Prealloc, create_image, node_filename,
+};
+use dolmen_qmp::QmpError;
+use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Value};
+
+use crate::jobs::{self, JobStart, Started};
+use crate::task::Task;
+use crate::{Change, commands, operations, reopen};
+
+type Done = Result<(), QmpError>;
+
+/// What comes after a proposal: jobs to be set to work if it is published, files to be removed if it is not.
+#[derive(Debug, Default)]
+pub(crate) struct After {
+    /// Jobs in the draft.
+    pub(crate) jobs: Vec<Started>,
+    made: Vec<PathBuf>,
+}
+
+impl After {
+    /// Removes the files that were made for a proposal that has failed.
+    pub(crate) fn undo(self) {
+        for path in self.made {
+            // It was ours a moment ago; one that somebody else has removed meanwhile is gone as well.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// An overlay in a new file.
+#[derive(Debug)]
+pub struct SnapshotSync {
+    /// The node to be frozen.
+    pub node: String,
+    /// The overlay's file.
+    pub file: String,
+    /// The overlay's node name; made up if there is none.
+    pub overlay: Option<String>,
+    /// Its format.
+    pub format: String,
+    /// The file is there already.
+    pub existing: bool,
+}
+
+impl SnapshotSync {
+    /// Reads the arguments of `blockdev-snapshot-sync`.
+    ///
+    /// # Errors
+    /// When no node is named, or two.
+    pub fn from_options(mut o: Options) -> Result<SnapshotSync> {
+        let out = SnapshotSync {
+            node: device_or_node(&mut o)?,
+            file: o.require_str("snapshot-file")?,
+            overlay: o.take_str("snapshot-node-name")?,
+            format: o.take_str("format")?.unwrap_or_else(|| "qcow2".to_owned()),
+            existing: o.take_enum("mode", &["existing", "absolute-paths"])? == Some("existing"),
+        };
+        o.finish("blockdev-snapshot-sync")?;
+        Ok(out)
+    }
+}
+
+/// A job that opens its target itself, and makes it first unless it exists.
+#[derive(Debug)]
+pub struct Drive {
+    command: &'static str,
+    options: Options,
+}
+
+impl Drive {
+    /// The job of an action `drive-backup`; `None` for other actions.
+    pub fn from_options(command: &str, options: Options) -> Option<Drive> {
+        (command == "drive-backup").then_some(Drive { command: "blockdev-backup", options })
+    }
+}
+
+/// The node that a command means by `device` or `node-name`.
+///
+/// # Errors
+/// `InvalidInput` unless one of the two is given.
+pub(crate) fn device_or_node(o: &mut Options) -> Result<String> {
+    match (o.take_str("device")?, o.take_str("node-name")?) {
+        (Some(n), None) | (None, Some(n)) => Ok(n),
+        (Some(_), Some(_)) | (None, None) => {
+            Err(Error::new(ErrorKind::InvalidInput, "Need exactly one of 'device' and 'node-name'"))
+        }
+    }
+}
+
+/// Puts a change into a draft. With `dry`, nothing outside the draft may change.
+///
+/// # Errors
+/// Why it can't be; the draft is then of no more use, and `after` has to be undone.
+pub(crate) async fn propose(
+    task: &Task,
+    draft: &mut Draft,
+    change: Change,
+    after: &mut After,
+    dry: bool,
+) -> Done {
+    let rt = task.shared.rt.clone();
+    let opener = task.opener(&rt);
+    match change {
+        Change::BlockdevAdd(options) => commands::propose_add(task, draft, options).await,
+        Change::BlockdevDel { node } => commands::propose_del(task, draft, &node),
+        Change::BlockdevReopen(list) if list.is_empty() => Ok(()),
+        Change::BlockdevReopen(list) => {
+            let op = reopen::propose(&opener, draft, list).await?;
+            reopen::settle(draft, &op, &opener).await
+        }
+        Change::BlockdevSetActive { node, active } => reopen::propose_active(draft, node.as_deref(), active),
+        Change::ExportAdd(add) => commands::propose_export(task, draft, &add).map(drop),
+        Change::ExportDel { id, .. } => match task.exports.iter().find(|e| e.id.as_str() == id) {
+            Some(e) => {
+                draft.remove_op(&e.id);
+                draft.sweep();
+                Ok(())
+            }
+            None => Err(QmpError::generic(format!("Export '{id}' is not found"))),
+        },
+        Change::JobStart(start) => {
+            after.jobs.push(jobs::start_in_draft(task, draft, start).await?);
+            Ok(())
+        }
+        Change::Drive(drive) => {
+            let start = propose_drive(task, draft, drive, after, dry).await?;
+            after.jobs.push(jobs::start_in_draft(task, draft, start).await?);
+            Ok(())
+        }
+        Change::DriveMirror(options) => {
+            let drive = Drive { command: "blockdev-mirror", options };
+            let start = propose_drive(task, draft, drive, after, dry).await?;
+            after.jobs.push(jobs::start_in_draft(task, draft, start).await?);
+            Ok(())
+        }
+        Change::Snapshot { node, overlay } => {
+            let op = propose_snapshot(draft, &node, &overlay)?;
+            reopen::settle(draft, &op, &opener).await
+        }
+        Change::SnapshotSync(sync) => {
+            let op = propose_snapshot_sync(task, draft, sync, after, dry).await?;
+            reopen::settle(draft, &op, &opener).await
+        }
+        Change::ChangeBackingFile { device, image, .. } => {
+            let (op, _) = propose_change_backing(draft, &device, &image)?;
+            draft.solve()?;
+            draft.remove_op(&op);
+            Ok(())
+        }
+        Change::Resize { node, size } => {
+            let op = propose_resize(draft, &node, size)?;
+            draft.solve()?;
+            draft.remove_op(&op);
+            Ok(())
+        }
+        Change::OperationBegin(begin) => operations::propose_begin(draft, begin),
+        Change::OperationEnd { id } => operations::propose_end(draft, &id),
+        Change::Transaction { actions, .. } => {
+            for action in actions {
+                Box::pin(propose(task, draft, action, after, dry)).await?;
+            }
+            Ok(())
+        }
+        Change::Abort => Err(QmpError::generic("Transaction aborted using Abort action")),
+        Change::WhatIf(inner) => Box::pin(propose(task, draft, *inner, after, true)).await,
+        // They change nothing in the graph by themselves.
+        Change::SetWriteThreshold { node, .. } => match draft.has_node(&node) {
+            true => Ok(()),
+            false => Err(QmpError::generic(format!("Device '{node}' not found"))),
+        },
+        Change::NbdServerStart(_)
+        | Change::NbdServerStop
+        | Change::JobFinalize { .. }
+        | Change::Nothing
+        | Change::Quit => Ok(()),
+    }
+}
+
+/// Makes a proposal and publishes it.
+pub(crate) async fn carry_out(task: &mut Task, change: Change) -> Done {
+    let grouped = matches!(change, Change::Transaction { grouped: true, .. });
+    let mut draft = task.owner.draft();
+    let mut after = After::default();
+    let proposed = task.shared.clone();
+    // A server may not answer. Dropping the draft on the way out closes what was opened.
+    let made = proposed.unless_quitting(propose(task, &mut draft, change, &mut after, false)).await;
+    let done = match made {
+        Ok(()) => task.owner.commit(draft).await.map(drop).map_err(QmpError::from),
+        Err(e) => {
+            drop(draft);
+            Err(e)
+        }
+    };
+    if done.is_err() {
+        after.undo();
+        return done;
+    }
+    if grouped {
+        Started::after_commit(after.jobs, task);
+    } else {
+        after.jobs.into_iter().for_each(|job| Started::after_commit(vec![job], task));
+    }
+    task.report_events().map_or(Ok(()), Err)
+}
+
+fn command(draft: &mut Draft, name: &str, detail: String) -> Result<OpId> {
+    let op = OpId::internal(format!("command:{name}"));
+    draft.add_op(OpInfo {
+        id: op.clone(),
+        kind: "command".into(),
+        detail,
+        since: None,
+        ends_with: None,
+        instead_of_writing: None,
+    })?;
+    Ok(op)
+}
+
+fn claim(draft: &mut Draft, op: &OpId, node: &NodeName, needs: Actions, why: &str) -> Result<()> {
+    draft.add_claim(OpClaim {
+        op: op.clone(),
+        node: node.clone(),
+        claim: Claim { needs, allows: Actions::EVERY },
+        scope: ClaimScope::Node,
+        why: why.to_owned(),
+        pins: false,
+    })
+}
+
+fn find(draft: &Draft, name: &str) -> Result<NodeName> {
+    draft.node_names().find(|n| n.as_str() == name).cloned().ok_or_else(|| {
+        Error::new(ErrorKind::NotFound, format!("Cannot find device='{name}' nor node-name='{name}'"))
+            .remedy("query-named-block-nodes lists the nodes there are")
+    })
+}
+
+fn invalid(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidInput, message)
+}
+
+/// Puts `overlay` over `node`: everybody who used the node uses the overlay from now on.
+fn propose_snapshot(draft: &mut Draft, node: &str, overlay: &str) -> Result<OpId> {
+    let node = find(draft, node)?;
+    let overlay = find(draft, overlay)?;
+    let kind = draft.kind(&overlay).filter(|k| k.class == Class::Format);
+    if !kind.is_some_and(|k| k.options.iter().any(|o| o.name == "backing")) {
+        return Err(invalid("The overlay does not support backing images")
+            .remedy("use a node of a format with backing files, such as qcow2"));
+    }
+    if draft.child(&overlay, "backing").is_some() {
+        return Err(invalid("The overlay already has a backing image")
+            .remedy("open it with backing=null: the snapshot links it"));
+    }
+    if let Some(user) = draft.used_by(&overlay) {
+        return Err(Error::new(ErrorKind::Busy, format!("The overlay is already in use: {user}"))
+            .remedy("remove what uses it first"));
+    }
+    if let Some(over) = draft.overlays(&node).first() {
+        return Err(invalid(format!("node '{node}' is the backing file of '{over}', whose header names it"))
+            .remedy(format!(
+                "put the overlay over the top of the chain, or give '{over}' another backing file"
+            )));
+    }
+    let op = command(draft, "blockdev-snapshot", format!("snapshot of '{node}' in '{overlay}'"))?;
+    claim(draft, &op, &node, Actions::P, "puts an overlay above it")?;
+    let sizes = (draft.built_node(&node)?.size(), draft.built_node(&overlay)?.size());
+    let under = draft.resolve(&node)?;
+    if sizes.0 != sizes.1 {
+        for reader in draft.readers(&under) {
+            claim(draft, &op, &reader, Actions::S, "puts an overlay of another size above it")?;
+        }
+    }
+    draft.replace(&node, &overlay)?;
+    draft.set_backing_link(&overlay, Some(&under))?;
+    Ok(op)
+}
+
+/// Makes an image, unless that is not to happen now. The file goes again if the proposal fails, unless it was
+/// there before.
+async fn make(task: &Task, file: &str, format: &str, options: Options, after: &mut After) -> Result<()> {
+    let path = PathBuf::from(file.strip_prefix("file:").unwrap_or(file));
+    if !path.exists() {
+        after.made.push(path);
+    }
+    create_image(task.config.registry, &task.shared.rt, file, format, options).await
+}
+
+async fn propose_snapshot_sync(
+    task: &Task,
+    draft: &mut Draft,
+    sync: SnapshotSync,
+    after: &mut After,
+    dry: bool,
+) -> Result<OpId> {
+    let node = find(draft, &sync.node)?;
+    if let Some(name) = &sync.overlay
+        && draft.has_node(name)
+    {
+        return Err(Error::new(ErrorKind::AlreadyExists, "New overlay node-name already in use")
+            .remedy("choose another snapshot-node-name"));
+    }
+    if dry && !sync.existing {
+        // There is no file yet, so only the right to put something there can be asked about.
+        let op = command(draft, "blockdev-snapshot-sync", format!("snapshot of '{node}'"))?;
+        claim(draft, &op, &node, Actions::P, "puts an overlay above it")?;
+        return Ok(op);
+    }
+    if !sync.existing {
+        let built = draft.built_node(&node)?;
+        let content = draft.content(&node);
+        let options = Options::new()
+            .with("size", built.size())
+            .with("backing_file", node_filename(&built).as_str())
+            .with("backing_fmt", draft.kind(&content).map_or("raw", |k| k.name));
+        drop(built);
+        // Refused before anything is made, if it is to be refused.
+        let op = command(draft, "blockdev-snapshot-sync", format!("snapshot of '{node}'"))?;
+        claim(draft, &op, &node, Actions::P, "puts an overlay above it")?;
+        draft.solve()?;
+        draft.remove_op(&op);
+        make(task, &sync.file, &sync.format, options, after).await?;
+    }
+    let name = sync.overlay.unwrap_or_else(|| draft.fresh_name().as_str().to_owned());
+    let overlay = open_image(task, draft, &sync.file, &sync.format, &name, Value::Null).await?;
+    propose_snapshot(draft, &node, &overlay)
+}
+
+/// Opens a file as a node that goes with its last user.
+async fn open_image(
+    task: &Task,
+    draft: &mut Draft,
+    file: &str,
+    format: &str,
+    name: &str,
+    backing: Value,
+) -> Result<NodeName> {
+    let rt = task.shared.rt.clone();
+    let leaf =
+        Options::new().with("driver", "file").with("filename", file.strip_prefix("file:").unwrap_or(file));
+    let mut options = Options::new().with("driver", format).with("file", leaf.into_value());
+    let has_backing = task.config.registry.find(format)?.options.iter().any(|o| o.name == "backing");
+    if has_backing {
+        options.set("backing", backing);
+    }
+    if !name.is_empty() && !name.starts_with('#') {
+        options.set("node-name", name);
+    }
+    task.opener(&rt).open(draft, options, false).await
+}
+
+async fn propose_drive(
+    task: &Task,
+    draft: &mut Draft,
+    drive: Drive,
+    after: &mut After,
+    dry: bool,
+) -> Result<JobStart> {
+    let Drive { command, options: mut o } = drive;
+    let device = o.require_str("device")?;
+    let source = find(draft, &device)?;
+    let file = o.require_str("target")?;
+    let existing = o.take_enum("mode", &["existing", "absolute-paths"])? == Some("existing");
+    let content = draft.content(&source);
+    let format = match o.take_str("format")? {
+        Some(f) => f,
+        None => draft.kind(&content).map_or("raw", |k| k.name).to_owned(),
+    };
+    let name = o.take_str("node-name")?.unwrap_or_default();
+    o.take_bool("unmap")?;
+    let sync = match o.get("sync") {
+        Some(Value::Str(s)) => s.clone(),
+        _ => String::new(),
+    };
+    // What the target lies over: what the source lies over, the source, or nothing.
+    let backing = match sync.as_str() {
+        "top" => draft.child(&content, "backing").cloned(),
+        "none" => Some(source.clone()),
+        _ => None,
+    };
+    if !existing && !dry {
+        let mut create = Options::new().with("size", draft.built_node(&source)?.size());
+        if let Some(b) = &backing {
+            create.set("backing_file", node_filename(&draft.built_node(b)?).as_str());
+            create.set("backing_fmt", draft.kind(&draft.content(b)).map_or("raw", |k| k.name));
+        }
+        make(task, &file, &format, create, after).await?;
+    }
+    if dry && !existing {
+        return Err(invalid("the target would have to be made first, so nothing more can be said")
+            .remedy("ask about the blockdev- command with a target that exists"));
+    }
+    let link = backing.map_or(Value::Null, |b| Value::from(b.as_str()));
+    let target = open_image(task, draft, &file, &format, &name, link).await?;
+    let options = o.with("device", source.as_str()).with("target", target.as_str());
+    JobStart::from_options(command, options)?.ok_or_else(|| invalid(format!("'{command}' starts no job")))
+}
+
+/// The operation of `change-backing-file`, and the nodes that are made writable for it.
+fn propose_change_backing(draft: &mut Draft, device: &str, image: &str) -> Result<(OpId, Vec<NodeName>)> {
+    find(draft, device)?;
+    let image = find(draft, image)?;
+    if !draft.chain(device).contains(&image) {
+        return Err(invalid(format!("'{image}' and '{device}' are not in the same chain"))
+            .remedy("image-node-name has to be a node at or below device"));
+    }
+    if draft.child(&image, "backing").is_none() {
+        return Err(invalid(format!("node '{image}' has no backing file that could get another name"))
+            .remedy("link one first (blockdev-reopen)"));
+    }
+    let op = command(draft, "change-backing-file", format!("change of the backing file named by '{image}'"))?;
+    claim(draft, &op, &image, Actions::G | Actions::M, "rewrites its header")?;
+    let opened = draft.set_read_only(&image, false)?;
+    Ok((op, opened))
+}
+
+/// `change-backing-file`: the header names another file, nothing else changes.
+pub(crate) async fn change_backing_file(task: &mut Task, device: &str, image: &str, file: &str) -> Done {
+    let mut draft = task.owner.draft();
+    let (op, opened) = propose_change_backing(&mut draft, device, image)?;
+    draft.solve()?;
+    draft.mark_started(&op);
+    task.owner.commit(draft).await?;
+    let rt = task.shared.rt.clone();
+    let graph = task.owner.graph().clone();
+    let done = match graph.node(image) {
+        None => Err(invalid(format!("node '{image}' is gone"))),
+        Some(node) => {
+            let mut below = node.backing();
+            while let Some(next) = below
+                .and_then(|n| n.filtered())
+                .filter(|_| below.is_some_and(|n| n.driver.kind().class == Class::Filter))
+            {
+                below = Some(next);
+            }
+            let format = below.map(|n| n.driver.kind().name);
+            let to = Some(BackingName { name: file, format }).filter(|_| !file.is_empty());
+            node.driver.set_backing(Cx { node, rt: &rt }, to).await
+        }
+    };
+    drop(graph);
+    let mut draft = task.owner.draft();
+    draft.remove_op(&op);
+    draft.restore_read_only(&opened);
+    task.owner.commit(draft).await?;
+    Ok(done?)
+}
+
+/// The operation of `block_resize`: an edge of its own at the node that was named.
+fn propose_resize(draft: &mut Draft, node: &str, size: u64) -> Result<OpId> {
+    let node = find(draft, node)?;
+    let now = draft.built_node(&node)?.size();
+    let op = command(draft, "block_resize", format!("resize of '{node}' to {size} bytes"))?;
+    let mut needs = Actions::S | Actions::M;
+    if size < now {
+        needs = needs | Actions::V;
+        draft.claim_other_data(&op, &node, "cuts off its end")?;
+    }
+    draft.add_user_below_filters(&op, &node, Claim { needs, allows: Actions::EVERY })?;
+    // What lies over it in filters changes its size as well.
+    for reader in draft.readers(&node) {
+        if draft.content(&reader) == draft.content(&node) {
+            claim(draft, &op, &reader, Actions::S, "changes its size")?;
+        }
+    }
+    Ok(op)
+}
+
+/// `block_resize`.
+pub(crate) async fn block_resize(task: &mut Task, node: &str, size: u64) -> Done {
+    let mut draft = task.owner.draft();
+    let op = propose_resize(&mut draft, node, size)?;
+    draft.solve()?;
+    draft.mark_started(&op);
+    task.owner.commit(draft).await?;
+    let rt = task.shared.rt.clone();
+    let edge = task.owner.edges(&op).next().cloned();
+    let resized = async {
+        let edge = edge.ok_or_else(|| invalid(format!("node '{node}' is gone")))?;
+        let token = edge.begin().await?;
+        token.resize(&rt)?.resize(size, Prealloc::Off).await
+    };
+    let resized = resized.await;
+    let mut draft = task.owner.draft();
+    draft.remove_op(&op);
+    task.owner.commit(draft).await?;
+    Ok(resized?)
+}
