@@ -9,6 +9,7 @@ mod clients;
 mod create;
 mod damage;
 mod events;
+mod graph_changes;
 mod handover;
 mod hazards;
 mod inspect;

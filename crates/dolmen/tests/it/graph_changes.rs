@@ -1,0 +1,281 @@
+//! Snapshots, resizing, transactions, `what-if` and visible operations, from outside: a guest writes through an
+//! export meanwhile, and the established tool judges the images afterwards.
+
+use serde_json::{Value as Json, json};
+
+use crate::daemon::{Daemon, Monitor, by_established_name, eventually};
+use crate::peer::Bench;
+
+struct World {
+    bench: Bench,
+    daemon: Daemon,
+    monitor: Option<Monitor>,
+}
+
+const NBD: &str = "nbd.sock";
+
+/// `top -> base` with data in both, an empty overlay `ov`, two targets, and a writable export of `top`.
+fn world() -> Option<World> {
+    let bench = Bench::with_peers()?;
+    let dir = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| dir.path().join(name).to_str().expect("plain").to_owned();
+    bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", &at("base"), "4M"]);
+    bench.ok("qemu-io", &["-c", "write -P 1 0 3M", &at("base")]);
+    bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &at("base"), "-F", "qcow2", &at("top")]);
+    bench.ok("qemu-io", &["-c", "write -P 2 1M 1M", &at("top")]);
+    bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &at("top"), "-F", "qcow2", &at("ov")]);
+    for name in ["t", "u"] {
+        bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", &at(name), "4M"]);
+    }
+    let mut daemon = Daemon::start_in(dir, by_established_name, &[]);
+    let mut monitor = daemon.monitor();
+    let node = |name: &str, backing: Json| {
+        json!({"driver": "qcow2", "node-name": name, "backing": backing,
+               "file": {"driver": "file", "filename": name}})
+    };
+    monitor.ok("blockdev-add", node("base", Json::Null));
+    monitor.ok("blockdev-add", node("top", json!("base")));
+    for name in ["ov", "t", "u"] {
+        monitor.ok("blockdev-add", node(name, Json::Null));
+    }
+    monitor.ok("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": NBD}}}));
+    monitor.ok(
+        "block-export-add",
+        json!({"type": "nbd", "id": "guest", "node-name": "top", "name": "d", "writable": true}),
+    );
+    Some(World { bench, daemon, monitor: Some(monitor) })
+}
+
+impl World {
+    fn monitor(&mut self) -> &mut Monitor {
+        self.monitor.as_mut().expect("it has not ended")
+    }
+
+    fn ok(&mut self, name: &str, arguments: Json) -> Json {
+        self.monitor().ok(name, arguments)
+    }
+
+    fn refused(&mut self, name: &str, arguments: Json) -> Json {
+        let reply = self.monitor().ask(&json!({"execute": name, "arguments": arguments}));
+        assert!(reply.get("error").is_some(), "{name} was accepted: {reply}");
+        reply["error"].clone()
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.daemon.path(name).to_str().expect("plain").to_owned()
+    }
+
+    /// A guest's command.
+    fn guest(&self, command: &str) {
+        let url = format!("nbd+unix:///d?socket={}", self.path(NBD));
+        self.bench.ok("qemu-io", &["-f", "raw", "-c", command, &url]);
+    }
+
+    fn end(&mut self) {
+        let mut monitor = self.monitor.take().expect("it ends once");
+        monitor.send(&json!({"execute": "quit"}));
+        monitor.rest();
+        assert!(self.daemon.wait().success());
+    }
+
+    /// What the established tool reads in an image.
+    fn reads(&self, image: &str, pattern: u8, at: &str, len: &str) {
+        self.bench.ok("qemu-io", &["-r", "-c", &format!("read -P {pattern} {at} {len}"), &self.path(image)]);
+        self.bench.ok("qemu-img", &["check", "-q", &self.path(image)]);
+    }
+
+    fn until(&mut self, id: &str, status: &str) {
+        eventually(status, || {
+            let jobs = self.ok("query-jobs", json!({}));
+            let is = |j: &Json| j["id"] == id && j["status"] == status;
+            jobs.as_array().expect("a list").iter().any(is).then_some(())
+        });
+    }
+
+    fn conclude(&mut self, id: &str) {
+        eventually("the job is gone", || {
+            let jobs = self.ok("query-jobs", json!({}));
+            jobs.as_array().expect("a list").iter().all(|j| j["id"] != id).then_some(())
+        });
+    }
+}
+
+#[test]
+fn a_snapshot_freezes_what_lies_below() {
+    let Some(mut w) = world() else { return };
+    w.guest("write -P 7 0 64k");
+    w.ok("blockdev-snapshot", json!({"node": "top", "overlay": "ov"}));
+    w.guest("write -P 8 64k 64k");
+    w.guest("read -P 7 0 64k");
+    let again = w.refused("blockdev-snapshot", json!({"node": "t", "overlay": "ov"}));
+    assert!(again["desc"].as_str().expect("a text").starts_with("The overlay"), "{again}");
+    w.ok(
+        "blockdev-snapshot-sync",
+        json!({"node-name": "ov", "snapshot-file": "new", "snapshot-node-name": "n", "format": "qcow2"}),
+    );
+    w.guest("write -P 9 128k 64k");
+    w.end();
+    w.reads("top", 7, "0", "64k");
+    w.reads("top", 1, "64k", "128k");
+    w.reads("ov", 8, "64k", "64k");
+    w.reads("ov", 1, "128k", "64k");
+    w.reads("new", 9, "128k", "64k");
+    w.reads("new", 8, "64k", "64k");
+    w.reads("new", 2, "1M", "1M");
+}
+
+#[test]
+fn a_transaction_is_one_instant() {
+    let Some(mut w) = world() else { return };
+    w.guest("write -P 7 0 64k");
+    let backup = |id: &str, target: &str| {
+        json!({"type": "blockdev-backup",
+               "data": {"job-id": id, "device": "top", "target": target, "sync": "full", "speed": 1 << 20}})
+    };
+    // The second target does not exist: nothing of it happens.
+    let before = w.ok("x-debug-query-block-graph", json!({}));
+    w.refused("transaction", json!({"actions": [backup("a", "t"), backup("b", "nothing")]}));
+    let made = json!({"type": "blockdev-snapshot-sync",
+                      "data": {"node-name": "top", "snapshot-file": "never", "snapshot-node-name": "n"}});
+    w.refused("transaction", json!({"actions": [made, {"type": "abort", "data": {}}]}));
+    assert!(!w.daemon.path("never").exists(), "the overlay of a transaction that failed is gone");
+    assert_eq!(w.ok("x-debug-query-block-graph", json!({})), before);
+    assert_eq!(w.ok("query-jobs", json!({})), json!([]));
+
+    let snapshot = json!({"type": "blockdev-snapshot", "data": {"node": "top", "overlay": "ov"}});
+    w.ok(
+        "transaction",
+        json!({"actions": [backup("a", "t"), snapshot], "properties": {"completion-mode": "grouped"}}),
+    );
+    w.guest("write -P 9 0 64k");
+    w.ok("block-job-set-speed", json!({"device": "a", "speed": 0}));
+    w.conclude("a");
+    w.guest("read -P 9 0 64k");
+    w.end();
+    w.reads("t", 7, "0", "64k");
+    w.reads("top", 7, "0", "64k");
+    w.reads("ov", 9, "0", "64k");
+}
+
+#[test]
+fn grouped_jobs_end_together_or_not_at_all() {
+    let Some(mut w) = world() else { return };
+    let backup = |id: &str, device: &str, target: &str, speed: u32| {
+        json!({"type": "blockdev-backup", "data": {"job-id": id, "device": device, "target": target,
+               "sync": "full", "speed": speed, "auto-dismiss": false}})
+    };
+    let actions = json!([backup("fast", "base", "t", 0), backup("slow", "ov", "u", 1)]);
+    w.ok("transaction", json!({"actions": actions, "properties": {"completion-mode": "grouped"}}));
+    w.until("fast", "waiting");
+    w.ok("job-cancel", json!({"id": "slow"}));
+    w.until("fast", "concluded");
+    w.until("slow", "concluded");
+    w.ok("job-dismiss", json!({"id": "fast"}));
+    w.ok("job-dismiss", json!({"id": "slow"}));
+    w.end();
+}
+
+#[test]
+fn a_node_is_resized_unless_somebody_relies_on_its_size() {
+    let Some(mut w) = world() else { return };
+    let grow = json!({"node-name": "top", "size": 8 << 20});
+    let refusal = w.refused("block_resize", grow.clone());
+    let parties = &refusal["data"]["conflict"];
+    assert_eq!(parties["denies"]["id"], "guest", "{refusal}");
+    assert_eq!(parties["actions"], json!(["resize"]), "{refusal}");
+    assert!(refusal["desc"].as_str().expect("a text").contains("block-export-del 'guest'"), "{refusal}");
+    let what = w.ok("what-if", json!({"command": "block_resize", "arguments": grow}));
+    assert_eq!(
+        (&what["allowed"], &what["error"]["data"]["conflict"]["node"]),
+        (&json!(false), &json!("top"))
+    );
+    w.ok("block-export-del", json!({"id": "guest"}));
+    w.ok("block_resize", grow);
+    w.ok("block_resize", json!({"node-name": "base", "size": 6 << 20}));
+    w.end();
+    w.reads("top", 0, "4M", "4M");
+    w.reads("top", 1, "2M", "1M");
+}
+
+#[test]
+fn what_if_changes_nothing_and_tells_what_would() {
+    let Some(mut w) = world() else { return };
+    let before = w.ok("x-debug-query-block-graph", json!({}));
+    let ask = |w: &mut World, command: &str, arguments: Json| {
+        w.ok("what-if", json!({"command": command, "arguments": arguments}))
+    };
+    let seen = ask(&mut w, "blockdev-snapshot", json!({"node": "top", "overlay": "ov"}));
+    assert_eq!(seen["allowed"], true);
+    assert_ne!(seen["graph"], before);
+    let mirror = json!({"job-id": "m", "device": "top", "target": "t", "sync": "full"});
+    assert_eq!(ask(&mut w, "blockdev-mirror", mirror.clone())["allowed"], true);
+    assert_eq!(ask(&mut w, "query-jobs", json!({}))["graph"], before);
+    let e = ask(&mut w, "blockdev-del", json!({"node-name": "base"}));
+    assert!(e["error"]["desc"].as_str().expect("a text").contains("'top'"), "{e}");
+    w.refused("what-if", json!({"command": "what-if", "arguments": {"command": "quit"}}));
+    w.refused("what-if", json!({"command": "no-such-command"}));
+    assert_eq!(w.ok("x-debug-query-block-graph", json!({})), before);
+    // What was seen is what happens.
+    w.ok("blockdev-snapshot", json!({"node": "top", "overlay": "ov"}));
+    assert_eq!(w.ok("x-debug-query-block-graph", json!({}))["edges"], seen["graph"]["edges"]);
+    w.end();
+}
+
+#[test]
+fn an_external_tool_is_respected_until_it_ends() {
+    let Some(mut w) = world() else { return };
+    let claims = json!([{"node-name": "base", "needs": ["consistent-read"], "denies": ["write", "resize"],
+                         "why": "reads the file directly"}]);
+    w.ok("operation-begin", json!({"id": "reader", "detail": "file-level backup", "claims": claims}));
+    let commit = json!({"job-id": "c", "device": "top"});
+    let refusal = w.refused("block-commit", commit.clone());
+    let text = refusal["desc"].as_str().expect("a text");
+    for part in ["node 'base'", "'c'", "tool 'reader'", "reads the file directly", "operation-end 'reader'"] {
+        assert!(text.contains(part), "{part} is not in: {text}");
+    }
+    let ops = w.ok("query-operations", json!({}));
+    let ids: Vec<&Json> = ops.as_array().expect("a list").iter().map(|o| &o["id"]).collect();
+    assert_eq!(ids, ["guest", "reader"]);
+    w.refused("operation-end", json!({"id": "guest"}));
+    w.ok("operation-end", json!({"id": "reader"}));
+    w.ok("block-commit", commit);
+    w.end();
+}
+
+#[test]
+fn an_image_names_another_backing_file_while_it_is_in_use() {
+    let Some(mut w) = world() else { return };
+    w.refused("change-backing-file", json!({"device": "top", "image-node-name": "t", "backing-file": "x"}));
+    let rename = json!({"device": "top", "image-node-name": "top", "backing-file": "./base"});
+    w.ok("change-backing-file", rename);
+    w.guest("read -P 1 0 1M");
+    w.end();
+    w.reads("top", 1, "0", "1M");
+    let info = w.bench.ok("qemu-img", &["info", &w.path("top")]);
+    assert!(info.contains("backing file: ./base"), "{info}");
+}
+
+#[test]
+fn drive_jobs_make_their_targets() {
+    let Some(mut w) = world() else { return };
+    w.ok("drive-backup", json!({"job-id": "b", "device": "top", "target": "copy", "sync": "full"}));
+    w.conclude("b");
+    w.ok(
+        "drive-mirror",
+        json!({"job-id": "m", "device": "top", "target": "moved", "sync": "top", "node-name": "n"}),
+    );
+    w.until("m", "ready");
+    w.guest("write -P 6 3M 64k");
+    w.ok("job-complete", json!({"id": "m"}));
+    w.conclude("m");
+    w.guest("write -P 5 0 64k");
+    w.end();
+    w.reads("copy", 2, "1M", "1M");
+    w.reads("copy", 0, "3M", "1M");
+    w.reads("moved", 5, "0", "64k");
+    w.reads("moved", 6, "3M", "64k");
+    w.reads("moved", 2, "1M", "1M");
+    w.reads("moved", 1, "2M", "1M");
+    // After the pivot the source is left alone.
+    w.reads("top", 1, "0", "64k");
+}
