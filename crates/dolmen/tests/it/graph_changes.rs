@@ -21,9 +21,9 @@ fn world() -> Option<World> {
     let at = |name: &str| dir.path().join(name).to_str().expect("plain").to_owned();
     bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", &at("base"), "4M"]);
     bench.ok("qemu-io", &["-c", "write -P 1 0 3M", &at("base")]);
-    bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &at("base"), "-F", "qcow2", &at("top")]);
+    bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", &at("top")]);
     bench.ok("qemu-io", &["-c", "write -P 2 1M 1M", &at("top")]);
-    bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &at("top"), "-F", "qcow2", &at("ov")]);
+    bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "top", "-F", "qcow2", &at("ov")]);
     for name in ["t", "u"] {
         bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", &at(name), "4M"]);
     }
@@ -164,7 +164,7 @@ fn grouped_jobs_end_together_or_not_at_all() {
         json!({"type": "blockdev-backup", "data": {"job-id": id, "device": device, "target": target,
                "sync": "full", "speed": speed, "auto-dismiss": false}})
     };
-    let actions = json!([backup("fast", "base", "t", 0), backup("slow", "ov", "u", 1)]);
+    let actions = json!([backup("fast", "ov", "t", 0), backup("slow", "base", "u", 1)]);
     w.ok("transaction", json!({"actions": actions, "properties": {"completion-mode": "grouped"}}));
     w.until("fast", "waiting");
     w.ok("job-cancel", json!({"id": "slow"}));
