@@ -37,11 +37,27 @@ const USE_OPTIONS: &[&str] = &[
 
 /// A text that opens the same image again: a file name where that says it all,
 /// otherwise `json:` with every option that matters.
+///
+/// Filters that jobs have put in are left out: they are gone when somebody opens the text, and most of them
+/// can't be opened at all.
 pub fn node_filename(node: &Arc<Node>) -> String {
+    let node = without_jobs(node);
     match plain_name(node) {
         Some(name) => name,
         None => format!("json:{}", ascii(&definition(node).to_string())),
     }
+}
+
+/// The node itself, or the one that the nameless filters of jobs stand on.
+fn without_jobs(node: &Arc<Node>) -> &Arc<Node> {
+    let mut at = node;
+    while at.anonymous
+        && at.owner.is_some()
+        && let Some(below) = at.filtered()
+    {
+        at = below;
+    }
+    at
 }
 
 /// JSON text with everything that is not ASCII as `\uXXXX`: only strings have such characters.
@@ -64,7 +80,7 @@ fn plain_name(node: &Arc<Node>) -> Option<String> {
     let says_more =
         options.iter().any(|(k, _)| !allowed.contains(&k.as_str()) && !is_use(k) && !says_the_same(node, k));
     match node.child("file") {
-        Some(file) if !says_more => plain_name(&file.node),
+        Some(file) if !says_more => plain_name(without_jobs(&file.node)),
         _ => None,
     }
 }
@@ -86,7 +102,7 @@ fn definition(node: &Arc<Node>) -> Value {
     if let Value::Map(options) = &node.options {
         for (k, v) in options {
             let value = match node.child(k) {
-                Some(c) => definition(&c.node),
+                Some(c) => definition(without_jobs(&c.node)),
                 None => v.clone(),
             };
             if k != "driver" && !is_use(k) && !says_the_same(node, k) {

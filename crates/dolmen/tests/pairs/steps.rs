@@ -349,7 +349,10 @@ pub(crate) fn part(command: &str) -> Option<Part> {
                     }},
                     {"type": "blockdev-snapshot", "data": {"node": "top", "overlay": "ov"}},
                 ]}),
-                ..backup("k", "top", "t2")
+                effect: Effect::JobAndOverlay {
+                    id: "k",
+                    work: Work::Keep { from: Disk::Top, to: Disk::T2, node: "t2" },
+                },
             },
         )]),
         // An operation of somebody else's, which allows and needs what it says.

@@ -17,6 +17,9 @@ const RIGHT_ALL_THE_SAME: &[(&str, &str, &str)] = &[
     ("stream of top", "backup of top", STRICT),
     ("backup", "backup of top", STRICT),
     ("mirror", "export of t1, read-only", "it reads a copy that is not one yet"),
+    ("", "change-backing-file of", NAMED_LATER),
+    ("", "grow ", OTHER_SIZE),
+    ("", "an operation that", "it only announces what somebody else does"),
     ("mirror, ", "reopen top on base", READY_SHOWS),
     ("mirror, ", "export of", READY_SHOWS),
     ("export of", "mirror of", READY_SHOWS),
@@ -38,6 +41,9 @@ const RIGHT_ALL_THE_SAME: &[(&str, &str, &str)] = &[
     ("stream of", "mirror of", TWO_JOBS),
 ];
 
+const NAMED_LATER: &str = "nothing in this test: the name is read when the image is opened again, and means a chain that \
+    is about to be another one";
+const OTHER_SIZE: &str = "nothing in this test: the job was begun for the size that there was";
 const READY_SHOWS: &str = "nothing as long as nothing has been copied: see the mirror that is ready";
 const BOTTOM_GONE: &str = "the node that the filter relies on leaves the chain";
 const TWO_JOBS: &str = "nothing in the orders that were tried: two jobs on the same nodes, of which one changes what the \

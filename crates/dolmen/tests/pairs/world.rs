@@ -77,6 +77,8 @@ pub(crate) enum Effect {
     Client { id: &'static str, disk: Disk, writable: bool },
     /// A job.
     Job { id: &'static str, work: Work },
+    /// A job, and an overlay over `top`.
+    JobAndOverlay { id: &'static str, work: Work },
     /// `top` now stands on `base`.
     TopOverBase,
     /// The disk is longer by [`GROWTH`].
@@ -151,6 +153,8 @@ pub(crate) struct World {
     chain: Vec<Disk>,
     /// `top` stands on another node than its image says.
     relinked: bool,
+    /// `top` has an overlay: who names `top` now does not mean the disk.
+    pub(crate) covered: bool,
     flows: Vec<Flow>,
     jobs: Vec<Running>,
     /// Images that must read like this when they are opened again.
@@ -306,6 +310,7 @@ impl World {
                 .map(|d| (0..SIZE / CLUSTER).map(|c| holds(d, c)).collect()),
             chain: vec![Disk::Top, Disk::Mid, Disk::Base],
             relinked: false,
+            covered: false,
             flows: Vec::new(),
             jobs: Vec::new(),
             frozen: Vec::new(),
@@ -343,6 +348,10 @@ impl World {
             Effect::Nothing => {}
             Effect::Client { id, disk, writable } => self.connect(id, disk, writable),
             Effect::Job { id, work } => self.begin(id, work),
+            Effect::JobAndOverlay { id, work } => {
+                self.covered = true;
+                self.begin(id, work);
+            }
             Effect::TopOverBase => {
                 for unit in 0..UNITS {
                     if !self.allocated[Disk::Top as usize][unit / PER_CLUSTER] {
@@ -367,6 +376,7 @@ impl World {
                 }
             }
             Effect::Frozen { image, disk } => {
+                self.covered = true;
                 self.frozen.push((image, self.disks[disk as usize].clone()));
             }
         }
