@@ -138,10 +138,8 @@ fn run(templates: &Templates, state: &State, attempt: &Attempt) -> Result<(Verdi
         let mut without = prepared(templates, state, attempt, Checks::Off)?;
         broken = match without.execute(step.command, &step.arguments, step.effect) {
             Ok(()) => run_out(without, order),
-            Err(e) => {
-                wrong.push(format!("without access control it fails as well: {}", e["desc"]));
-                BTreeMap::new()
-            }
+            // Something else refuses it as well.
+            Err(e) => BTreeMap::from([(Promise::Job, e["desc"].to_string())]),
         };
         if !broken.is_empty() {
             break;

@@ -27,6 +27,7 @@ const RIGHT_ALL_THE_SAME: &[(&str, &str, &str)] = &[
     ("bottom mid", "stream of", BOTTOM_GONE),
     ("bottom mid", "active commit of", BOTTOM_GONE),
     ("bottom mid", "mirror of", BOTTOM_GONE),
+    ("bottom mid", "snapshot", "the filter relies on what stands directly below it"),
     ("stream of", "commit of", TWO_JOBS),
     ("commit of", "stream of", TWO_JOBS),
     ("commit of", "commit of", TWO_JOBS),

@@ -687,9 +687,13 @@ impl World {
 
     /// Ends the daemon and opens again what its users had.
     pub(crate) fn end(mut self) -> BTreeMap<Promise, String> {
+        let writers_below =
+            self.guests.iter().any(|g| g.writable && matches!(g.disk, Disk::Mid | Disk::Base));
         let mut wanted: Vec<(PathBuf, View)> = self
             .frozen
             .iter()
+            // What an overlay reads from below is whatever others write there.
+            .filter(|(image, _)| *image != "top" || !writers_below)
             .map(|(image, view)| (self.dir.path().join(format!("{image}.qcow2")), view.clone()))
             .collect();
         // What is a view of the past has no image of its own; what was linked elsewhere by hand is
