@@ -210,7 +210,8 @@ impl State {
                     writable: !n.def.flags.read_only && !n.forced_read_only,
                     active: !n.def.flags.inactive,
                     aligned: n.is_aligned(),
-                    owner: n.def.owner.as_ref().map(op),
+                    // What a driver claims by itself does not exclude what it does itself.
+                    owner: n.def.owner.as_ref().map(op).or_else(|| ops.get(&driver_op(&n.def.name)).copied()),
                     children: n.children.iter().map(|c| (c.role, numbers[&c.node])).collect(),
                 })
                 .collect(),
@@ -712,12 +713,31 @@ impl Draft {
         }
     }
 
-    /// Claims that nobody relinks or replaces the nodes from the first child of `node`
-    /// down to, but without, `bottom`; `bottom` itself is pinned.
+    /// Claims, for a user's copy-before-write node, that nobody else writes the node in which
+    /// it saves old data: they would be lost, or be taken for the data of its point in time.
     ///
     /// # Errors
-    /// `NotFound` when `bottom` is not below the node.
-    pub fn rely_down_to(&mut self, node: &NodeName, bottom: &NodeName) -> Result<()> {
+    /// `AlreadyExists` when it has claimed that already.
+    pub(crate) fn guard_target(&mut self, node: &NodeName) -> Result<()> {
+        let target = self
+            .state
+            .node(node)
+            .filter(|n| n.def.rule == AccessRule::CopyBeforeWrite && n.def.owner.is_none())
+            .and_then(|n| n.children.iter().find(|c| c.role == ChildRole::Target))
+            .map(|c| c.node.clone());
+        let Some(target) = target else { return Ok(()) };
+        let op = self.add_driver_op(node)?;
+        self.add_claim(OpClaim {
+            op,
+            node: target,
+            claim: Claim { needs: Actions::NONE, allows: Actions::EVERY - Actions::V },
+            scope: ClaimScope::Node,
+            why: "saves in it what is overwritten elsewhere".into(),
+            pins: true,
+        })
+    }
+
+    fn add_driver_op(&mut self, node: &NodeName) -> Result<OpId> {
         let op = driver_op(node);
         self.add_op(OpInfo {
             id: op.clone(),
@@ -727,6 +747,16 @@ impl Draft {
             ends_with: Some(format!("remove the node first (blockdev-del '{node}')")),
             instead_of_writing: None,
         })?;
+        Ok(op)
+    }
+
+    /// Claims that nobody relinks or replaces the nodes from the first child of `node`
+    /// down to, but without, `bottom`; `bottom` itself is pinned.
+    ///
+    /// # Errors
+    /// `NotFound` when `bottom` is not below the node.
+    pub fn rely_down_to(&mut self, node: &NodeName, bottom: &NodeName) -> Result<()> {
+        let op = self.add_driver_op(node)?;
         let mut at = self.state.node(node).and_then(|n| n.children.first()).map(|c| c.node.clone());
         while let Some(name) = at {
             let last = name == *bottom;

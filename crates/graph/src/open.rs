@@ -175,6 +175,7 @@ impl Opener<'_> {
         if let Some(bottom) = parsed.relies_down_to.as_ref().filter(|_| !owned) {
             draft.rely_down_to(&name, bottom)?;
         }
+        draft.guard_target(&name)?;
         draft.prepare(self.rt).await?;
         Ok(name)
     }

@@ -609,6 +609,7 @@ impl NodeOpener<'_> {
             if let Some(bottom) = &r.relies_down_to {
                 draft.rely_down_to(&r.name, bottom)?;
             }
+            draft.guard_target(&r.name)?;
         }
         Ok(())
     }

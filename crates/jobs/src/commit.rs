@@ -36,6 +36,7 @@ use crate::claims::claim;
 use crate::commit_filter::{COMMIT_TOP, CommitFilter};
 use crate::mirror::{add_filter, filter_name};
 use crate::mirror_core::{Core, CoreOptions, USUAL, backing_link, invalid};
+use crate::pivot::Overlays;
 use crate::{Again, BeginCx, Details, Ending, JobCx, Kind, OnError, SettleCx, Side, Work};
 
 /// Bytes of a chunk of an intermediate commit.
@@ -93,6 +94,7 @@ pub struct Commit {
     filter_name: Option<NodeName>,
     /// For an active commit.
     core: Core,
+    pivot: Overlays,
     begun: RefCell<Option<Arc<Begun>>>,
 }
 
@@ -118,6 +120,7 @@ impl Commit {
                 auto_converge,
                 ..CoreOptions::default()
             }),
+            pivot: Overlays::default(),
             begun: RefCell::new(None),
         })
     }
@@ -220,7 +223,8 @@ impl Commit {
         for n in &between {
             claim(d, op, n, A::D, denies | A::D | A::V, "commits it, so that it gets stale")?;
         }
-        self.put_base(op, d, b)
+        self.put_base(op, d, b)?;
+        self.pivot.put(op, d, &b.top)
     }
 
     fn put_intermediate(&self, op: &OpId, d: &mut Draft, b: &Begun) -> Result<()> {
@@ -441,7 +445,11 @@ impl Work for Commit {
             let b = self.begun()?;
             if b.active {
                 let route = Route::Edges { source: cx.edge(0)?, target: cx.edge(1)? };
-                self.core.settle(cx.rt, route).await
+                self.core.settle(cx.rt, route).await?;
+                if self.core.pivots() {
+                    self.pivot.rename(cx.owner.graph(), cx.rt, &b.top, &b.base).await?;
+                }
+                Ok(())
             } else {
                 self.finish(&cx, &b).await
             }
@@ -460,13 +468,17 @@ impl Work for Commit {
                 }
             }
             Ending::Success => draft.replace(&b.top, &b.base)?,
-            Ending::Abort => self.core.abort(),
+            Ending::Abort => {
+                self.core.abort();
+                self.pivot.undo(draft);
+            }
         }
         // The job itself must not be what keeps nodes writable.
         draft.remove_op(op);
         if !stays_writable {
             draft.restore_read_only(&b.was_read_only);
         }
+        self.pivot.restore(draft);
         Ok(())
     }
 

@@ -29,6 +29,7 @@ mod life;
 mod mirror;
 mod mirror_core;
 mod mirror_filter;
+mod pivot;
 mod policy;
 mod prefetch;
 mod rate;

@@ -24,6 +24,7 @@ use std::sync::Arc;
 use crate::claims::{claim, known};
 use crate::mirror_core::{Core, CoreOptions, invalid};
 use crate::mirror_filter::{MIRROR_TOP, MirrorFilter};
+use crate::pivot::Overlays;
 use crate::{BeginCx, Details, Ending, JobCx, Kind, SettleCx, Work};
 
 /// A mirror.
@@ -34,6 +35,7 @@ pub struct Mirror {
     replaces: Option<String>,
     filter_name: Option<NodeName>,
     core: Core,
+    overlays: Overlays,
 }
 
 impl Mirror {
@@ -48,6 +50,7 @@ impl Mirror {
             replaces: o.take_str("replaces")?,
             filter_name: filter_name(o)?,
             core: Core::new(CoreOptions::take(o)?),
+            overlays: Overlays::default(),
         })
     }
 
@@ -85,7 +88,8 @@ impl Mirror {
         for n in &low {
             claim(d, op, n, A::D, A::V | A::S, "reads it as part of its source")?;
         }
-        claim(d, op, &target, A::V | A::M, A::V | A::D | A::S, "writes its copy to it")
+        claim(d, op, &target, A::V | A::M, A::V | A::D | A::S, "writes its copy to it")?;
+        self.overlays.put(op, d, &replaced)
     }
 
     /// The node that is to be replaced, which must show the source's data.
@@ -166,22 +170,32 @@ impl Work for Mirror {
     }
 
     fn settle<'a>(&'a self, cx: SettleCx<'a>) -> LocalFuture<'a, Result<()>> {
-        Box::pin(async move { self.core.settle(cx.rt, self.route(cx.edge(0)?)?).await })
+        Box::pin(async move {
+            self.core.settle(cx.rt, self.route(cx.edge(0)?)?).await?;
+            if self.core.pivots() {
+                let replaced = self.replaces.as_deref().unwrap_or(&self.source);
+                self.overlays.rename(cx.owner.graph(), cx.rt, replaced, &self.target).await?;
+            }
+            Ok(())
+        })
     }
 
-    fn end(&self, _: &OpId, draft: &mut Draft, ending: Ending) -> Result<()> {
+    fn end(&self, op: &OpId, draft: &mut Draft, ending: Ending) -> Result<()> {
         match ending {
             Ending::Success => {
                 if self.core.end()? {
                     draft.replace(self.replaces.as_deref().unwrap_or(&self.source), &self.target)?;
                 }
-                Ok(())
             }
             Ending::Abort => {
                 self.core.abort();
-                Ok(())
+                self.overlays.undo(draft);
             }
         }
+        // The job itself must not be what keeps nodes writable.
+        draft.remove_op(op);
+        self.overlays.restore(draft);
+        Ok(())
     }
 
     fn change(&self, options: Options) -> Result<()> {

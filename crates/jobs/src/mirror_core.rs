@@ -346,6 +346,11 @@ impl Core {
         Err(why.unwrap_or_else(|| Error::new(ErrorKind::Io, "the target has not taken the last writes")))
     }
 
+    /// Whether the end, if it comes now, replaces the source.
+    pub(crate) fn pivots(&self) -> bool {
+        self.wish.get() == Wish::Complete
+    }
+
     /// The job has no result: the filter only passes from now on.
     pub(crate) fn abort(&self) {
         if let Ok(filter) = self.filter() {
