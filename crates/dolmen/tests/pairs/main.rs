@@ -134,7 +134,10 @@ fn run(templates: &Templates, state: &State, attempt: &Attempt) -> Result<(Verdi
     };
     // What breaks may depend on who ends first, and on the moment.
     let mut broken = BTreeMap::new();
-    for order in [Order::OldestFirst, Order::NewestFirst, Order::OldestFirst] {
+    let orders = [Order::OldestFirst, Order::NewestFirst];
+    // Where nothing is expected to break, one look is enough.
+    let tries = if table::excused(state.name, attempt.name) { 1 } else { 6 };
+    for order in orders.into_iter().cycle().take(tries) {
         let mut without = prepared(templates, state, attempt, Checks::Off)?;
         broken = match without.execute(step.command, &step.arguments, step.effect) {
             Ok(()) => run_out(without, order),

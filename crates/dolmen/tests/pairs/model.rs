@@ -11,7 +11,7 @@ pub(crate) const UNIT: usize = 4096;
 /// Bytes of a cluster of the images.
 pub(crate) const CLUSTER: usize = 64 << 10;
 /// Size of every disk in bytes.
-pub(crate) const SIZE: usize = 4 << 20;
+pub(crate) const SIZE: usize = 2 << 20;
 /// Units of a disk.
 pub(crate) const UNITS: usize = SIZE / UNIT;
 /// Units of a cluster.

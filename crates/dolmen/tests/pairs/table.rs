@@ -75,11 +75,16 @@ fn own_risk(row: &Row) -> Option<&'static str> {
     OWN_RISK.iter().find(|(s, a, _)| row.state == *s && row.attempt == *a).map(|(_, _, reason)| *reason)
 }
 
-fn excuse(row: &Row) -> Option<&'static str> {
+fn excuse(state: &str, attempt: &str) -> Option<&'static str> {
     RIGHT_ALL_THE_SAME
         .iter()
-        .find(|(s, a, _)| row.state.contains(s) && row.attempt.contains(a))
+        .find(|(s, a, _)| state.contains(s) && attempt.contains(a))
         .map(|(_, _, reason)| *reason)
+}
+
+/// Whether a refusal of this pair is right although nothing may break without it.
+pub(crate) fn excused(state: &str, attempt: &str) -> bool {
+    excuse(state, attempt).is_some()
 }
 
 /// Everything that is wrong with a row.
@@ -90,7 +95,7 @@ pub(crate) fn wrong(row: &Row) -> Vec<String> {
     let mut out = row.wrong.clone();
     if let Verdict::Refused { without, .. } = &row.verdict
         && without.is_empty()
-        && excuse(row).is_none()
+        && !excused(row.state, row.attempt)
     {
         out.push("nothing breaks when the refusal is ignored".into());
     }
@@ -138,7 +143,11 @@ fn render(rows: &[Row]) -> String {
                 c.denies,
                 c.node,
                 c.actions.join(", "),
-                if without.is_empty() { excuse(row).unwrap_or_default() } else { breaks(without) },
+                if without.is_empty() {
+                    excuse(row.state, row.attempt).unwrap_or_default()
+                } else {
+                    breaks(without)
+                },
             ),
         };
     }

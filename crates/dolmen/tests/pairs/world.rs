@@ -447,8 +447,11 @@ impl World {
             if !self.guests[g].writable {
                 continue;
             }
-            for i in 0..BURST {
-                let unit = self.below(UNITS - 2);
+            // The top gets most of its writes where the load goes, the images below more of them.
+            let top = self.guests[g].disk == Disk::Top;
+            for i in 0..if top { BURST } else { 2 * BURST } {
+                let from = if top && i % 4 != 0 { LOADED } else { 0 };
+                let unit = from + self.below(UNITS - from - 2);
                 let units = 1 + self.below(2);
                 let mut data = vec![0; units * UNIT];
                 let tags: Vec<Tag> = (0..units).map(|_| self.fresh_tag()).collect();
