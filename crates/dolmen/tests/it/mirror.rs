@@ -337,7 +337,8 @@ fn events_come_in_the_established_order() {
     let complete = ("job-complete", json!({"id": "j"}));
     let cancel = ("job-cancel", json!({"id": "j"}));
     let keep = ("block-job-cancel", json!({"device": "j"}));
-    let cases: [(&str, &Json, Option<&(&str, Json)>); 9] = [
+    type Case<'a> = (&'a str, &'a Json, Option<&'a (&'a str, Json)>);
+    let cases: [Case<'_>; 9] = [
         ("blockdev-mirror", &mirror, Some(&complete)),
         ("blockdev-mirror", &mirror, Some(&cancel)),
         ("blockdev-mirror", &mirror, Some(&keep)),
