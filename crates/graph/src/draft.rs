@@ -418,7 +418,8 @@ impl Draft {
     }
 
     /// Attaches an operation to exactly this node, below whatever is interposed on it:
-    /// for what a job does beneath its own filter. Everybody else must use
+    /// for what a job does beneath or by way of its own filter, which stays there when another node takes
+    /// the place of the one that the filter stands on. Everybody else must use
     /// [`Draft::add_user`].
     ///
     /// # Errors
@@ -575,7 +576,8 @@ impl Draft {
                 }
             }
         }
-        for user in self.state.users.iter_mut().filter(|u| u.node == on && Some(&u.op) != owner.as_ref()) {
+        let moves = |u: &&mut DraftUser| u.node == on && !u.below_filters && Some(&u.op) != owner.as_ref();
+        for user in self.state.users.iter_mut().filter(moves) {
             user.node = filter.clone();
         }
         let i = self.state.index(filter);

@@ -293,7 +293,7 @@ impl Backup {
         let needs = if self.discard_source { A::D | A::V } else { A::D };
         let left = match &fleecing {
             None => {
-                draft.add_user(cx.op, &filter, Claim { needs, allows: A::EVERY })?;
+                draft.add_user_below_filters(cx.op, &filter, Claim { needs, allows: A::EVERY })?;
                 point.tracker().clone()
             }
             Some(_) => {

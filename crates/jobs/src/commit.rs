@@ -216,7 +216,7 @@ impl Commit {
         let filter = add_filter(d, op, self.filter_name.as_ref(), driver)?;
         d.link(&filter, "target", ChildRole::Target, &b.base)?;
         d.interpose(&filter, "file", &b.top)?;
-        d.add_user(op, &filter, Claim { needs: A::D, allows: A::EVERY })?;
+        d.add_user_below_filters(op, &filter, Claim { needs: A::D, allows: A::EVERY })?;
         claim(d, op, &beneath, A::D, A::V, "commits it and replaces it at the end")?;
         let denies = A::S | A::G | A::P;
         claim(d, op, &b.top, A::D | A::P, denies, "commits it and replaces it at the end")?;

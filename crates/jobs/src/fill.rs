@@ -7,12 +7,15 @@
 //! to here: the reads carry `PREFETCH`, so that the node that owns the allocation keeps them.
 
 use std::cell::RefCell;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::Poll;
 
 use dolmen_graph::{Node, chain_status, own_status};
 use dolmen_rt::Memory;
 use dolmen_types::{Error, NodeName, ReadFlags, Result, Span};
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use futures_util::stream::{FuturesUnordered, Stream as _, StreamExt};
 
 use crate::{Again, JobCx, OnError, Side};
 
@@ -68,6 +71,23 @@ pub(crate) struct Fill<'a> {
     pub(crate) priority: Priority,
 }
 
+/// Waits for something while what is in flight goes on: that holds tokens, and what is waited for may
+/// wait until all tokens have come back.
+async fn meanwhile<T>(
+    flying: &mut FuturesUnordered<impl Future<Output = Result<()>>>,
+    failed: &mut Option<Error>,
+    what: impl Future<Output = T>,
+) -> T {
+    let mut what = pin!(what);
+    poll_fn(|cx| {
+        while let Poll::Ready(Some(done)) = Pin::new(&mut *flying).poll_next(cx) {
+            *failed = failed.take().or(done.err());
+        }
+        what.as_mut().poll(cx)
+    })
+    .await
+}
+
 /// What the start of a span needs.
 struct Next {
     copy: bool,
@@ -99,7 +119,7 @@ impl Fill<'_> {
                 if flying.is_empty() {
                     failed = self.cx.checkpoint().await.err();
                 }
-                match self.next(rest).await {
+                match meanwhile(&mut flying, &mut failed, self.next(rest)).await {
                     Ok(Next { copy: true, len }) => {
                         flying.push(self.piece(rest.prefix(len), &scratch, &ignored));
                         rest = rest.skip(len);
@@ -108,7 +128,13 @@ impl Fill<'_> {
                         self.cx.progress_add(len);
                         rest = rest.skip(len);
                     }
-                    Err(e) => match self.cx.failed(Side::Source, self.on_error, e.duplicate()).await {
+                    Err(e) => match meanwhile(
+                        &mut flying,
+                        &mut failed,
+                        self.cx.failed(Side::Source, self.on_error, e.duplicate()),
+                    )
+                    .await
+                    {
                         Ok(Again::Retry) => {}
                         Ok(Again::Skip) => {
                             let len = PIECE.min(rest.len());

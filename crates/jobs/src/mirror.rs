@@ -79,7 +79,7 @@ impl Mirror {
         let filter = add_filter(d, op, self.filter_name.as_ref(), driver)?;
         d.link(&filter, "target", ChildRole::Target, &target)?;
         d.interpose(&filter, "file", &source)?;
-        d.add_user(op, &filter, Claim { needs: A::D, allows: A::EVERY })?;
+        d.add_user_below_filters(op, &filter, Claim { needs: A::D, allows: A::EVERY })?;
         claim(d, op, &beneath, A::D, A::V | A::S | A::P, "reads it as its source")?;
         if beneath != source {
             claim(d, op, &source, A::D, A::S | A::P, "reads it as its source")?;

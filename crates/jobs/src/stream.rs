@@ -176,7 +176,11 @@ impl Stream {
         let filter = cx.opener.open_interposed(cx.draft, options, cx.op).await;
         let filter = filter.context(|| "Could not create node")?;
         cx.draft.interpose_opened(&filter, "file", &self.device)?;
-        cx.draft.add_user(cx.op, &filter, Claim { needs: Actions::D, allows: Actions::EVERY })?;
+        cx.draft.add_user_below_filters(
+            cx.op,
+            &filter,
+            Claim { needs: Actions::D, allows: Actions::EVERY },
+        )?;
         let images = cx.draft.images(&plan.top);
         use Actions as A;
         let mut claim = |node: &NodeName, needs: A, denies: A, why: &str| {
