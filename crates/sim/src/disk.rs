@@ -135,8 +135,36 @@ pub(crate) struct State {
     counts: [u64; 6],
 }
 
+/// The order of events in the logs of several disks, which lose power together.
+#[derive(Clone, Debug, Default)]
+pub struct Journal {
+    /// For each event, the number of its disk.
+    order: Arc<Mutex<Vec<usize>>>,
+}
+
+impl Journal {
+    /// How many events there were: a moment in the life of all the disks.
+    pub fn position(&self) -> usize {
+        self.events().len()
+    }
+
+    /// How long the logs of `disks` disks were at a moment.
+    pub fn positions(&self, moment: usize, disks: usize) -> Vec<usize> {
+        let mut out = vec![0; disks];
+        self.events()[..moment].iter().for_each(|disk| out[*disk] += 1);
+        out
+    }
+
+    /// Held for single steps only, never across an await.
+    fn events(&self) -> MutexGuard<'_, Vec<usize>> {
+        self.order.lock().expect("journal")
+    }
+}
+
 pub(crate) struct Shared {
     config: DiskConfig,
+    /// Where events are noted besides the log, and as which disk's.
+    journal: Option<(Journal, usize)>,
     initial: Image,
     /// Held for single steps only, never across an await.
     state: Mutex<State>,
@@ -153,7 +181,17 @@ impl SimDisk {
     pub fn new(image: Image, config: DiskConfig) -> SimDisk {
         let state =
             State { image: image.clone(), log: Vec::new(), next_id: 0, faults: Vec::new(), counts: [0; 6] };
-        SimDisk { shared: Arc::new(Shared { config, initial: image, state: Mutex::new(state) }) }
+        SimDisk {
+            shared: Arc::new(Shared { config, journal: None, initial: image, state: Mutex::new(state) }),
+        }
+    }
+
+    /// The same; its events are also noted in a journal, as those of disk `number`.
+    pub fn in_journal(image: Image, config: DiskConfig, journal: &Journal, number: usize) -> SimDisk {
+        let mut disk = SimDisk::new(image, config);
+        let shared = Arc::get_mut(&mut disk.shared).expect("nobody else knows it yet");
+        shared.journal = Some((journal.clone(), number));
+        disk
     }
 
     /// The content as reads see it now.
@@ -198,6 +236,9 @@ impl SimDisk {
         let id = state.number();
         if self.shared.config.log {
             state.log.extend([Event::FlushSubmitted(id), Event::Flushed(id)]);
+            if let Some((journal, number)) = &self.shared.journal {
+                journal.events().extend([*number; 2]);
+            }
         }
     }
 
@@ -213,6 +254,9 @@ impl SimDisk {
     fn note(&self, event: Event) {
         if self.shared.config.log {
             self.state().log.push(event);
+            if let Some((journal, number)) = &self.shared.journal {
+                journal.events().push(*number);
+            }
         }
     }
 

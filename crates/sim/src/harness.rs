@@ -170,6 +170,11 @@ pub struct User {
 }
 
 impl User {
+    /// The requests of an edge that a test has got elsewhere.
+    pub fn new(edge: Arc<UserEdge>, rt: Rt) -> User {
+        User { edge, rt }
+    }
+
     async fn token(&self) -> Result<Token> {
         self.edge.begin().await
     }

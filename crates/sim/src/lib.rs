@@ -29,7 +29,7 @@ pub mod stand_in;
 mod tests;
 
 pub use crash::CrashPoints;
-pub use disk::{Change, DiskConfig, Event, Fault, FaultAction, SECTOR, SimDisk};
+pub use disk::{Change, DiskConfig, Event, Fault, FaultAction, Journal, SECTOR, SimDisk};
 pub use drivers::{MEMORY, MemoryDisk, SIM_DISK};
 pub use harness::{Harness, Leaf, User, create};
 pub use image::Image;

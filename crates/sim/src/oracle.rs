@@ -194,6 +194,23 @@ impl Oracle {
         self.check("a read", first, bytes, |r| r.done.is_some_and(|d| d.count < mark.0), |_| true)
     }
 
+    /// Judges the whole content once everything that completed has to be there.
+    ///
+    /// # Errors
+    /// The first sector that can't be right.
+    pub fn check_end(&self, bytes: &[u8]) -> Result<(), Violation> {
+        self.check("the end", 0, bytes, |r| r.done.is_some(), |_| true)
+    }
+
+    /// Judges a copy of what the disk held at some moment between two marks.
+    ///
+    /// # Errors
+    /// The first sector that can't be right.
+    pub fn check_copy(&self, from: ReadMark, to: ReadMark, bytes: &[u8]) -> Result<(), Violation> {
+        let before = |r: &Record| r.done.is_some_and(|d| d.count < from.0);
+        self.check("a copy", 0, bytes, before, |r| r.began.count < to.0)
+    }
+
     /// Whether a crash at `position` comes after a flush: whether it could lose anything that
     /// it must not.
     pub fn has_flushed(&self, position: usize) -> bool {

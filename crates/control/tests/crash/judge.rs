@@ -144,7 +144,7 @@ async fn reopen(
 }
 
 /// Runs the format's check; anything worse than a leak is an error. Returns the leaks.
-async fn check(rt: &dolmen_rt::Rt, disk: &MemoryDisk) -> Result<u64, Error> {
+pub(crate) async fn check(rt: &dolmen_rt::Rt, disk: &MemoryDisk) -> Result<u64, Error> {
     let harness = Harness::on_leaf(rt, Leaf::read_only("disk", disk.clone()), Actions::D).await?;
     let token = harness.edge.begin().await?;
     let result = qcow2::check(token.read(rt)?).await?;
