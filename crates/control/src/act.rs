@@ -263,7 +263,13 @@ fn propose_snapshot(draft: &mut Draft, node: &str, overlay: &str) -> Result<OpId
         return Err(invalid("The overlay already has a backing image")
             .remedy("open it with backing=null: the snapshot links it"));
     }
-    if let Some(user) = draft.used_by(&overlay) {
+    // A mirror's target that nobody reads yet may get what it lies over.
+    let grants = draft.solve()?;
+    let is_read = draft
+        .node_names()
+        .position(|n| *n == overlay)
+        .is_some_and(|i| grants.total[i].needs.contains(Actions::D));
+    if let Some(user) = draft.used_by(&overlay).filter(|_| is_read) {
         return Err(Error::new(ErrorKind::Busy, format!("The overlay is already in use: {user}"))
             .remedy("remove what uses it first"));
     }
@@ -464,7 +470,7 @@ fn propose_resize(draft: &mut Draft, node: &str, size: u64) -> Result<OpId> {
     let op = command(draft, "block_resize", format!("resize of '{node}' to {size} bytes"))?;
     let mut needs = Actions::S | Actions::M;
     if size < now {
-        needs = needs | Actions::V;
+        needs |= Actions::V;
         draft.claim_other_data(&op, &node, "cuts off its end")?;
     }
     draft.add_user_below_filters(&op, &node, Claim { needs, allows: Actions::EVERY })?;

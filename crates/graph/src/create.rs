@@ -52,7 +52,7 @@ pub async fn create_image(
     let mut owner = GraphOwner::new(rt.clone());
     let opener = NodeOpener { registry, policy: NOTHING_IMPLICIT, names: protocol_name, rt };
     let mut draft = owner.draft();
-    let op = OpId::internal("create".to_owned());
+    let op = OpId::internal("create");
     draft.add_op(OpInfo {
         id: op.clone(),
         kind: "command".into(),

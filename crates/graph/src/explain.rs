@@ -169,7 +169,11 @@ impl<'a> Scene<'a> {
             let info = self.op(id);
             let party = Party {
                 // A driver's claims are known by the node's name.
-                id: id.strip_prefix("driver:").unwrap_or(id).to_owned(),
+                id: id
+                    .strip_prefix("driver:")
+                    .or_else(|| id.strip_prefix("command:"))
+                    .unwrap_or(id)
+                    .to_owned(),
                 kind: info.map_or("operation".into(), |o| o.kind.clone()),
                 detail: info.map_or(String::new(), |o| o.detail.clone()),
                 since_secs: info.and_then(|o| self.since(o)),

@@ -22,7 +22,7 @@ use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, 
 use std::sync::Arc;
 
 use crate::claims::{claim, known};
-use crate::mirror_core::{Core, CoreOptions, invalid};
+use crate::mirror_core::{Core, CoreOptions, Sync, invalid};
 use crate::mirror_filter::{MIRROR_TOP, MirrorFilter};
 use crate::pivot::Overlays;
 use crate::{BeginCx, Details, Ending, JobCx, Kind, SettleCx, Work};
@@ -65,6 +65,15 @@ impl Mirror {
         if source == target || d.content(&source) == d.content(&target) {
             return Err(invalid("Can't mirror node into itself").remedy("name another node as the target"));
         }
+        let everything = !matches!(self.core.options.sync, Sync::None);
+        if everything && d.chain(&target).contains(&d.content(&source)) {
+            return Err(invalid(format!(
+                "target '{target}' lies over '{source}', which it would be a copy of"
+            ))
+            .remedy(
+                "name a target with a chain of its own, or commit into an image instead (block-commit)",
+            ));
+        }
         let replaced = match &self.replaces {
             None => source.clone(),
             Some(name) => self.replaceable(d, name, &source)?,
@@ -90,6 +99,32 @@ impl Mirror {
         }
         claim(d, op, &target, A::V | A::M, A::V | A::D | A::S, "writes its copy to it")?;
         self.overlays.put(op, d, &replaced)
+    }
+
+    /// Makes sure that the target shows what it has not been given: a copy of less than everything needs
+    /// something to lie over.
+    fn shows_all(&self, graph: &dolmen_graph::Graph) -> Result<()> {
+        let below = |name: &str| {
+            let mut at = graph.node(name)?;
+            while let (None, Some(next)) = (at.backing(), at.filtered()) {
+                at = next;
+            }
+            at.backing()
+        };
+        let missing = match self.core.options.sync {
+            Sync::Full | Sync::Above(_) => false,
+            Sync::Top => below(&self.source).is_some() && below(&self.target).is_none(),
+            Sync::None => below(&self.target).is_none(),
+        };
+        if !missing {
+            return Ok(());
+        }
+        Err(invalid(format!(
+            "target '{}' has no backing file, and this mirror has not given it all data of '{}': what is missing \
+             would read as zeroes",
+            self.target, self.source
+        ))
+        .remedy("link a backing file to the target first (blockdev-snapshot, blockdev-reopen), or mirror with sync=full"))
     }
 
     /// The node that is to be replaced, which must show the source's data.
@@ -171,6 +206,9 @@ impl Work for Mirror {
 
     fn settle<'a>(&'a self, cx: SettleCx<'a>) -> LocalFuture<'a, Result<()>> {
         Box::pin(async move {
+            if self.core.pivots() {
+                self.shows_all(cx.owner.graph())?;
+            }
             self.core.settle(cx.rt, self.route(cx.edge(0)?)?).await?;
             if self.core.pivots() {
                 let replaced = self.replaces.as_deref().unwrap_or(&self.source);

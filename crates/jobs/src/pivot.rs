@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use dolmen_graph::{BackingName, Class, Cx, Draft, Graph, Node, node_filename};
 use dolmen_rt::Rt;
-use dolmen_types::{Actions, Claim, NodeName, OpId, Result};
+use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Result};
 
 use crate::claims::claim;
 
@@ -61,6 +61,16 @@ impl Overlays {
             let is_over = node.backing().is_some_and(|b| Arc::ptr_eq(&content(b).state, &content(old).state));
             if !is_over || Arc::ptr_eq(&node.state, &new.state) {
                 continue;
+            }
+            if node.flags.read_only {
+                return Err(Error::new(
+                    ErrorKind::Busy,
+                    format!(
+                        "node '{}' is read-only, so its header would go on naming '{}' as its backing file",
+                        node.name, old.name
+                    ),
+                )
+                .remedy("remove that node or make it writable (blockdev-reopen), then start the job again"));
             }
             let before = node.driver.describe(node).backing;
             let to = BackingName { name: &name, format: Some(format) };

@@ -279,3 +279,35 @@ fn drive_jobs_make_their_targets() {
     // After the pivot the source is left alone.
     w.reads("top", 1, "0", "64k");
 }
+
+/// The client would read zeroes where the target has got nothing.
+#[test]
+fn a_mirror_of_the_top_layer_does_not_pivot_onto_nothing() {
+    let Some(mut w) = world() else { return };
+    let mirror = |target: &str| {
+        json!({"job-id": "m", "device": "top", "target": target, "sync": "top",
+                                       "auto-dismiss": false})
+    };
+    w.ok("blockdev-mirror", mirror("t"));
+    w.until("m", "ready");
+    w.ok("job-complete", json!({"id": "m"}));
+    w.until("m", "concluded");
+    let jobs = w.ok("query-jobs", json!({}));
+    assert!(jobs[0]["error"].as_str().expect("it has failed").contains("has no backing file"), "{jobs}");
+    w.ok("job-dismiss", json!({"id": "m"}));
+    w.guest("read -P 1 0 1M");
+    // With what it lies over, it is right.
+    w.ok("blockdev-mirror", mirror("u"));
+    w.until("m", "ready");
+    std::fs::copy(w.path("base"), w.path("base2")).expect("copied");
+    let base = json!({"driver": "qcow2", "node-name": "again", "read-only": true,
+                      "file": {"driver": "file", "filename": "base2", "read-only": true}, "backing": null});
+    w.ok("blockdev-add", base);
+    w.ok("blockdev-snapshot", json!({"node": "again", "overlay": "u"}));
+    w.ok("job-complete", json!({"id": "m"}));
+    w.until("m", "concluded");
+    assert_eq!(w.ok("query-jobs", json!({}))[0].get("error"), None);
+    w.guest("read -P 1 0 1M");
+    w.guest("read -P 2 1M 1M");
+    w.end();
+}
