@@ -57,24 +57,6 @@ const COPIED_MEANWHILE: &str = "a reader of the overlay may see new data and the
 const CHAIN_OF_OTHERS: &str =
     "the one that ends first takes nodes out of the chain that the other one has still to read";
 
-/// What breaks although it is allowed, and why that is the user's own affair.
-const OWN_RISK: &[(&str, &str, &str)] = &[
-    (
-        "copy-before-write over top",
-        "export of t1, writable",
-        "what is written to t1 and what the filter saves there overwrite each other",
-    ),
-    ("export of mid, writable", "commit of mid", NOT_IN_THE_IMAGE),
-    ("export of mid, writable", "mirror of mid to t2", NOT_IN_THE_IMAGE),
-];
-
-const NOT_IN_THE_IMAGE: &str = "the image of `top` still names `mid` when the client of `mid` has moved on: \
-    change-backing-file of `top` has to follow";
-
-fn own_risk(row: &Row) -> Option<&'static str> {
-    OWN_RISK.iter().find(|(s, a, _)| row.state == *s && row.attempt == *a).map(|(_, _, reason)| *reason)
-}
-
 fn excuse(state: &str, attempt: &str) -> Option<&'static str> {
     RIGHT_ALL_THE_SAME
         .iter()
@@ -89,9 +71,6 @@ pub(crate) fn excused(state: &str, attempt: &str) -> bool {
 
 /// Everything that is wrong with a row.
 pub(crate) fn wrong(row: &Row) -> Vec<String> {
-    if own_risk(row).is_some() {
-        return Vec::new();
-    }
     let mut out = row.wrong.clone();
     if let Verdict::Refused { without, .. } = &row.verdict
         && without.is_empty()
@@ -126,12 +105,7 @@ fn render(rows: &[Row]) -> String {
         }
         let _ = match &row.verdict {
             Verdict::Allowed(_) => {
-                writeln!(
-                    out,
-                    "| {} | yes | {}| |",
-                    row.attempt,
-                    own_risk(row).map_or(String::new(), |r| format!("{r} "))
-                )
+                writeln!(out, "| {} | yes | | |", row.attempt)
             }
             Verdict::Failed(text) => {
                 writeln!(out, "| {} | fails | {} | |", row.attempt, text.replace('|', "/"))

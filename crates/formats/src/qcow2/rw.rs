@@ -330,7 +330,6 @@ impl Core {
         }
         let seen = visible.map_or(0, |v| v.len());
         copy.slice(seen as usize, (part.len() - seen) as usize).fill(0);
-        env.file.read()?.event(BlkEvent::CorWrite)?;
         // Zero clusters stay zero clusters, one by one, so that a copied image is as sparse as its source.
         let mut at = part;
         while !at.is_empty() {

@@ -254,14 +254,15 @@ const OURS: &[&str] =
 /// What the established schema has no place for: our own version, our own kind of job, what we can say about jobs.
 const ADDED: &[&str] = &[
     "query-version().dolmen: new",
+    // The arguments of blockdev-backup, seen here first.
+    "transaction.actions[]<\"blockdev-backup\">.data.on-cbw-error: new",
+    "transaction.actions[]<\"blockdev-backup\">.data.fleecing: new",
     "query-jobs()[].type: new word \"prefetch\"",
     "query-jobs()[].estimated-remaining-ms: new",
     "query-block-jobs()[]: new case \"prefetch\"",
     "block-job-change: new case \"prefetch\"",
     "block-commit.auto-converge: new",
     "blockdev-mirror.auto-converge: new",
-    "blockdev-backup.on-cbw-error: new",
-    "blockdev-backup.fleecing: new",
 ];
 
 /// A client that knows the established schema finds ours to be a part of it.
