@@ -183,7 +183,7 @@ pub(crate) async fn export_add(task: &mut Task, add: ExportAdd) -> Done {
         task.owner.commit(draft).await?;
         return Err(e);
     }
-    task.exports.push_front(Export { id, node: add.node, name, shutting_down: false });
+    task.exports.push_front(Export { id, name, shutting_down: false });
     Ok(())
 }
 

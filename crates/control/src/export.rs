@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use dolmen_exports::NbdServer;
+use dolmen_graph::Graph;
 use dolmen_qmp::model::BlockExportInfo;
 use dolmen_qmp::schema::Branch;
 use dolmen_types::{OpId, OptionSpec, OptionType};
@@ -22,8 +23,6 @@ pub(crate) const TYPES: &[Branch] = &[Branch {
 pub(crate) struct Export {
     /// The operation.
     pub(crate) id: OpId,
-    /// The node that was named.
-    pub(crate) node: String,
     /// The name that clients ask for.
     pub(crate) name: String,
     /// Somebody is waiting for its clients to go.
@@ -31,11 +30,14 @@ pub(crate) struct Export {
 }
 
 impl Export {
-    pub(crate) fn info(&self) -> BlockExportInfo {
+    /// What clients are told, with the node that is served now: not the one that was named, once a
+    /// snapshot, a pivot or a filter has come between.
+    pub(crate) fn info(&self, graph: &Graph) -> BlockExportInfo {
+        let edge = graph.users.iter().find(|u| *u.op() == self.id);
         BlockExportInfo {
             id: self.id.as_str().to_owned(),
             kind: "nbd".into(),
-            node_name: self.node.clone(),
+            node_name: edge.map(|e| e.node().name.to_string()).unwrap_or_default(),
             shutting_down: self.shutting_down,
         }
     }

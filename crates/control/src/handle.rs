@@ -232,6 +232,11 @@ impl Control {
         result.recv().await.map_err(|_| ending())?
     }
 
+    /// Whether the end has been asked for.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.shared.hurry.get()
+    }
+
     /// Completes when the task has begun to end.
     pub async fn quitting(&self) {
         self.shared.until(&self.shared.quitting).await;

@@ -160,8 +160,12 @@ async fn read_commands(control: &Control, stream: &Stream, out: &Outgoing) -> Re
     loop {
         let n = stream.recv_buf(&memory.share()).await?;
         if n == 0 {
-            // The client may have ended its direction only, and wait for its replies.
+            // The client may have ended its direction only, and wait for its replies; if the program
+            // ends, also for the events of that.
             out.emptied().await;
+            if control.is_ending() {
+                control.ended().await;
+            }
             return Ok(());
         }
         let received = match memory.bytes() {

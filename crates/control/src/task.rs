@@ -233,7 +233,7 @@ impl Task {
             graph: self.owner.graph().clone(),
             ops: self.owner.ops().to_vec(),
             claims: self.owner.claims().to_vec(),
-            exports: self.exports.iter().map(Export::info).collect(),
+            exports: self.exports.iter().map(|e| e.info(self.owner.graph())).collect(),
         });
     }
 

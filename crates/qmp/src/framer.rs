@@ -7,7 +7,8 @@
 //! hand and the established daemon accepts, is turned into double quotes on the way.
 //!
 //! The invariant is that a bad byte costs at most the value it is in: after an
-//! error the framer is between two values again, and the connection goes on.
+//! error the framer is between two values again, and the connection goes on. Where a
+//! value has no end (brackets too deep, text that is never closed), byte 0xFF ends it.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -19,6 +20,10 @@ pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 /// How deep objects and lists may nest. Later stages recurse over the value, so
 /// this bounds their stack.
 pub const MAX_NESTING_DEPTH: usize = 256;
+
+/// A byte that no UTF-8 text contains. A client that has lost track of what it sent, or
+/// found the connection in the middle of somebody else's command, sends it to start afresh.
+const RESET: u8 = 0xff;
 
 /// How many framed texts wait at most before [`Framer::feed`] stops taking bytes.
 const MAX_QUEUED: usize = 64;
@@ -119,6 +124,9 @@ impl Framer {
     }
 
     fn byte(&mut self, b: u8) {
+        if b == RESET {
+            return self.reset();
+        }
         if self.text.len() >= MAX_MESSAGE_BYTES {
             self.abandon(FrameError::TooLong);
         }
@@ -149,6 +157,16 @@ impl Framer {
             },
             State::SkipEscape(q) => self.state = State::SkipText(q),
         }
+    }
+
+    /// Gives up whatever has begun, and says so: the client looks for this error to know which
+    /// replies belong to what it sent before.
+    fn reset(&mut self) {
+        self.state = State::Between;
+        self.open.clear();
+        self.skip_depth = 0;
+        self.text = Vec::new();
+        self.ready.push_back(Err(FrameError::Stray(char::REPLACEMENT_CHARACTER)));
     }
 
     fn between(&mut self, b: u8) {
@@ -305,6 +323,21 @@ mod tests {
         assert_eq!(texts("@{}"), ["!JSON parse error, stray '@'", "{}"]);
         let deep = format!("{}{}{{}}", "[".repeat(300), "]".repeat(300));
         assert_eq!(texts(&deep), ["!JSON nesting depth limit exceeded", "{}"]);
+    }
+
+    /// Somebody died in the middle of a command, or nested without end. Everything that came later on
+    /// that connection was taken for the rest of it, `quit` included. Byte 0xFF was just one more byte of text.
+    #[test]
+    fn byte_ff_starts_afresh() {
+        let stray = Err(FrameError::Stray('\u{fffd}'));
+        let ok = || Ok("{}".to_owned());
+        for begun in ["", "{", "{\"a\":[1,", "{\"a\":\"te", "{\"a\":\"te\\", "12", "'te"] {
+            let input = [begun.as_bytes(), b"\xff{}"].concat();
+            assert_eq!(frames(&input), [stray.clone(), ok()], "{begun}");
+        }
+        let deep = [&b"[".repeat(300)[..], b"\"", b"\xff{}"].concat();
+        assert_eq!(frames(&deep), [Err(FrameError::TooDeep), stray.clone(), ok()]);
+        assert_eq!(frames(b"\xff\xff{}"), [stray.clone(), stray, ok()]);
     }
 
     #[test]

@@ -151,7 +151,11 @@ impl Monitor {
     }
 
     pub(crate) fn send(&mut self, command: &Json) {
-        self.lines.get_mut().write_all(command.to_string().as_bytes()).expect("sent");
+        self.send_bytes(command.to_string().as_bytes());
+    }
+
+    pub(crate) fn send_bytes(&mut self, bytes: &[u8]) {
+        self.lines.get_mut().write_all(bytes).expect("sent");
     }
 
     pub(crate) fn ask(&mut self, command: &Json) -> Json {

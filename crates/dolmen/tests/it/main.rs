@@ -19,6 +19,7 @@ mod lock_bytes;
 mod locks;
 mod main_job;
 mod mirror;
+mod monitor;
 mod nbd;
 mod reopen;
 mod repair;
