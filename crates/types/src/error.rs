@@ -60,14 +60,14 @@ impl ErrorKind {
             ErrorKind::PermissionDenied | ErrorKind::Conflict | ErrorKind::ReadOnly => 1, // EPERM
             ErrorKind::Locked => 11,        // EAGAIN
             ErrorKind::InvalidInput | ErrorKind::OutOfBounds => 22, // EINVAL
-            ErrorKind::Corrupt | ErrorKind::Io => 5, // EIO
-            ErrorKind::Unsupported => 95,   // EOPNOTSUPP
-            ErrorKind::NoSpace => 28,       // ENOSPC
-            ErrorKind::Limit => 27,         // EFBIG
-            ErrorKind::Busy => 16,          // EBUSY
-            ErrorKind::Cancelled => 125,    // ECANCELED
-            ErrorKind::TimedOut => 110,     // ETIMEDOUT
-            ErrorKind::Disconnected => 108, // ESHUTDOWN
+            // A lost peer is lost storage for those who use it: they expect EIO of a disk.
+            ErrorKind::Corrupt | ErrorKind::Io | ErrorKind::Disconnected => 5, // EIO
+            ErrorKind::Unsupported => 95,                                      // EOPNOTSUPP
+            ErrorKind::NoSpace => 28,                                          // ENOSPC
+            ErrorKind::Limit => 27,                                            // EFBIG
+            ErrorKind::Busy => 16,                                             // EBUSY
+            ErrorKind::Cancelled => 125,                                       // ECANCELED
+            ErrorKind::TimedOut => 110,                                        // ETIMEDOUT
         }
     }
 

@@ -42,6 +42,8 @@ const GOODBYE_MAX: Duration = Duration::from_secs(1);
 /// A request to be sent.
 #[derive(Clone, Debug)]
 pub(super) struct Ask {
+    /// Tells requests that are sent again from others of the same range; 0 for those that change nothing.
+    change: u64,
     flags: CommandFlags,
     cmd: u16,
     offset: u64,
@@ -69,8 +71,33 @@ impl Ask {
     /// A request without data; the range is shorter than 4 GiB.
     pub(super) fn range(cmd: u16, span: Span, flags: CommandFlags) -> Ask {
         let len = u32::try_from(span.len()).expect("the driver cuts ranges");
-        Ask { flags, cmd, offset: span.offset(), len, payload: None, to: None }
+        Ask { change: 0, flags, cmd, offset: span.offset(), len, payload: None, to: None }
     }
+
+    /// The range that the request changes, if it changes one.
+    pub(super) fn changes(&self) -> Option<Span> {
+        matches!(self.cmd, cmd::WRITE | cmd::WRITE_ZEROES | cmd::TRIM)
+            .then(|| Span::new(self.offset, u64::from(self.len)))
+    }
+
+    /// Whether a reply says that the change is on stable storage.
+    pub(super) fn is_durable(&self) -> bool {
+        self.flags.has(CommandFlags::FUA)
+    }
+
+    /// The same request under the number of a change.
+    pub(super) fn numbered(self, change: u64) -> Ask {
+        Ask { change, ..self }
+    }
+}
+
+/// A change that the server may have received, but has not answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Unanswered {
+    /// The number of the change.
+    pub(super) change: u64,
+    /// What it changes.
+    pub(super) span: Span,
 }
 
 /// A request on its way.
@@ -79,6 +106,8 @@ struct Pending {
     /// Part of the cookie, so that a late or invented reply finds nobody.
     generation: u32,
     reply: ReplyState,
+    /// What it changes, if it changes something.
+    change: Option<Unanswered>,
     to: Option<IoVec>,
     extent: Option<Extent>,
     waker: Option<Waker>,
@@ -104,6 +133,8 @@ struct State {
     /// Requests that wait for a place.
     queue: Vec<Waker>,
     broken: Option<Error>,
+    /// Changes that were sent and not answered when the connection broke.
+    unanswered: Vec<Unanswered>,
     closing: bool,
     /// Everything was sent after the goodbye.
     goodbye_sent: bool,
@@ -190,6 +221,11 @@ impl Link {
         self.lock().closing
     }
 
+    /// Changes whose end nobody knows, once the connection is broken: the server may execute them at any later time.
+    pub(super) fn unanswered(&self) -> Vec<Unanswered> {
+        self.lock().unanswered.clone()
+    }
+
     /// Sends a request and waits for its reply; block status gives the first extent.
     pub(super) async fn request(&self, ask: Ask) -> Result<Option<Extent>> {
         let index = self.enqueue(ask).await?;
@@ -217,7 +253,8 @@ impl Link {
     }
 
     fn insert(&self, mut s: MutexGuard<'_, State>, ask: Ask) -> usize {
-        let Ask { flags, cmd, offset, len, payload, to } = ask;
+        let change = ask.changes().map(|span| Unanswered { change: ask.change, span });
+        let Ask { change: _, flags, cmd, offset, len, payload, to } = ask;
         s.generation = s.generation.wrapping_add(1);
         let generation = s.generation;
         let reply = match (cmd, self.session.base_allocation) {
@@ -228,6 +265,7 @@ impl Link {
         let index = s.pending.insert(Pending {
             generation,
             reply,
+            change,
             to,
             extent: None,
             waker: None,
@@ -253,8 +291,10 @@ impl Link {
         let mut wakers: Vec<Waker> = std::mem::take(&mut s.queue);
         wakers.extend(s.writer.take());
         wakers.append(&mut s.closers);
-        for (_, p) in &mut s.pending {
+        let state = &mut *s;
+        for (_, p) in &mut state.pending {
             if p.done.is_none() {
+                state.unanswered.extend(p.change.filter(|_| p.sent));
                 p.done = Some(Err(why.duplicate()));
                 wakers.extend(p.waker.take());
             }

@@ -9,10 +9,12 @@
 //! widened when the server insists on a block size.
 //!
 //! When the connection breaks, the requests in flight fail with `Disconnected`. With
-//! `reconnect-delay` they wait instead and are sent again once a new connection stands;
-//! every NBD request may be repeated. Without it, the next request tries to connect once.
+//! `reconnect-delay` they wait instead and are sent again once a new connection stands.
+//! Without it, the next request tries to connect once. What is promised across a new
+//! connection, and what is refused for it, is in `history`.
 
 mod address;
+mod history;
 mod link;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,6 +32,7 @@ use dolmen_types::{
 };
 
 use address::Address;
+use history::History;
 use link::{Ask, Link};
 
 /// Longest zero write, discard or status request: the largest power of two that fits 32
@@ -129,7 +132,13 @@ impl Opener for OpenNbd {
                 no_flush: flags.no_flush,
                 config,
                 line: Arc::new(Line {
-                    current: Mutex::new(Current { link, broken_since: None, failed: 0, last_failure: None }),
+                    current: Mutex::new(Current {
+                        link,
+                        broken_since: None,
+                        failed: 0,
+                        last_failure: None,
+                        history: History::default(),
+                    }),
                     connecting: async_lock::Mutex::new(()),
                     unaligned: RangeLock::new(),
                 }),
@@ -167,10 +176,12 @@ async fn connect_until(rt: &Rt, config: &Config, deadline: Instant) -> Result<Ar
                 | ErrorKind::Corrupt
                 | ErrorKind::PermissionDenied
         );
-        if hopeless || rt.now() + RETRY_PAUSE >= deadline {
+        let now = rt.now();
+        if hopeless || now >= deadline {
             return Err(e);
         }
-        rt.sleep(RETRY_PAUSE).await;
+        // The last attempt is made at the deadline, not up to a pause before it.
+        rt.sleep(deadline.since(now).min(RETRY_PAUSE)).await;
     }
 }
 
@@ -182,6 +193,7 @@ struct Current {
     /// Attempts at a new connection that failed, and how the last one did.
     failed: u64,
     last_failure: Option<Error>,
+    history: History,
 }
 
 #[derive(Debug)]
@@ -287,6 +299,7 @@ impl Nbd {
         let mut c = self.current();
         match result {
             Ok(new) => {
+                c.history.reconnected(&link.unanswered());
                 (c.link, c.broken_since, c.last_failure) = (new.clone(), None, None);
                 Ok(new)
             }
@@ -323,8 +336,14 @@ impl Nbd {
 
     /// Sends a request, again over a new connection if there may be one.
     async fn ask(&self, rt: &Rt, ask: Ask) -> Result<Option<dolmen_nbd::Extent>> {
+        let changes = ask.changes();
+        let number = changes.map_or(0, |_| self.current().history.number());
+        let ask = ask.numbered(number);
         let mut link = self.working_link(rt).await?;
         loop {
+            if let Some(span) = changes {
+                self.current().history.check(number, span)?;
+            }
             match link.request(ask.clone()).await {
                 Err(e) if e.kind() == ErrorKind::Disconnected && link.broken().is_some() => {
                     if self.config.reconnect_delay.is_zero() {
@@ -332,9 +351,22 @@ impl Nbd {
                     }
                     link = self.working_link(rt).await?;
                 }
-                other => return other,
+                Ok(answer) => {
+                    if changes.is_some() && !ask.is_durable() {
+                        self.acknowledged(&link);
+                    }
+                    return Ok(answer);
+                }
+                Err(e) => return Err(e),
             }
         }
+    }
+
+    /// Remembers a change that has to be flushed over the connection that it was made on.
+    fn acknowledged(&self, link: &Arc<Link>) {
+        let mut c = self.current();
+        let same = Arc::ptr_eq(&c.link, link);
+        c.history.acknowledged(same);
     }
 
     fn offers(&self, flag: TransmissionFlags) -> bool {
@@ -461,10 +493,15 @@ impl Nbd {
     }
 
     async fn flush(&self, rt: &Rt) -> Result<()> {
-        if self.no_flush || !self.offers(TransmissionFlags::SEND_FLUSH) {
+        if self.no_flush {
             return Ok(());
         }
-        self.ask(rt, Ask::range(cmd::FLUSH, Span::new(0, 0), CommandFlags(0))).await.map(drop)
+        // A connection that is broken by now is looked at once more after a new one stands.
+        let mark = self.current().history.flushing()?;
+        if self.offers(TransmissionFlags::SEND_FLUSH) {
+            self.ask(rt, Ask::range(cmd::FLUSH, Span::new(0, 0), CommandFlags(0))).await?;
+        }
+        self.current().history.flushed(mark)
     }
 
     fn fua_flag(&self, fua: bool) -> CommandFlags {

@@ -4,13 +4,14 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread::JoinHandle;
 
-use dolmen_nbd::consts::TransmissionFlags;
+use dolmen_nbd::consts::{TransmissionFlags, cmd};
 use dolmen_nbd::{
     Catalog, Errno, ExportInfo, Request, RequestStep, ServerHandshake, ServerStep, Session, reply,
 };
+use dolmen_rt::LocalFuture;
 use dolmen_types::{ErrorKind, WriteFlags};
 
-use crate::nbd_rig::{Rig, join, run};
+use crate::nbd_rig::{Disk, Rig, join, run};
 
 struct One;
 impl Catalog for One {
@@ -209,6 +210,118 @@ fn any_order_and_cancelled_requests() {
             let (i, got) = (i as u8 + 1, got.unwrap());
             assert_eq!((got[0], got[2047], got[2048], got[4095]), (i, i, i + 100, i + 100));
         }
+        drop(disk);
+        ended(&rig, server).await;
+    });
+}
+
+/// A plain reply to each of the next requests; what they were.
+fn answer(peer: &mut Peer, count: usize) -> Vec<Request> {
+    (0..count)
+        .map(|_| {
+            let r = peer.request().expect("the client is there");
+            let mut out = Vec::new();
+            reply::put_none(&mut out, r.cookie);
+            peer.send(&out);
+            r
+        })
+        .collect()
+}
+
+/// The server died after it had acknowledged a write, with the write in its memory. The next server did not know
+/// it, and the flush that it answered told the guest that its write was safe.
+#[test]
+fn a_flush_does_not_succeed_when_acknowledged_writes_went_down_with_a_connection() {
+    type Change = fn(&Disk) -> LocalFuture<'_, dolmen_types::Result<()>>;
+    let changes: [(&str, Change); 3] = [
+        ("write", |d| Box::pin(d.write(0, &[1; 512], WriteFlags::NONE))),
+        ("zero write", |d| Box::pin(d.write_zeroes(0, 512, WriteFlags::NONE))),
+        ("discard", |d| Box::pin(d.discard(0, 512))),
+    ];
+    run(async move |rig| {
+        for delay in ["0", "30"] {
+            for (what, change) in changes {
+                let _ = std::fs::remove_file(rig.path("s"));
+                let server = serve(&rig, |listener| {
+                    // Acknowledged, then gone.
+                    answer(&mut Peer::accept(&listener), 1);
+                    let mut peer = Peer::accept(&listener);
+                    while peer.request().is_some_and(|r| {
+                        let mut out = Vec::new();
+                        match r.len {
+                            0 => reply::put_none(&mut out, r.cookie),
+                            len => reply::put_hole(&mut out, r.cookie, true, r.offset, len),
+                        }
+                        peer.send(&out);
+                        true
+                    }) {}
+                });
+                let disk = rig.rw(rig.options("s", "").with("reconnect-delay", delay)).await.unwrap();
+                change(&disk).await.unwrap();
+                // Until the new connection stands.
+                while disk.read(0, 512).await.is_err() {}
+                for _ in 0..2 {
+                    let e = disk.flush().await.expect_err(what);
+                    assert_eq!(e.kind(), ErrorKind::Io, "{what}: {e}");
+                    assert!(e.to_string().contains("acknowledged writes were not flushed"), "{e}");
+                }
+                assert!(disk.read(0, 512).await.is_ok(), "reading goes on");
+                drop(disk);
+                ended(&rig, server).await;
+            }
+        }
+    });
+}
+
+/// What was flushed, or written with FUA, is not lost: flushes go on.
+#[test]
+fn a_flush_succeeds_when_nothing_was_in_the_hands_of_the_old_server() {
+    run(async |rig| {
+        let server = serve(&rig, |listener| {
+            let asked = answer(&mut Peer::accept(&listener), 3);
+            let cmds: Vec<u16> = asked.iter().map(|r| r.cmd).collect();
+            assert_eq!(cmds, [cmd::WRITE, cmd::FLUSH, cmd::WRITE]);
+            let mut peer = Peer::accept(&listener);
+            assert_eq!(answer(&mut peer, 1)[0].cmd, cmd::FLUSH);
+            while peer.request().is_some() {}
+        });
+        let disk = rig.rw(rig.options("s", "").with("reconnect-delay", "30")).await.unwrap();
+        disk.write(0, &[1; 512], WriteFlags::NONE).await.unwrap();
+        disk.flush().await.unwrap();
+        disk.write(512, &[1; 512], WriteFlags::FUA).await.unwrap();
+        disk.flush().await.unwrap();
+        drop(disk);
+        ended(&rig, server).await;
+    });
+}
+
+/// A write was in flight when the connection broke, and was sent again. Then a newer write of the same bytes was
+/// acknowledged, and the first server executed its copy of the old one.
+#[test]
+fn a_newer_write_does_not_follow_one_that_an_old_server_may_still_execute() {
+    run(async |rig| {
+        let server = serve(&rig, |listener| {
+            let first = Peer::accept(&listener).request().expect("a write");
+            assert_eq!((first.cmd, first.offset), (cmd::WRITE, 4096));
+            let mut peer = Peer::accept(&listener);
+            let again = answer(&mut peer, 1);
+            assert_eq!((again[0].cmd, again[0].offset), (cmd::WRITE, 4096));
+            let elsewhere = answer(&mut peer, 1);
+            assert_eq!((elsewhere[0].cmd, elsewhere[0].offset), (cmd::WRITE, 8192));
+            assert!(peer.request().is_none_or(|r| r.cmd == cmd::DISC), "nothing else is sent");
+        });
+        let disk = rig.rw(rig.options("s", "").with("reconnect-delay", "30")).await.unwrap();
+        disk.write(4096, &[1; 4096], WriteFlags::NONE).await.expect("the same bytes may be written again");
+        for e in [
+            disk.write(4608, &[2; 512], WriteFlags::NONE).await,
+            disk.write_zeroes(0, 8192, WriteFlags::NONE).await,
+            disk.discard(4096, 512).await,
+        ] {
+            let e = e.expect_err("the old server may undo it");
+            assert_eq!(e.kind(), ErrorKind::Io);
+            assert!(e.to_string().contains("4096 bytes at offset 4096 was in flight"), "{e}");
+        }
+        disk.write(8192, &[3; 4096], WriteFlags::NONE).await.expect("nothing is in the way there");
         drop(disk);
         ended(&rig, server).await;
     });
