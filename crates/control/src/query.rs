@@ -8,7 +8,7 @@ use dolmen_qmp::model::{
     BlockDeviceInfo, BlockGraph, BlockGraphEdge, BlockGraphNode, BlockGraphNodeType, CacheInfo, ImageInfo,
     NoThrottling, SnapshotInfo, permission_words,
 };
-use dolmen_types::{ChildRole, Value};
+use dolmen_types::ChildRole;
 
 use crate::stats::is_implicit;
 
@@ -37,25 +37,11 @@ pub(crate) fn block_node(node: &Arc<Node>, flat: bool) -> BlockDeviceInfo {
         backing_file_depth: depth,
         active: !node.flags.inactive,
         encrypted: image.encrypted.unwrap_or(false),
-        detect_zeroes: detect_zeroes(&node.options),
+        detect_zeroes: node.flags.detect_zeroes.as_str().to_owned(),
         throttling: NoThrottling::default(),
         image,
         cache: CacheInfo { writeback: true, direct: node.flags.direct, no_flush: node.flags.no_flush },
         write_threshold: node.state.write_threshold().unwrap_or(0),
-    }
-}
-
-fn detect_zeroes(options: &Value) -> String {
-    match member(options, "detect-zeroes") {
-        Some(Value::Str(s)) => s.clone(),
-        _ => "off".to_owned(),
-    }
-}
-
-fn member<'a>(options: &'a Value, name: &str) -> Option<&'a Value> {
-    match options {
-        Value::Map(m) => m.iter().find(|(k, _)| k == name).map(|(_, v)| v),
-        _ => None,
     }
 }
 

@@ -848,7 +848,7 @@ impl Draft {
                 anonymous: d.def.anonymous,
                 maps: d.def.kind.maps,
                 hears: Node::hears_through(&*driver, &children),
-                shown: Node::shown_through(&*driver, &d.state, &children),
+                shown: Node::shown_through(&*driver, &d.state, d.def.flags, &children),
                 driver,
                 children: children.into(),
                 flags: d.def.flags,

@@ -149,6 +149,20 @@ pub enum Plan {
 }
 
 impl Plan {
+    /// How many bytes of the span that was asked about the plan covers.
+    pub const fn covers(self, span: Span) -> u64 {
+        match self {
+            Plan::Forward { len, .. } | Plan::Zeroes { len } | Plan::Done { len } => {
+                if len < span.len() {
+                    len
+                } else {
+                    span.len()
+                }
+            }
+            Plan::Slow => span.len(),
+        }
+    }
+
     /// Everything goes to the only child unchanged: the plan of a plain filter.
     pub const fn pass(request: Request, span: Span) -> Plan {
         Plan::Forward { child: 0, at: span.offset(), len: span.len(), request }

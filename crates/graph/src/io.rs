@@ -14,7 +14,7 @@ use dolmen_types::{
 use smallvec::SmallVec;
 
 use crate::count::Place;
-use crate::{ChildEdge, Driver, Extent, Lease, Node, Op, Plan, Prealloc, Request};
+use crate::{ChildEdge, DetectZeroes, Driver, Extent, Lease, Node, Op, Plan, Prealloc, Request};
 
 /// What a driver gets to work with: its node in the request's snapshot, and the runtime.
 #[derive(Clone, Copy, Debug)]
@@ -380,11 +380,27 @@ struct Visits {
     known: usize,
 }
 
-/// Walks down from `node` as long as drivers answer from memory.
+/// What is left to be written of a request.
+#[derive(Clone, Copy)]
+struct Payload<'a> {
+    whole: &'a IoVec,
+    /// So many bytes of it are written already.
+    done: usize,
+}
+
+impl Payload<'_> {
+    /// Whether the next `len` bytes are zeroes.
+    fn is_zero(&self, len: u64) -> bool {
+        self.whole.slice(self.done, len as usize).is_zero()
+    }
+}
+
+/// Walks down from `node` as long as drivers answer from memory. `data` is the payload of a write.
 fn walk<'g>(
     mut node: &'g Node,
     mut request: Request,
     mut span: Span,
+    data: Option<Payload<'_>>,
     leases: &mut Leases<'g>,
     visits: &mut Visits,
 ) -> Step<'g> {
@@ -400,11 +416,20 @@ fn walk<'g>(
         node = node.answering();
         // The lease must be taken before the plan is made.
         let lease = node.maps.then(|| node.state.epochs.enter());
-        let plan = node.driver.plan(node, request, span);
-        if let Plan::Forward { len, .. } | Plan::Zeroes { len } | Plan::Done { len } = plan
-            && len < span.len()
-        {
+        let mut plan = node.driver.plan(node, request, span);
+        if plan.covers(span) < span.len() {
             visits.known = depth;
+        }
+        if node.flags.detect_zeroes != DetectZeroes::Off
+            && let (Some(data), Request::Write(flags)) = (data, request)
+            && let Some(flags) = node.flags.detect_zeroes.zero_write(flags)
+        {
+            // Only what one plan covers is looked at, so that a request in many pieces is looked at once.
+            let piece = span.prefix(plan.covers(span));
+            if data.is_zero(piece.len()) {
+                (span, request) = (piece, Request::WriteZeroes(flags));
+                plan = node.driver.plan(node, request, span);
+            }
         }
         match plan {
             Plan::Forward { child, at, len, request: next } => {
@@ -488,26 +513,29 @@ impl Node {
 pub(crate) async fn submit(node: &Node, rt: &Rt, op: Op<'_>) -> Result<()> {
     match op {
         Op::Read { span, to, flags } => {
-            pieces(node, rt, Request::Read(flags), span, |piece, done, request| match request {
+            pieces(node, rt, Request::Read(flags), span, None, |piece, done, request| match request {
                 Request::Read(flags) => Piece::Read { piece, at: done, whole: to, flags },
                 _ => unreachable!("the walk keeps the kind"),
             })
             .await
         }
         Op::Write { span, from, flags } => {
-            pieces(node, rt, Request::Write(flags), span, |piece, done, request| match request {
+            pieces(node, rt, Request::Write(flags), span, Some(from), |piece, done, request| match request {
                 Request::Write(flags) => Piece::Write { piece, at: done, whole: from, flags },
+                // Zeroes that were detected on the way.
+                Request::WriteZeroes(_) => Piece::NoData { piece, request },
                 _ => unreachable!("the walk keeps the kind"),
             })
             .await
         }
         Op::WriteZeroes { span, .. } | Op::Discard { span, .. } => {
-            pieces(node, rt, op.request(), span, |piece, _, request| Piece::NoData { piece, request }).await
+            pieces(node, rt, op.request(), span, None, |piece, _, request| Piece::NoData { piece, request })
+                .await
         }
         Op::Flush | Op::Resize { .. } => {
             let mut leases = Leases::new();
             let mut visits = Visits { at: Place::of(rt.lane(), op.kind()), known: 0 };
-            match walk(node, op.request(), Span::new(0, 0), &mut leases, &mut visits) {
+            match walk(node, op.request(), Span::new(0, 0), None, &mut leases, &mut visits) {
                 Step::Zeroes { .. } | Step::Done { .. } => Ok(()),
                 Step::Run { node: slow, .. } => {
                     let ran = slow.driver.run(Cx { node: slow, rt }, op).await;
@@ -533,6 +561,7 @@ async fn pieces<'a>(
     rt: &Rt,
     request: Request,
     span: Span,
+    data: Option<&'a IoVec>,
     make: impl Fn(Span, usize, Request) -> Piece<'a>,
 ) -> Result<()> {
     let mut rest = span;
@@ -540,7 +569,8 @@ async fn pieces<'a>(
     while !rest.is_empty() {
         let mut held = UnderWay { leases: Leases::new(), writes: false };
         let done = (span.len() - rest.len()) as usize;
-        let len = match walk(node, request, rest, &mut held.leases, &mut visits) {
+        let data = data.map(|whole| Payload { whole, done });
+        let len = match walk(node, request, rest, data, &mut held.leases, &mut visits) {
             Step::Done { len } => len,
             Step::Zeroes { len } => {
                 if let Piece::Read { whole, .. } = make(rest.prefix(len), done, request) {

@@ -121,7 +121,7 @@ pub use driver::{
 pub use epoch::{Epochs, Lease, Stamp};
 pub use filename::{node_filename, own_file};
 pub use io::{Access, Cx, Io, Read, Resize, Write, WriteUnchanged};
-pub use node::{ChildEdge, Graph, Node, NodeFlags, NodeState};
+pub use node::{ChildEdge, DetectZeroes, Graph, Node, NodeFlags, NodeState};
 pub use notice::{Notice, Notices};
 pub use open::{
     Implicit, MAX_CHAIN, MAX_NODES, OpenPolicy, Opener as NodeOpener, PROBE_BYTES, has_protocol, join,

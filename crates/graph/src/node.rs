@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use dolmen_types::{ChildRole, Claim, NodeName, OpId, Span, Value};
+use dolmen_types::{ChildRole, Claim, NodeName, OpId, Span, Value, WriteFlags};
 
 use crate::count::{Place, Threshold};
 use crate::notice::NoticeSink;
@@ -25,6 +25,40 @@ pub struct NodeFlags {
     /// `active=off`: the image has been handed to another process, or has not been taken
     /// over from it yet. The node holds no locks and serves no requests.
     pub inactive: bool,
+    /// `detect-zeroes`: what becomes of writes whose data are zeroes.
+    pub detect_zeroes: DetectZeroes,
+}
+
+/// What becomes of writes whose data are zeroes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetectZeroes {
+    /// They are writes like all others.
+    #[default]
+    Off,
+    /// They become zero writes.
+    On,
+    /// They become zero writes that may unmap.
+    Unmap,
+}
+
+impl DetectZeroes {
+    /// The option's value.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            DetectZeroes::Off => "off",
+            DetectZeroes::On => "on",
+            DetectZeroes::Unmap => "unmap",
+        }
+    }
+
+    /// The zero write that a write of zeroes with these flags becomes; `None` if it stays a write.
+    pub(crate) fn zero_write(self, flags: WriteFlags) -> Option<WriteFlags> {
+        match self {
+            DetectZeroes::Off => None,
+            DetectZeroes::On => Some(flags),
+            DetectZeroes::Unmap => Some(flags | WriteFlags::MAY_UNMAP),
+        }
+    }
 }
 
 /// What a node keeps while snapshots come and go.
@@ -147,14 +181,16 @@ impl Node {
         }
     }
 
-    /// What [`Node::shown`] has to be for a node with this driver, state and children.
+    /// What [`Node::shown`] has to be for a node with this driver, state, flags and children.
     pub(crate) fn shown_through(
         driver: &dyn Driver,
         state: &Arc<NodeState>,
+        flags: NodeFlags,
         children: &[ChildEdge],
     ) -> Option<Shown> {
         let (AccessRule::Transparent, [only]) = (driver.access_rule(), children) else { return None };
-        if only.node.hears {
+        // A node that looks at what is written must be asked.
+        if only.node.hears || flags.detect_zeroes != DetectZeroes::Off {
             return None;
         }
         let below = only.node.shown.as_ref();

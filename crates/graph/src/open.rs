@@ -11,7 +11,8 @@ use dolmen_rt::{LocalFuture, Rt};
 use dolmen_types::{ChildRole, Error, ErrorKind, NodeName, OpId, Options, Result, ResultExt, Span, Value};
 
 use crate::{
-    AccessRule, ChildDef, Common, Draft, ImplicitChild, Io, NodeDef, NodeFlags, OpenCx, Read, Registry,
+    AccessRule, ChildDef, Common, DetectZeroes, Draft, ImplicitChild, Io, NodeDef, NodeFlags, OpenCx, Read,
+    Registry,
 };
 
 /// The longest chain of backing files. Longer ones are either a mistake or an attack.
@@ -351,6 +352,7 @@ pub(crate) fn below(common: &Common, parent: AccessRule, role: ChildRole, depth:
             },
             // Each node says so for itself.
             inactive: false,
+            detect_zeroes: DetectZeroes::Off,
         },
         auto_read_only: common.auto_read_only,
         depth: if backing { depth + 1 } else { depth },

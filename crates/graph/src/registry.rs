@@ -11,7 +11,9 @@ use dolmen_types::{ChildRole, Error, ErrorKind, NodeName, OptionSpec, OptionType
 
 use std::sync::Arc;
 
-use crate::{AccessRule, ChildEdge, Class, Driver, Io, NodeFlags, Prepared, Read, Resize, Write};
+use crate::{
+    AccessRule, ChildEdge, Class, DetectZeroes, Driver, Io, NodeFlags, Prepared, Read, Resize, Write,
+};
 
 /// A driver's registry row.
 pub struct DriverKind {
@@ -232,12 +234,10 @@ impl<'a> CreateCx<'a> {
 pub struct Common {
     /// `node-name`.
     pub node_name: Option<NodeName>,
-    /// `read-only`, `cache.direct`, `cache.no-flush`, `force-share`, `discard`, `active`.
+    /// `read-only`, `cache.direct`, `cache.no-flush`, `force-share`, `discard`, `active`, `detect-zeroes`.
     pub flags: NodeFlags,
     /// `auto-read-only`: open read-only when writing is not possible.
     pub auto_read_only: bool,
-    /// `detect-zeroes`: `off`, `on` or `unmap`.
-    pub detect_zeroes: Option<&'static str>,
 }
 
 const CACHE: &[OptionSpec] = &[
@@ -303,8 +303,12 @@ impl Common {
             )
             .remedy("add read-only=on"));
         }
-        let detect_zeroes = options.take_enum("detect-zeroes", &["off", "on", "unmap"])?;
-        if detect_zeroes == Some("unmap") && !unmap {
+        let detect_zeroes = match options.take_enum("detect-zeroes", &["off", "on", "unmap"])? {
+            Some("on") => DetectZeroes::On,
+            Some("unmap") => DetectZeroes::Unmap,
+            _ => DetectZeroes::Off,
+        };
+        if detect_zeroes == DetectZeroes::Unmap && !unmap {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
@@ -320,9 +324,9 @@ impl Common {
                 force_share,
                 unmap,
                 inactive: !active,
+                detect_zeroes,
             },
             auto_read_only,
-            detect_zeroes,
         })
     }
 }

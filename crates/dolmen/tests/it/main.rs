@@ -21,6 +21,7 @@ mod main_job;
 mod mirror;
 mod monitor;
 mod nbd;
+mod options;
 mod reopen;
 mod repair;
 mod serve;
