@@ -44,16 +44,22 @@ pub struct OptionSpec {
     pub required: bool,
     /// One line for help and documentation, with units and the default.
     pub help: &'static str,
+    /// It asks for a way of doing things, never for a result, so that it may be accepted without an effect.
+    pub hint: bool,
 }
 
 impl OptionSpec {
     /// An option that may be left out.
     pub const fn optional(name: &'static str, ty: OptionType, help: &'static str) -> OptionSpec {
-        OptionSpec { name, ty, required: false, help }
+        OptionSpec { name, ty, required: false, help, hint: false }
+    }
+    /// An option that is accepted and has no effect, as it asks for no result that could be missed. The help says why.
+    pub const fn hint(name: &'static str, ty: OptionType, help: &'static str) -> OptionSpec {
+        OptionSpec { name, ty, required: false, help, hint: true }
     }
     /// An option that must be given.
     pub const fn required(name: &'static str, ty: OptionType, help: &'static str) -> OptionSpec {
-        OptionSpec { name, ty, required: true, help }
+        OptionSpec { name, ty, required: true, help, hint: false }
     }
 }
 

@@ -91,3 +91,225 @@ fn zeroes_are_seen_as_they_are() {
         run(&b, "ours/qemu-io", "z.qcow2", options, &["read -P 0 0 1081344", "read -P 3 1081344 32k"]);
     assert!(!ran.out.contains("failed"), "{ran:?}");
 }
+
+/// How it is shown that an option does something.
+enum Shown {
+    /// Commands on a node with these options come to something else than with those.
+    Differs { with: &'static str, without: &'static str, commands: &'static [&'static str] },
+    /// By a test of that name in a file.
+    By(&'static str, &'static str),
+}
+
+use Shown::{By, Differs};
+
+/// A file under a qcow2 image over another one, in which all is 7.
+const OVERLAY: &str = "driver=qcow2,file.driver=file,file.filename=o.qcow2";
+const RAW: &str = "driver=raw,file.driver=file,file.filename=a.raw";
+/// A filter over a disk whose second sector can't be read, and which can't be flushed.
+const DAMAGED: &str = "image.driver=blkdebug,image.image.driver=null-co,image.image.read-zeroes=on,\
+    image.inject-error.0.event=none,image.inject-error.0.iotype=read,image.inject-error.0.sector=1,\
+    image.inject-error.1.event=none,image.inject-error.1.iotype=flush";
+
+const FILTER_TESTS: &str = "crates/filters/src/tests/blkdebug.rs";
+const CBW_TESTS: &str = "crates/copy/src/tests/cbw.rs";
+const FILE_TESTS: &str = "crates/protocols/tests/it/file.rs";
+const NBD_TESTS: &str = "crates/protocols/tests/it/nbd.rs";
+
+/// Each option that may be left out, with the driver that has it ("" for all).
+const SHOWN: &[(&str, &str, Shown)] = &[
+    (
+        "",
+        "node-name",
+        Differs {
+            with: "driver=raw,node-name=n,file.driver=null-co,file.node-name=n",
+            without: "driver=raw,node-name=n,file.driver=null-co",
+            commands: &["length"],
+        },
+    ),
+    (
+        "",
+        "discard",
+        Differs { with: "discard=unmap,RAW", without: "discard=ignore,RAW", commands: &["discard 0 4M"] },
+    ),
+    (
+        "",
+        "cache",
+        Differs {
+            with: "driver=blkdebug,cache.no-flush=on,DAMAGED",
+            without: "driver=blkdebug,DAMAGED",
+            commands: &["flush"],
+        },
+    ),
+    ("", "read-only", Differs { with: "read-only=on,RAW", without: "RAW", commands: &["write 0 512"] }),
+    ("", "auto-read-only", By(NBD_TESTS, "what_can_not_be_opened_says_why")),
+    ("", "active", Differs { with: "active=off,RAW", without: "RAW", commands: &["read -P 5 0 512"] }),
+    ("", "force-share", By("crates/protocols/tests/it/locks.rs", "force_share_and_locking_off")),
+    (
+        "",
+        "detect-zeroes",
+        Differs {
+            with: "discard=unmap,detect-zeroes=unmap,RAW",
+            without: "discard=unmap,RAW",
+            commands: &["write -q -P 0 0 4M"],
+        },
+    ),
+    ("raw", "offset", Differs { with: "offset=1M,RAW", without: "RAW", commands: &["length"] }),
+    ("raw", "size", Differs { with: "size=1M,RAW", without: "RAW", commands: &["length"] }),
+    (
+        "qcow2",
+        "backing",
+        Differs { with: "backing=,OVERLAY", without: "OVERLAY", commands: &["read -P 7 0 512"] },
+    ),
+    (
+        "qcow2",
+        "pass-discard-request",
+        Differs {
+            with: "discard=unmap,pass-discard-request=off,OVERLAY",
+            without: "discard=unmap,OVERLAY",
+            commands: &["write -q 0 4M", "discard 0 4M", "flush"],
+        },
+    ),
+    ("file", "locking", By("crates/protocols/tests/it/locks.rs", "force_share_and_locking_off")),
+    ("file", "x-beneath", By(FILE_TESTS, "what_cannot_be_opened")),
+    ("host_device", "locking", By("crates/protocols/tests/it/locks.rs", "force_share_and_locking_off")),
+    ("host_device", "x-beneath", By(FILE_TESTS, "what_cannot_be_opened")),
+    (
+        "null-co",
+        "size",
+        Differs { with: "driver=null-co,size=1M", without: "driver=null-co", commands: &["length"] },
+    ),
+    ("null-co", "latency-ns", By(FILE_TESTS, "null_answers_from_memory")),
+    (
+        "null-co",
+        "read-zeroes",
+        Differs {
+            with: "driver=null-co,read-zeroes=on",
+            without: "driver=null-co",
+            commands: &["read -P 0 0 512"],
+        },
+    ),
+    (
+        "null-aio",
+        "size",
+        Differs { with: "driver=null-aio,size=1M", without: "driver=null-aio", commands: &["length"] },
+    ),
+    ("null-aio", "latency-ns", By(FILE_TESTS, "null_answers_from_memory")),
+    (
+        "null-aio",
+        "read-zeroes",
+        Differs {
+            with: "driver=null-aio,read-zeroes=on",
+            without: "driver=null-aio",
+            commands: &["read -P 0 0 512"],
+        },
+    ),
+    ("nbd", "export", By(NBD_TESTS, "what_can_not_be_opened_says_why")),
+    ("nbd", "reconnect-delay", By(NBD_TESTS, "a_lost_server_is_reported_and_found_again")),
+    ("nbd", "open-timeout", By(NBD_TESTS, "open_timeout_is_not_early")),
+    ("copy-on-read", "bottom", By("crates/control/tests/it/copy_on_read.rs", "stacked_with_raw")),
+    (
+        "blkdebug",
+        "config",
+        Differs {
+            with: "driver=blkdebug,config=rules,image.driver=null-co",
+            without: "driver=blkdebug,image.driver=null-co",
+            commands: &["read 0 512"],
+        },
+    ),
+    (
+        "blkdebug",
+        "align",
+        Differs {
+            with: "driver=blkdebug,align=1024,DAMAGED",
+            without: "driver=blkdebug,DAMAGED",
+            commands: &["read -P 0 0 512"],
+        },
+    ),
+    ("blkdebug", "max-transfer", By(FILTER_TESTS, "alignment_and_limits_shape_what_the_child_sees")),
+    ("blkdebug", "opt-write-zero", By(FILTER_TESTS, "alignment_and_limits_shape_what_the_child_sees")),
+    ("blkdebug", "max-write-zero", By(FILTER_TESTS, "alignment_and_limits_shape_what_the_child_sees")),
+    ("blkdebug", "opt-discard", By(FILTER_TESTS, "alignment_and_limits_shape_what_the_child_sees")),
+    ("blkdebug", "max-discard", By(FILTER_TESTS, "alignment_and_limits_shape_what_the_child_sees")),
+    (
+        "blkdebug",
+        "inject-error",
+        Differs {
+            with: "driver=blkdebug,inject-error.0.event=none,image.driver=null-co",
+            without: "driver=blkdebug,image.driver=null-co",
+            commands: &["read 0 512"],
+        },
+    ),
+    ("blkdebug", "set-state", By("crates/control/tests/it/blkdebug.rs", "set-state")),
+    ("blkdebug", "take-child-perms", By(FILTER_TESTS, "permissions_are_taken_and_kept_from_others")),
+    ("blkdebug", "unshare-child-perms", By(FILTER_TESTS, "permissions_are_taken_and_kept_from_others")),
+    (
+        "copy-before-write",
+        "on-cbw-error",
+        By(CBW_TESTS, "a_snapshot_breaks_instead_of_the_guest_if_so_wished"),
+    ),
+    ("copy-before-write", "cbw-timeout", By(CBW_TESTS, "a_slow_target_is_given_up")),
+    ("copy-before-write", "min-cluster-size", By(CBW_TESTS, "min-cluster-size")),
+];
+
+/// `detect-zeroes` was a row that nobody read. Every option of every driver is shown to do something, or says in its
+/// help that it has no effect, and asks for nothing that could be missed.
+#[test]
+fn every_option_of_every_driver_does_something() {
+    let b = Bench::new();
+    std::fs::write(
+        b.path("rules"),
+        "[inject-error]\nevent = \"read_aio\"\n[inject-error]\nevent = \"none\"\n",
+    )
+    .expect("a file");
+    b.ok("ours/qemu-img", &["create", "-q", "-f", "raw", "base.raw", "8M"]);
+    b.ok("ours/qemu-io", &["-f", "raw", "-c", "write -q -P 7 0 1M", "base.raw"]);
+    let mut missing = Vec::new();
+    for (driver, options) in dolmen::registry()
+        .rows()
+        .iter()
+        .map(|row| (row.name, row.options))
+        .chain([("", dolmen_graph::common_options())])
+    {
+        for option in options {
+            let name = option.name;
+            if option.hint {
+                assert!(option.help.starts_with("no effect: "), "{driver} {name}: {}", option.help);
+                continue;
+            }
+            match SHOWN.iter().find(|(d, o, _)| (*d, *o) == (driver, name)) {
+                _ if option.required => {}
+                None => missing.push(format!("{driver} {name}")),
+                Some((_, _, By(file, test))) => is_there(file, test),
+                Some((_, _, Differs { with, without, commands })) => {
+                    let outcome = |options: &str| {
+                        full(&b, "a.raw");
+                        let create =
+                            ["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "o.qcow2"];
+                        b.ok("ours/qemu-img", &create);
+                        let options = options
+                            .replace("RAW", RAW)
+                            .replace("OVERLAY", OVERLAY)
+                            .replace("DAMAGED", DAMAGED);
+                        let image = if options.contains("o.qcow2") { "o.qcow2" } else { "a.raw" };
+                        let (ran, space) = run(&b, "ours/qemu-io", image, &options, commands);
+                        let said = |s: &str| {
+                            s.lines()
+                                .filter(|l| !l.contains("ops;") && !l.contains(" bytes, "))
+                                .collect::<String>()
+                        };
+                        (ran.code, said(&ran.out), said(&ran.err), space)
+                    };
+                    assert_ne!(outcome(with), outcome(without), "{driver} {name}");
+                }
+            }
+        }
+    }
+    assert!(missing.is_empty(), "nothing shows that these options do something: {missing:?}");
+}
+
+/// The test is there.
+fn is_there(file: &str, test: &str) {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let text = std::fs::read_to_string(root.join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
+    assert!(text.contains(test), "{file} has no test '{test}'");
+}

@@ -572,10 +572,13 @@ impl Driver for BlkDebug {
             Op::Write { .. } | Op::WriteZeroes { .. } | Op::Discard { .. } => Box::pin(self.change(cx, op)),
             Op::Flush => Box::pin(async move {
                 self.reach(BlkEvent::FlushToOs);
-                if self.written.swap(false, Relaxed) {
-                    self.reach(BlkEvent::FlushToDisk);
+                // With `cache.no-flush` the flush is the business of nodes below only.
+                if !cx.node.flags.no_flush {
+                    if self.written.swap(false, Relaxed) {
+                        self.reach(BlkEvent::FlushToDisk);
+                    }
+                    self.inject(IoType::Flush, None).await?;
                 }
-                self.inject(IoType::Flush, None).await?;
                 cx.forward(IMAGE, op).await
             }),
             Op::Resize { .. } => Box::pin(async move { cx.forward(IMAGE, op).await }),

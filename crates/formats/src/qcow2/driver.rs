@@ -46,24 +46,24 @@ const OPTIONS: &[OptionSpec] = &[
         OptionType::NodeOrNull,
         "the backing node, or null for none (default: as the image says)",
     ),
-    OptionSpec::optional(
+    OptionSpec::hint(
         "lazy-refcounts",
         OptionType::Bool,
-        "accepted for compatibility; refcounts are always kept up to date at each flush",
+        "no effect: refcounts are always kept up to date at each flush",
     ),
     OptionSpec::optional(
         "pass-discard-request",
         OptionType::Bool,
         "discard freed clusters in the file (default: as the node's discard option)",
     ),
-    OptionSpec::optional(
+    OptionSpec::hint(
         "overlap-check",
         OptionType::Enum(&["none", "constant", "cached", "all"]),
-        "accepted for compatibility; writes are always checked against all active metadata",
+        "no effect: writes are always checked against all active metadata",
     ),
-    OptionSpec::optional("l2-cache-size", OptionType::Size, "accepted for compatibility (32 MiB)"),
-    OptionSpec::optional("cache-size", OptionType::Size, "accepted for compatibility"),
-    OptionSpec::optional("refcount-cache-size", OptionType::Size, "accepted for compatibility (4 MiB)"),
+    OptionSpec::hint("l2-cache-size", OptionType::Size, "no effect: the cache of mappings has 32 MiB"),
+    OptionSpec::hint("cache-size", OptionType::Size, "no effect: the caches have their sizes"),
+    OptionSpec::hint("refcount-cache-size", OptionType::Size, "no effect: the cache of refcounts has 4 MiB"),
 ];
 
 fn parse(options: &mut Options, common: &Common) -> Result<Parsed> {

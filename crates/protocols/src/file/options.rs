@@ -17,10 +17,10 @@ const OPTIONS: &[OptionSpec] = &[
         OptionType::Enum(&["auto", "on", "off"]),
         "lock the image against other processes (default auto: where the file system can)",
     ),
-    OptionSpec::optional(
+    OptionSpec::hint(
         "aio",
         OptionType::Enum(&["threads", "native", "io_uring"]),
-        "accepted for compatibility; the runtime chooses once for the whole process",
+        "no effect: the runtime chooses once for the whole process",
     ),
     OptionSpec::optional(
         "x-beneath",
@@ -84,14 +84,26 @@ struct OpenFile {
     locking: Locking,
 }
 
-fn parse(options: &mut Options, _: &Common, kind: &'static DriverKind, wanted: FileKind) -> Result<Parsed> {
+fn parse(
+    options: &mut Options,
+    common: &Common,
+    kind: &'static DriverKind,
+    wanted: FileKind,
+) -> Result<Parsed> {
     let filename = options.require_str("filename")?;
     let locking = match options.take_enum("locking", &["auto", "on", "off"])? {
         None | Some("auto") => Locking::Auto,
         Some("on") => Locking::On,
         Some(_) => Locking::Off,
     };
-    options.take_enum("aio", &["threads", "native", "io_uring"])?;
+    let aio = options.take_enum("aio", &["threads", "native", "io_uring"])?;
+    if aio == Some("native") && !common.flags.direct {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+        )
+        .remedy("add cache.direct=on, or leave aio out"));
+    }
     let beneath = options.take_str("x-beneath")?.map(PathBuf::from);
     let open = Box::new(OpenFile { kind, wanted, filename: plain(filename), beneath, locking });
     Ok(Parsed { children: Vec::new(), rule: AccessRule::Leaf, relies_down_to: None, open })

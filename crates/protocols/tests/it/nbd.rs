@@ -240,3 +240,15 @@ fn a_lost_server_is_reported_and_found_again() {
         drop(server);
     });
 }
+
+/// `open-timeout` gave up up to 250 ms before its end, when a server might just have come.
+#[test]
+fn open_timeout_is_not_early() {
+    run(async |rig| {
+        let began = rig.rt.now();
+        let refused = rig.rw(rig.options("nobody", "e").with("open-timeout", "1")).await;
+        assert!(refused.is_err());
+        let waited = rig.rt.now().since(began);
+        assert!(waited >= std::time::Duration::from_secs(1), "{waited:?}");
+    });
+}
