@@ -348,7 +348,8 @@ pub enum Class {
 pub trait Driver: fmt::Debug + std::any::Any + Send + Sync + 'static {
     /// Its registry row.
     fn kind(&self) -> &'static DriverKind;
-    /// Size in bytes. Filters ask their child (through `node`).
+    /// Size in bytes. Filters ask their child (through `node`). Where it is no multiple of 512, requests may reach to the
+    /// end of the last sector ([`Node::size`]): what lies beyond the size reads as zeroes.
     fn size(&self, node: &Node) -> u64;
     /// Limits of the node.
     fn limits(&self, node: &Node) -> Limits;

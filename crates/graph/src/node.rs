@@ -156,11 +156,16 @@ pub(crate) struct Shown {
     over: Box<[Arc<NodeState>]>,
 }
 
+/// Sizes of nodes are multiples of this, as guests see disks in sectors: the last part of a sector reads as zeroes.
+const SECTOR: u64 = 512;
+
 impl Node {
-    /// Size in bytes.
+    /// Size in bytes: that of the driver, rounded up to a sector of 512 bytes. One rule for all nodes, so that an image has
+    /// one size, whoever asks. Drivers get requests for the rest of their last sector: it reads as zeroes.
     pub fn size(&self) -> u64 {
         let n = self.answering();
-        n.driver.size(n)
+        let size = n.driver.size(n);
+        size.checked_next_multiple_of(SECTOR).unwrap_or(size)
     }
 
     /// The node that requests to this one reach first: itself, or what shows through it.

@@ -200,7 +200,7 @@ pub(crate) fn describe(node: &Arc<Node>) -> Json {
     }
     let name = filename(node, &d);
     // The established tool counts in sectors.
-    m.insert("virtual-size".into(), node.size().next_multiple_of(512).into());
+    m.insert("virtual-size".into(), node.size().into());
     m.insert("filename".into(), name.as_str().into());
     if let Some(n) = d.cluster_size.filter(|n| *n > 0) {
         m.insert("cluster-size".into(), n.into());

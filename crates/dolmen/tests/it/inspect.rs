@@ -273,3 +273,37 @@ fn holes_of_the_file_below_a_format() {
         b.same("qemu-img", &["map", image], str::to_owned);
     }
 }
+
+/// A file of 1000 bytes had 1024 in `info` and 1000 everywhere else, so that it was never equal to its own copy.
+#[test]
+fn a_disk_has_one_size_where_it_is_no_multiple_of_a_sector() {
+    let Some(b) = Bench::with_peers() else { return };
+    for (name, size) in [("a.raw", 1000u32), ("b.raw", 65537), ("c.raw", 1)] {
+        let data: Vec<u8> = (0..size).map(|i| (i % 251) as u8 + 1).collect();
+        std::fs::write(b.path(name), &data).expect("a file");
+        let overlay = format!("{name}.qcow2");
+        b.ok("ours/qemu-img", &["create", "-q", "-f", "qcow2", "-b", name, "-F", "raw", &overlay]);
+        let as_it_is = |s: &str| s.to_owned();
+        b.same("qemu-img", &["map", "-f", "raw", "--output=json", name], as_it_is);
+        b.same("qemu-img", &["map", "-f", "qcow2", "--output=json", &overlay], as_it_is);
+        b.same("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", name, &overlay], as_it_is);
+        let end = u64::from(size).next_multiple_of(512);
+        let last = end - 512;
+        let commands = [
+            "length".to_owned(),
+            format!("read -q -v {last} 512"),
+            format!("read -q 0 {end}"),
+            "map".to_owned(),
+        ];
+        let mut args = vec!["-r", "-f", "raw"];
+        args.extend(commands.iter().flat_map(|c| ["-c", c.as_str()]));
+        args.push(name);
+        b.same("qemu-io", &args, |s| s.lines().filter(|l| !l.contains(" ops; ")).collect());
+        // Writing the rest of the sector makes the file longer, with both.
+        for tool in ["qemu-io", "ours/qemu-io"] {
+            std::fs::write(b.path(name), &data).expect("a file");
+            b.ok(tool, &["-f", "raw", "-c", &format!("write -q -P 9 {last} 512"), name]);
+            assert_eq!(std::fs::metadata(b.path(name)).expect("the file").len(), end, "{tool}");
+        }
+    }
+}

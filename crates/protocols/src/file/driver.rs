@@ -386,7 +386,7 @@ impl FileDriver {
         let at = span.offset();
         let size = self.size_now();
         if at >= size {
-            return Ok(Extent { len: span.len(), place: Where::Zero { at: None } });
+            return Ok(Extent { len: span.len(), place: Where::Zero { at: Some((SELF, at)) } });
         }
         let here = |len: u64, data: bool| {
             let place = if data {

@@ -380,11 +380,25 @@ impl Nbd {
         Ok(())
     }
 
+    /// Cuts off what lies beyond the end of the export: sizes of nodes are rounded up to a sector.
+    fn inside(&self, span: Span) -> Span {
+        span.prefix(self.size.saturating_sub(span.offset()))
+    }
+
     async fn read(&self, rt: &Rt, span: Span, to: &IoVec) -> Result<()> {
+        let inside = self.inside(span);
+        if inside.len() < span.len() {
+            let here = usize_of(inside.len());
+            to.slice(here, to.len() - here).fill(0);
+            if inside.is_empty() {
+                return Ok(());
+            }
+            return Box::pin(self.read(rt, inside, &to.slice(0, here))).await;
+        }
         let block = u64::from(self.min_block);
         if !self.fits(span) {
             // The server insists on whole blocks.
-            let wide = self.widen(span)?;
+            let wide = self.widen(span);
             let memory = Memory::zeroed(usize_of(wide.len()));
             self.read_blocks(rt, wide, &memory.iovec()).await?;
             debug_assert!(block > 1);
@@ -405,26 +419,37 @@ impl Nbd {
     }
 
     async fn write(&self, rt: &Rt, span: Span, from: &IoVec, fua: bool) -> Result<()> {
+        let inside = self.inside(span);
+        if inside.len() < span.len() {
+            let here = usize_of(inside.len());
+            if !from.slice(here, from.len() - here).is_zero() {
+                return Err(self.beyond_the_end());
+            }
+            if inside.is_empty() {
+                return Ok(());
+            }
+            return Box::pin(self.write(rt, inside, &from.slice(0, here), fua)).await;
+        }
         if self.fits(span) {
             // Whoever widens a write nearby must not put old data over these.
             let _guard = if self.min_block > 1 {
-                Some(self.line.unaligned.lock(self.widen(span)?).await)
+                Some(self.line.unaligned.lock(self.widen(span)).await)
             } else {
                 None
             };
             return self.write_blocks(rt, span, from, fua).await;
         }
-        let wide = self.widen(span)?;
+        let wide = self.widen(span);
         let _guard = self.line.unaligned.lock(wide).await;
         let memory = Memory::zeroed(usize_of(wide.len()));
         let all = memory.iovec();
         let block = u64::from(self.min_block);
         let first = wide.prefix(block);
-        let last = wide.skip(wide.len() - block);
-        self.read_blocks(rt, first, &all.slice(0, usize_of(block))).await?;
+        let last = Span::from_range((wide.end() - 1) / block * block, wide.end());
+        self.read_blocks(rt, first, &all.slice(0, usize_of(first.len()))).await?;
         if last.offset() != first.offset() {
             let at = usize_of(last.offset() - wide.offset());
-            self.read_blocks(rt, last, &all.slice(at, usize_of(block))).await?;
+            self.read_blocks(rt, last, &all.slice(at, usize_of(last.len()))).await?;
         }
         all.slice(usize_of(span.offset() - wide.offset()), from.len()).copy_from(from);
         self.write_blocks(rt, wide, &all, fua).await
@@ -441,7 +466,23 @@ impl Nbd {
         self.durable_otherwise(rt, fua).await
     }
 
+    /// The rest of the last sector reads as zeroes, and can be nothing else.
+    fn beyond_the_end(&self) -> Error {
+        Error::new(
+            ErrorKind::NoSpace,
+            format!(
+                "the NBD export ends at {}, within a sector of 512 bytes, and can't hold more",
+                self.size
+            ),
+        )
+        .remedy("let the server export a multiple of 512 bytes")
+    }
+
     async fn write_zeroes(&self, rt: &Rt, span: Span, flags: WriteFlags) -> Result<()> {
+        let span = self.inside(span);
+        if span.is_empty() {
+            return Ok(());
+        }
         let fua = flags.has(WriteFlags::FUA);
         let offered = self.offers(TransmissionFlags::SEND_WRITE_ZEROES);
         let fast = flags.has(WriteFlags::NO_FALLBACK);
@@ -453,7 +494,7 @@ impl Nbd {
         }
         if offered && self.fits(span) {
             let _guard = if self.min_block > 1 {
-                Some(self.line.unaligned.lock(self.widen(span)?).await)
+                Some(self.line.unaligned.lock(self.widen(span)).await)
             } else {
                 None
             };
@@ -479,6 +520,7 @@ impl Nbd {
             return Ok(());
         }
         // Parts of blocks are left alone.
+        let span = self.inside(span);
         let block = u64::from(self.min_block);
         let start = span.offset().next_multiple_of(block);
         let end = if span.end() == self.size { span.end() } else { span.end() / block * block };
@@ -521,17 +563,9 @@ impl Nbd {
                 && (span.end().is_multiple_of(block) || span.end() == self.size))
     }
 
-    /// The blocks that a span touches.
-    fn widen(&self, span: Span) -> Result<Span> {
-        let block = u64::from(self.min_block);
-        let wide = span.align_out(block);
-        if wide.end() > self.size {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "the NBD export ends with a part of a block, which its server does not let through",
-            ));
-        }
-        Ok(wide)
+    /// The blocks that a span touches, the last of them as far as the export reaches.
+    fn widen(&self, span: Span) -> Span {
+        self.inside(span.align_out(u64::from(self.min_block)))
     }
 
     /// Largest read or write, a multiple of the block size.
@@ -623,8 +657,16 @@ impl Driver for Nbd {
             if !self.status || span.is_empty() {
                 return Ok(data(span.len()));
             }
-            let asked = if self.fits(span) { span } else { self.widen(span)? };
-            let asked = asked.prefix(MAX_RANGE);
+            if span.offset() >= self.size {
+                return Ok(Extent { len: span.len(), place: Where::Zero { at: None } });
+            }
+            // Servers need not answer for a part of a block, not even for the last one.
+            let span = self.inside(span);
+            let end = self.size / u64::from(self.min_block) * u64::from(self.min_block);
+            if span.offset() >= end {
+                return Ok(data(span.len()));
+            }
+            let asked = self.widen(Span::from_range(span.offset(), span.end().min(end))).prefix(MAX_RANGE);
             let found = self.ask(cx.rt, Ask::status(asked)).await?;
             let Some(e) = found else { return Ok(data(span.len())) };
             // The answer begins where the question did, which may be before the span.

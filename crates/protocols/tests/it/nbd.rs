@@ -252,3 +252,48 @@ fn open_timeout_is_not_early() {
         assert!(waited >= std::time::Duration::from_secs(1), "{waited:?}");
     });
 }
+
+/// An export whose size is no multiple of a sector, or of its server's blocks: the rest of the last sector reads as
+/// zeroes and holds nothing else, and looking at the last part of a block asks the server for nothing that it refuses.
+#[test]
+fn the_end_of_an_export_lies_within_a_sector() {
+    run(async |rig| {
+        for (socket, args) in [
+            ("plain", &["memory", "1000100"][..]),
+            (
+                "blocks",
+                &[
+                    "--filter=blocksize-policy",
+                    "memory",
+                    "1000100",
+                    "blocksize-minimum=512",
+                    "blocksize-preferred=4096",
+                    "blocksize-maximum=1M",
+                    "blocksize-error-policy=error",
+                ],
+            ),
+        ] {
+            let _server = rig.nbdkit(socket, args).await;
+            let disk = rig.rw(rig.options(socket, "")).await.unwrap();
+            assert_eq!(disk.size(), 1_000_448);
+            let mut at = 0;
+            while at < disk.size() {
+                let (len, ..) = disk.status(at).await.unwrap();
+                assert!(len > 0);
+                at += len;
+            }
+            assert_eq!(disk.status(1_000_100).await.unwrap(), (348, true, false));
+            let beyond = disk.write(999_936, &[7; 512], WriteFlags::NONE).await.unwrap_err();
+            assert_eq!(beyond.kind(), ErrorKind::NoSpace);
+            if socket == "plain" {
+                let mut data = vec![7; 512];
+                data[164..].fill(0);
+                disk.write(999_936, &data, WriteFlags::NONE).await.unwrap();
+                assert!(disk.read(999_936, 512).await.unwrap() == data);
+                disk.write_zeroes(999_936, 512, WriteFlags::NONE).await.unwrap();
+                disk.discard(999_936, 512).await.unwrap();
+                assert_eq!(disk.read(999_936, 512).await.unwrap(), [0; 512]);
+            }
+        }
+    });
+}
