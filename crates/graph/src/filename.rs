@@ -74,7 +74,8 @@ fn plain_name(node: &Arc<Node>) -> Option<String> {
     let allowed: &[&str] = match node.driver.kind().class {
         Class::Protocol => return describe(node).filename,
         Class::Format => &["driver", "file"],
-        Class::Filter => return None,
+        // Most filters have no name but their options.
+        Class::Filter => return describe(node).filename,
     };
     let Value::Map(options) = &node.options else { return None };
     let says_more =
@@ -91,7 +92,8 @@ fn says_the_same(node: &Arc<Node>, option: &str) -> bool {
     option == "backing" && named == node.backing().map(node_filename)
 }
 
-fn is_use(name: &str) -> bool {
+/// Whether an option says how a node is used rather than what it is: a name needs no such options.
+pub fn is_use(name: &str) -> bool {
     USE_OPTIONS.contains(&name) || name.starts_with("x-")
 }
 

@@ -119,7 +119,7 @@ pub use driver::{
     Request, SELF, SnapshotInfo, Where, no_backing,
 };
 pub use epoch::{Epochs, Lease, Stamp};
-pub use filename::{node_filename, own_file};
+pub use filename::{is_use, node_filename, own_file};
 pub use io::{Access, Cx, Io, Read, Resize, Write, WriteUnchanged};
 pub use node::{ChildEdge, DetectZeroes, Graph, Node, NodeFlags, NodeState};
 pub use notice::{Notice, Notices};

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use clap::Parser;
 use dolmen::Session;
-use dolmen::graph::{Class, Description, Node, join};
+use dolmen::graph::{Class, Description, Node, join, own_file};
 use dolmen::qmp::json::from_value;
 use dolmen::session::READ;
 use dolmen::types::{ChildRole, Options, Result, Value};
@@ -199,7 +199,6 @@ pub(crate) fn describe(node: &Arc<Node>) -> Json {
         m.insert("snapshots".into(), list.into());
     }
     let name = filename(node, &d);
-    // The established tool counts in sectors.
     m.insert("virtual-size".into(), node.size().into());
     m.insert("filename".into(), name.as_str().into());
     if let Some(n) = d.cluster_size.filter(|n| *n > 0) {
@@ -216,7 +215,8 @@ pub(crate) fn describe(node: &Arc<Node>) -> Json {
         m.insert("format-specific".into(), from_value(v));
     }
     if let Some((backing, _)) = &d.backing {
-        let full = if name.starts_with("json:") { backing.clone() } else { join(&name, backing) };
+        // Beside the file, whatever filters are in between.
+        let full = join(&own_file(node), backing);
         m.insert("full-backing-filename".into(), full.into());
         m.insert("backing-filename".into(), backing.as_str().into());
     }
@@ -258,7 +258,8 @@ fn image_text(info: &Json, indent: &str, path: Option<&str>, o: &mut String) {
     };
     let size = number("virtual-size").unwrap_or(0);
     let size = format!("{} ({size} bytes)", units::size(size));
-    if path.is_some() {
+    // A child without children of its own is a file, or whatever holds the bytes; others are images.
+    if path.is_some() && info.get("children").and_then(Json::as_array).is_none_or(Vec::is_empty) {
         line(format!("filename: {}", text("filename")));
         line(format!("protocol type: {}", text("format")));
         line(format!("file length: {size}"));

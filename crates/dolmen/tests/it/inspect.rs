@@ -307,3 +307,24 @@ fn a_disk_has_one_size_where_it_is_no_multiple_of_a_sector() {
         }
     }
 }
+
+/// Through blkdebug the image had a json: name, and the actual path of its backing file was not beside it.
+#[test]
+fn info_through_blkdebug() {
+    let Some(b) = Bench::with_peers() else { return };
+    std::fs::create_dir(b.path("d")).expect("a directory");
+    b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "d/base.q", "4M"]);
+    b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "base.q", "-F", "qcow2", "d/top.q"]);
+    std::fs::write(b.path("rules"), "").expect("a file");
+    // How much space is taken is something that QEMU does not know there.
+    let same =
+        |s: &str| s.lines().filter(|l| !l.contains("disk size") && !l.contains("actual-size")).collect();
+    for image in ["blkdebug::d/top.q", "blkdebug:rules:d/top.q"] {
+        b.same("qemu-img", &["info", image], same);
+    }
+    let aligned = "driver=qcow2,file.driver=blkdebug,file.align=4096,file.image.driver=file,file.image.filename=d/top.q";
+    for tool in ["qemu-img", "ours/qemu-img"] {
+        let text = b.ok(tool, &["info", "--image-opts", aligned]);
+        assert!(text.contains("backing file: base.q (actual path: d/base.q)"), "{tool}: {text}");
+    }
+}

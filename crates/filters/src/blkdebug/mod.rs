@@ -26,8 +26,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use dolmen_graph::{
     AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits,
-    Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock, Request, Where,
-    own_status,
+    Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock, Request, Where, is_use,
+    node_filename, own_status,
 };
 use dolmen_rt::{IoVec, LocalFuture, Memory};
 use dolmen_types::{
@@ -624,7 +624,22 @@ impl Driver for BlkDebug {
         dolmen_graph::no_backing(cx)
     }
 
-    fn describe(&self, _: &Node) -> Description {
-        Description::default()
+    /// `blkdebug:CONFIG:FILE`, where that says it all.
+    fn describe(&self, node: &Node) -> Description {
+        let Value::Map(options) = &node.options else { return Description::default() };
+        let config = match options.iter().find(|(k, _)| k == "config") {
+            None => "",
+            Some((_, Value::Str(config))) => config,
+            Some(_) => return Description::default(),
+        };
+        let says_more =
+            options.iter().any(|(k, _)| !["driver", "image", "config"].contains(&k.as_str()) && !is_use(k));
+        let image = node.children.get(IMAGE).map(|c| node_filename(&c.node));
+        Description {
+            filename: image
+                .filter(|i| !says_more && !i.starts_with("json:"))
+                .map(|i| format!("blkdebug:{config}:{i}")),
+            ..Description::default()
+        }
     }
 }
