@@ -508,6 +508,18 @@ impl Draft {
         child: &str,
     ) -> Result<()> {
         let child = self.resolve(child)?;
+        self.link_exactly(parent, name, role, child)
+    }
+
+    /// [`Draft::link`] to exactly this node, whatever is interposed on it: for a link that was found out
+    /// before, and may lead below a filter on purpose.
+    pub(crate) fn link_exactly(
+        &mut self,
+        parent: &NodeName,
+        name: &'static str,
+        role: ChildRole,
+        child: NodeName,
+    ) -> Result<()> {
         if !self.has_node(parent) {
             return Err(no_such_node(parent));
         }

@@ -1,8 +1,8 @@
 //! The owner of the graph: the one place where a snapshot is replaced.
 //!
 //! Order of a commit: solve, prepare (both may fail and leave no trace), quiesce the
-//! users whose paths change, settle (flush what is about to be linked elsewhere; a
-//! failure resumes the old graph), publish, commit what was prepared, resume, retire
+//! users whose paths change, settle (flush what is about to be linked elsewhere, and what
+//! later flushes of its users won't reach; a failure resumes the old graph), publish, commit what was prepared, resume, retire
 //! (close the drivers of nodes that are gone). From "publish" on nothing can fail.
 //!
 //! The owner is not `Send`: one control task has it.
@@ -13,10 +13,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dolmen_rt::Rt;
-use dolmen_types::{Error, ErrorKind, NodeName, OpId, Result, ResultExt};
+use dolmen_types::{Actions, ChildRole, Error, ErrorKind, NodeName, OpId, Result, ResultExt};
 
 use crate::draft::State;
-use crate::{Class, Cx, Draft, Graph, Node, Notices, OpClaim, OpInfo, UserEdge};
+use crate::{AccessRule, ChildEdge, Class, Cx, Draft, Graph, Node, Notices, OpClaim, OpInfo, UserEdge};
 
 /// How long a drain may take before the command that asked for it fails.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
@@ -156,7 +156,8 @@ impl GraphOwner {
         let stopped: Vec<Arc<UserEdge>> =
             gone.iter().cloned().chain(moved.iter().map(|m| m.0.clone())).collect();
         let gates = Gates::close(&stopped);
-        self.quiesce_and_settle(&stopped, &built).await?;
+        let left = self.left_behind(&gone, &moved, &built);
+        self.quiesce_and_settle(&stopped, &built, &left).await?;
 
         // Publish. From here on nothing fails.
         let retired: Vec<Arc<Node>> = self
@@ -189,17 +190,74 @@ impl GraphOwner {
         Ok(self.current.clone())
     }
 
-    /// Waits for the requests in flight, then flushes what is about to be linked elsewhere;
-    /// both together within the deadline.
+    /// The nodes that hold what has been written and that later flushes do not reach, because a
+    /// flush ends at a backing file. What a flush of a user promises covers everything that the
+    /// user has written before, wherever it lies; so these nodes have to be durable before the
+    /// graph is published.
+    ///
+    /// They are those that lay on the way of a user's writes and are only read by it from now
+    /// on, and those that become a backing file and may hold writes of a user who is gone. A node
+    /// that its user does not even read any more is not among them: what was written to it lies
+    /// elsewhere now, and who brought it there (a job that replaces a node) has made it durable.
+    fn left_behind(
+        &self,
+        gone: &[Arc<UserEdge>],
+        moved: &[(Arc<UserEdge>, Arc<Node>, dolmen_types::Claim)],
+        built: &BTreeMap<NodeName, Arc<Node>>,
+    ) -> Vec<Arc<Node>> {
+        let writes = |e: &Arc<UserEdge>| e.claim().needs.intersects(Actions::V | Actions::M);
+        let mut left: Vec<Arc<Node>> = Vec::new();
+        let mut reached: Vec<Arc<Node>> = Vec::new();
+        for edge in self.current.users.iter().filter(|e| writes(e)) {
+            if gone.iter().any(|g| Arc::ptr_eq(g, edge)) {
+                continue;
+            }
+            match moved.iter().find(|m| Arc::ptr_eq(&m.0, edge)) {
+                None => reached.extend(flushed_with(&edge.node())),
+                Some((_, new, _)) => {
+                    let (old_way, new_way, read) =
+                        (flushed_with(&edge.node()), flushed_with(new), new.subtree());
+                    left.extend(old_way.into_iter().filter(|n| has(&read, n) && !has(&new_way, n)));
+                    reached.extend(new_way);
+                }
+            }
+        }
+        let was_below = below_overlays(self.current.nodes.iter());
+        let becomes = below_overlays(built.values()).into_iter();
+        left.extend(becomes.filter(|n| !has(&was_below, n) && !has(&reached, n)));
+        // Parents first, and nothing twice.
+        let mut out: Vec<Arc<Node>> = Vec::new();
+        let mut done: Vec<Arc<Node>> = Vec::new();
+        for node in self.current.nodes.iter().rev().filter(|n| has(&left, n)) {
+            if !has(&done, node) && !node.flags.read_only && !node.flags.inactive {
+                done.extend(flushed_with(node));
+                out.push(node.clone());
+            }
+        }
+        out
+    }
+
+    /// Waits for the requests in flight, then flushes what is left behind or about to be linked
+    /// elsewhere; all of it within the deadline.
     async fn quiesce_and_settle(
         &self,
         stopped: &[Arc<UserEdge>],
         built: &BTreeMap<NodeName, Arc<Node>>,
+        left: &[Arc<Node>],
     ) -> Result<()> {
         let flushing: RefCell<Option<NodeName>> = RefCell::new(None);
         let done = async {
             for e in stopped {
                 e.drained().await;
+            }
+            for node in left {
+                flushing.replace(Some(node.name.clone()));
+                crate::io::submit(node, &self.rt, crate::Op::Flush).await.context(|| {
+                    format!(
+                        "node '{}' must be flushed before it becomes a backing file: later flushes end above it",
+                        node.name
+                    )
+                })?;
             }
             // Nodes that existed and whose links or options change write out what they hold,
             // so that every crash point is right in the old graph and in the new one.
@@ -298,6 +356,33 @@ impl Drop for Gates<'_> {
     fn drop(&mut self) {
         self.0.iter().for_each(|e| e.open_gate());
     }
+}
+
+/// The nodes that a flush of `node` makes durable: those that hold what is written to it. It ends at backing
+/// files, which nobody writes through an overlay, and at targets, whose durability is the business of who copies.
+fn flushed_with(node: &Arc<Node>) -> Vec<Arc<Node>> {
+    let mut out: Vec<Arc<Node>> = Vec::new();
+    let mut todo = vec![node.clone()];
+    while let Some(n) = todo.pop() {
+        if !has(&out, &n) {
+            // A flush of a view of the past does nothing.
+            let ends = n.driver.access_rule() == AccessRule::SnapshotAccess;
+            let holds = |c: &&ChildEdge| !ends && !matches!(c.role, ChildRole::Backing | ChildRole::Target);
+            todo.extend(n.children.iter().filter(holds).map(|c| c.node.clone()));
+            out.push(n);
+        }
+    }
+    out
+}
+
+/// The nodes that hold the data of backing files.
+fn below_overlays<'a>(nodes: impl Iterator<Item = &'a Arc<Node>>) -> Vec<Arc<Node>> {
+    nodes.filter_map(|n| n.backing()).flat_map(flushed_with).collect()
+}
+
+/// Whether the node is among these, whatever its links were then.
+fn has(nodes: &[Arc<Node>], node: &Node) -> bool {
+    nodes.iter().any(|n| Arc::ptr_eq(&n.state, &node.state))
 }
 
 fn in_flight(edge: &Arc<UserEdge>) -> String {

@@ -126,7 +126,10 @@ impl Draft {
     /// `NotFound`.
     pub fn set_backing_link(&mut self, parent: &NodeName, child: Option<&str>) -> Result<()> {
         match child {
-            Some(child) => self.link(parent, "backing", ChildRole::Backing, child),
+            Some(child) => {
+                let child = self.state.node(child).ok_or_else(|| no_such_node(child))?.def.name.clone();
+                self.link_exactly(parent, "backing", ChildRole::Backing, child)
+            }
             None => {
                 self.unlink(parent, "backing");
                 Ok(())
@@ -457,18 +460,21 @@ impl NodeOpener<'_> {
                 .remedy("use blockdev-set-active"));
         }
 
-        let mut links = Vec::new();
-        for child in parsed.children {
+        // A node that nobody named follows in its options, never in its links: what it was
+        // defined with may be long past (a snapshot has linked its backing file since).
+        let children = match cause {
+            Cause::Asked => parsed.children,
+            Cause::Follows => Vec::new(),
+        };
+        let mut links = match cause {
+            Cause::Asked => Vec::new(),
+            Cause::Follows => self.keep_links(draft, &name, &common, parsed.rule, out).await?,
+        };
+        for child in children {
             let now = draft.child(&name, child.name).cloned();
             let beneath = below(&common, parsed.rule, child.role, 0);
             let to = match child.def {
                 ChildDef::None => None,
-                ChildDef::FromImage if cause == Cause::Follows => {
-                    if let Some(now) = &now {
-                        self.follow(draft, now, beneath, out).await?;
-                    }
-                    now.clone()
-                }
                 ChildDef::FromImage => {
                     if now.is_some() || (child.role == ChildRole::Backing && image_backing.is_some()) {
                         return Err(Error::new(
@@ -514,6 +520,24 @@ impl NodeOpener<'_> {
             relies_down_to: parsed.relies_down_to,
         });
         Ok(())
+    }
+
+    /// The links of a node as they are; its children follow in turn.
+    async fn keep_links(
+        &self,
+        draft: &mut Draft,
+        name: &NodeName,
+        common: &Common,
+        rule: AccessRule,
+        out: &mut Vec<Renewal>,
+    ) -> Result<Vec<Link>> {
+        let children = draft.state.node(name).map(|n| n.children.clone()).unwrap_or_default();
+        let mut links = Vec::with_capacity(children.len());
+        for c in children {
+            self.follow(draft, &c.node, below(common, rule, c.role, 0), out).await?;
+            links.push(Link { name: c.name, role: c.role, to: Some(c.node) });
+        }
+        Ok(links)
     }
 
     /// Lets a child that was defined inside its parent have the parent's options where its
@@ -563,8 +587,8 @@ impl NodeOpener<'_> {
         }
         for r in &renewals {
             for link in &r.links {
-                if let Some(to) = &link.to {
-                    draft.link(&r.name, link.name, link.role, to)?;
+                if let Some(to) = link.to.clone() {
+                    draft.link_exactly(&r.name, link.name, link.role, to)?;
                 }
             }
         }

@@ -8,6 +8,7 @@ mod backup;
 mod clients;
 mod create;
 mod damage;
+mod durable;
 mod events;
 mod graph_changes;
 mod handover;

@@ -730,3 +730,107 @@ fn a_node_that_ends_in_a_block_is_written_by_those_who_may_resize_it() {
         d.solve().unwrap();
     });
 }
+
+/// Two images `top` and `ov`, with `top` over nothing, an export that writes `top`, and the probes below them.
+async fn two_images(rt: &Rt) -> (GraphOwner, Log, Arc<Hooks>) {
+    let log = Log::default();
+    let mut owner = GraphOwner::new(rt.clone());
+    let mut d = owner.draft();
+    let top = add_probe(&mut d, "t", &log);
+    add_probe(&mut d, "o", &log);
+    for (image, file) in [("top", "t"), ("ov", "o")] {
+        let format = StandIn::new(&op::FORMAT, AccessRule::Format);
+        op::add(&mut d, image, format, None, &[("file", ChildRole::Metadata, file)]).unwrap();
+    }
+    op::export(&mut d, "e", "top", true).unwrap();
+    owner.commit(d).await.unwrap();
+    log.take();
+    (owner, log, top)
+}
+
+fn flushes(log: &Log) -> Vec<String> {
+    log.take().into_iter().filter(|l| l.starts_with("flush")).collect()
+}
+
+/// What a client had written, and was told was written, was lost when a snapshot came between the write and the
+/// flush: the snapshot moved the client to the overlay, whose flush ends at its backing file, and the node below,
+/// which had the data in memory, had got no other links, so that nothing flushed it.
+#[test]
+fn what_later_flushes_do_not_reach_is_durable_before_the_graph_changes() {
+    Sim::run(1, |rt| async move {
+        let (mut owner, log, _) = two_images(&rt).await;
+        let snapshot = |owner: &GraphOwner| {
+            let mut d = owner.draft();
+            d.replace("top", "ov").unwrap();
+            d.set_backing_link(&name("ov"), Some("top")).unwrap();
+            d
+        };
+        owner.commit(snapshot(&owner)).await.unwrap();
+        assert_eq!(
+            flushes(&log),
+            ["flush t", "flush o"],
+            "top is left behind, and the overlay has another child"
+        );
+        assert_eq!(edge(&owner, "e").node().name.as_str(), "ov");
+
+        // What writes go through and what flushes reach stays the same: nothing to be done.
+        let mut d = owner.draft();
+        add_filter(&mut d, "f", "ov");
+        d.replace("ov", "f").unwrap();
+        owner.commit(d).await.unwrap();
+        assert_eq!(flushes(&log), [""; 0]);
+    });
+}
+
+#[test]
+fn an_image_that_can_not_be_made_durable_does_not_become_a_backing_file() {
+    Sim::run(1, |rt| async move {
+        let (mut owner, log, top) = two_images(&rt).await;
+        let before = owner.graph().clone();
+        top.fail_flush.store(true, SeqCst);
+        let mut d = owner.draft();
+        d.replace("top", "ov").unwrap();
+        d.set_backing_link(&name("ov"), Some("top")).unwrap();
+        let e = owner.commit(d).await.unwrap_err();
+        assert!(e.to_string().contains("flush failed"), "{e:?}");
+        assert!(Arc::ptr_eq(owner.graph(), &before));
+        assert_eq!(edge(&owner, "e").node().name.as_str(), "top");
+        assert!(flushes(&log).contains(&"flush t".to_owned()));
+    });
+}
+
+/// The writer is gone, and what it wrote is still in memory: whoever comes to the overlay finds it, and
+/// relies on it being there for good.
+#[test]
+fn what_somebody_wrote_who_is_gone_is_durable_below_an_overlay() {
+    Sim::run(1, |rt| async move {
+        let (mut owner, log, _) = two_images(&rt).await;
+        let mut d = owner.draft();
+        d.remove_op(&OpId::internal("e"));
+        d.set_backing_link(&name("ov"), Some("top")).unwrap();
+        owner.commit(d).await.unwrap();
+        assert!(flushes(&log).contains(&"flush t".to_owned()));
+
+        // A user that goes on writing to it flushes it itself.
+        let (mut owner, log, _) = two_images(&rt).await;
+        let mut d = owner.draft();
+        d.set_backing_link(&name("ov"), Some("top")).unwrap();
+        owner.commit(d).await.unwrap();
+        assert_eq!(flushes(&log), ["flush o"]);
+    });
+}
+
+/// A job has brought everything to another node, and made it durable there: the old one is
+/// none of the client's business any more, so its dying disk must not keep the client on it.
+#[test]
+fn a_node_that_was_replaced_is_not_flushed() {
+    Sim::run(1, |rt| async move {
+        let (mut owner, log, top) = two_images(&rt).await;
+        top.fail_flush.store(true, SeqCst);
+        let mut d = owner.draft();
+        d.replace("top", "ov").unwrap();
+        owner.commit(d).await.unwrap();
+        assert_eq!(flushes(&log), [""; 0]);
+        assert_eq!(edge(&owner, "e").node().name.as_str(), "ov");
+    });
+}

@@ -5,16 +5,17 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use dolmen_graph::{
-    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, GraphOwner,
-    Implicit, ImplicitChild, Limits, MAX_CHAIN, Node, NodeChange, NodeOpener, Op, OpenCx, OpenPolicy, Opened,
-    Opener, Parsed, Plan, Prepared, Registry, Request, protocol_name,
+    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Graph,
+    GraphOwner, Implicit, ImplicitChild, Limits, MAX_CHAIN, Node, NodeChange, NodeOpener, Op, OpenCx,
+    OpenPolicy, Opened, Opener, Parsed, Plan, Prepared, Registry, Request, protocol_name,
 };
-use dolmen_rt::LocalFuture;
+use dolmen_rt::{LocalFuture, Rt};
 use dolmen_sim::stand_in::{FORMAT, RAW, StandIn};
 use dolmen_sim::{Image, MemoryDisk, Sim};
 use dolmen_types::{
     BlkEvent, ChildRole, Error, ErrorKind, NodeName, OptionSpec, OptionType, Options, Result, Span, Value,
 };
+use proptest::prelude::*;
 
 thread_local! {
     /// The file system of a test: each test has its own thread.
@@ -477,4 +478,117 @@ fn a_node_named_twice_is_refused() {
         assert_eq!(opener.open(&mut draft, bad, true).await.unwrap_err().kind(), ErrorKind::InvalidInput);
         assert_eq!(draft.node_names().filter(|n| **n == NodeName::internal("n")).count(), 1);
     });
+}
+
+/// How a node of a random graph is defined: with children inside it, or by name.
+#[derive(Clone, Debug)]
+enum Shape {
+    Image { backing: Option<Box<Shape>>, named: bool },
+    Filter { below: Box<Shape>, named: bool },
+}
+
+fn shapes() -> impl Strategy<Value = Shape> {
+    let image = any::<bool>().prop_map(|named| Shape::Image { backing: None, named });
+    image.prop_recursive(5, 12, 1, |inner| {
+        let with = (inner, any::<bool>(), any::<bool>());
+        with.prop_map(|(below, named, filter)| {
+            let below = Box::new(below);
+            if filter { Shape::Filter { below, named } } else { Shape::Image { backing: Some(below), named } }
+        })
+    })
+}
+
+impl Shape {
+    /// The options that define it; what is named gets a name that nobody has yet.
+    fn options(&self, next: &mut u32) -> Options {
+        *next += 1;
+        let (mut o, named) = match self {
+            Shape::Image { backing, named } => {
+                let backing = backing.as_ref().map_or(Value::Null, |b| b.options(next).into_value());
+                (fmt("/d/image").with("backing", backing), named)
+            }
+            Shape::Filter { below, named } => {
+                (Options::new().with("driver", "raw").with("file", below.options(next).into_value()), named)
+            }
+        };
+        if *named {
+            o.set("node-name", format!("n{next}"));
+            *next += 1;
+        }
+        o
+    }
+}
+
+/// The links of all nodes.
+fn links(graph: &Graph) -> BTreeMap<String, Vec<(&'static str, String)>> {
+    let of = |n: &Node| n.children.iter().map(|c| (c.name, c.node.name.to_string())).collect();
+    graph.nodes.iter().map(|n| (n.name.to_string(), of(n))).collect()
+}
+
+/// Some chains, defined in any way and then stacked as snapshots do it; then every node in turn is reopened with
+/// the children that it has.
+async fn stack_and_reopen(rt: &Rt, chains: Vec<Shape>, order: Vec<(usize, bool, bool)>) -> Result<()> {
+    let mut owner = GraphOwner::new(rt.clone());
+    let policy = policy(Implicit::Deny, false);
+    let opener = NodeOpener { registry: REGISTRY, policy, names: protocol_name, rt };
+    let mut draft = owner.draft();
+    let mut next = 0;
+    let mut below: Option<NodeName> = None;
+    for shape in chains {
+        // The top of each chain is an image that nothing lies under yet.
+        let file = file("/d/image").into_value();
+        let top = Options::new().with("driver", "fmt").with("file", file).with("backing", Value::Null);
+        let top = opener.open(&mut draft, top, false).await?;
+        let low = opener.open(&mut draft, shape.options(&mut next), false).await?;
+        draft.set_backing_link(&top, Some(low.as_str()))?;
+        if let Some(below) = below {
+            let mut lowest = draft.images(&low).pop().expect("a chain ends in an image");
+            lowest = draft.content(&lowest);
+            draft.set_backing_link(&lowest, Some(below.as_str()))?;
+        }
+        below = Some(top);
+    }
+    owner.commit(draft).await?;
+
+    for (which, read_only, direct) in order {
+        let graph = owner.graph().clone();
+        let node = &graph.nodes[which % graph.nodes.len()];
+        if node.children.is_empty() {
+            continue;
+        }
+        let cache = Options::new().with("direct", direct).into_value();
+        let mut o =
+            Options::new().with("driver", node.driver.kind().name).with("node-name", node.name.as_str());
+        o = o.with("read-only", read_only).with("cache", cache);
+        if node.driver.kind().name == "qcow2" {
+            o = o.with("driver", "fmt").with("backing", Value::Null);
+        }
+        for c in &node.children {
+            o.set(c.name, c.node.name.as_str());
+        }
+        let before = links(&graph);
+        let mut draft = owner.draft();
+        let op = draft.add_command("reopen", String::new());
+        opener.reopen(&mut draft, &op, vec![o]).await?;
+        draft.remove_op(&op);
+        owner.commit(draft).await?;
+        assert_eq!(links(owner.graph()), before, "after '{}' was reopened", node.name);
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    /// A snapshot had linked the backing file of an image that was defined with `backing: null`. When the image above
+    /// was reopened with other flags, it followed - and was linked as it had been defined, to nothing: the guest read
+    /// zeroes, and copied them up for good.
+    #[test]
+    fn a_node_that_a_reopen_does_not_name_keeps_its_links(
+        chains in prop::collection::vec(shapes(), 1..4),
+        order in prop::collection::vec((0..64usize, any::<bool>(), any::<bool>()), 1..8),
+    ) {
+        write_file("/d/image", &image(None));
+        Sim::run(1, |rt| async move { stack_and_reopen(&rt, chains, order).await }).unwrap();
+    }
 }
