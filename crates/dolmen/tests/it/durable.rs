@@ -33,8 +33,8 @@ fn scene(b: &Bench, below: &str, over: Option<&str>) -> (Daemon, Monitor, Client
     (d, m, client)
 }
 
-/// A client's write was acknowledged, a snapshot was made, the client's flush was acknowledged, the daemon was killed
-/// - and the write was gone, because the flush reached the overlay only, and the tables of the image below were still
+/// A client's write was acknowledged, a snapshot was made, the client's flush was acknowledged, the daemon was killed,
+/// and the write was gone, because the flush reached the overlay only, and the tables of the image below were still
 /// in memory.
 #[test]
 fn a_flush_covers_what_was_written_before_a_snapshot() {
@@ -88,7 +88,7 @@ fn a_flush_covers_what_was_written_before_a_snapshot() {
 }
 
 /// `s` had been made and linked by `blockdev-snapshot-sync`, so its definition names no backing file. When the
-/// overlay above was reopened with other flags, `s` followed it - and lost its link: the guest read zeroes.
+/// overlay above was reopened with other flags, `s` followed it, and lost its link: the guest read zeroes.
 #[test]
 fn a_node_that_a_reopen_does_not_name_keeps_its_backing_file() {
     let b = Bench::new();
