@@ -7,7 +7,12 @@
 //! previous one has no lease left, so what was freed in epoch `e` is free of leases
 //! once the epoch is `e + 2`.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+
+use dolmen_rt::{Guard, Hold};
+
+use crate::NodeState;
 
 /// The lease counters of one node.
 #[derive(Debug, Default)]
@@ -19,19 +24,55 @@ pub struct Epochs {
 /// A held lease; dropping it ends it.
 #[derive(Debug)]
 pub struct Lease<'a> {
-    slot: &'a AtomicU64,
+    state: &'a Arc<NodeState>,
+    /// `None` once it has been left to somebody else.
+    slot: Option<u8>,
 }
 
-impl Lease<'_> {
-    /// Never ends the lease: what it protects is not reused as long as the node is open.
-    pub(crate) fn keep(self) {
-        let _ = std::mem::ManuallyDrop::new(self);
+impl<'a> Lease<'a> {
+    #[inline]
+    pub(crate) fn new(state: &'a Arc<NodeState>) -> Lease<'a> {
+        Lease { state, slot: Some(state.epochs.enter()) }
+    }
+
+    /// The same lease, for longer than the request.
+    pub(crate) fn keep(mut self) -> KeptLease {
+        self.take()
+    }
+
+    fn take(&mut self) -> KeptLease {
+        KeptLease { state: self.state.clone(), slot: self.slot.take() }
     }
 }
 
 impl Drop for Lease<'_> {
+    #[inline]
     fn drop(&mut self) {
-        self.slot.fetch_sub(1, SeqCst);
+        if let Some(slot) = self.slot {
+            self.state.epochs.leave(slot);
+        }
+    }
+}
+
+/// What a request was told may still be used by what it left in flight.
+impl Hold for Lease<'_> {
+    fn leave(&mut self) -> Guard {
+        Arc::new(self.take())
+    }
+}
+
+/// A lease of a request that was given up: ends with its last operation.
+#[derive(Debug)]
+pub(crate) struct KeptLease {
+    state: Arc<NodeState>,
+    slot: Option<u8>,
+}
+
+impl Drop for KeptLease {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot {
+            self.state.epochs.leave(slot);
+        }
     }
 }
 
@@ -40,19 +81,24 @@ impl Drop for Lease<'_> {
 pub struct Stamp(u64);
 
 impl Epochs {
-    /// Takes a lease. Must happen *before* the plan is made.
-    pub fn enter(&self) -> Lease<'_> {
+    /// Counts a lease. Must happen *before* the plan is made.
+    fn enter(&self) -> u8 {
         loop {
             let epoch = self.current.load(SeqCst);
-            let slot = &self.leases[(epoch & 1) as usize];
-            slot.fetch_add(1, SeqCst);
+            let slot = (epoch & 1) as u8;
+            self.leases[usize::from(slot)].fetch_add(1, SeqCst);
             // An advance between the load and the add could have taken our slot for
             // drained; then the lease is not counted where `over` looks.
             if self.current.load(SeqCst) == epoch {
-                return Lease { slot };
+                return slot;
             }
-            slot.fetch_sub(1, SeqCst);
+            self.leave(slot);
         }
+    }
+
+    /// Ends a lease.
+    fn leave(&self, slot: u8) {
+        self.leases[usize::from(slot)].fetch_sub(1, SeqCst);
     }
 
     /// The stamp for something freed now (after its mapping is gone from memory).
@@ -83,11 +129,12 @@ mod tests {
 
     #[test]
     fn nothing_is_over_while_its_lease_lives() {
-        let e = Epochs::default();
-        let old = e.enter();
+        let node = Arc::new(NodeState::default());
+        let e = &node.epochs;
+        let old = node.lease();
         let freed = e.stamp();
         assert!(!e.over(freed));
-        let newer = e.enter();
+        let newer = node.lease();
         assert!(!e.over(freed));
         drop(old);
         // `newer` was taken after one advance at most; it does not hold up `freed`
@@ -99,24 +146,26 @@ mod tests {
     }
 
     #[test]
-    fn a_kept_lease_never_ends() {
-        let e = Epochs::default();
-        let freed = {
-            let lease = e.enter();
-            let freed = e.stamp();
-            lease.keep();
-            freed
+    fn a_kept_lease_ends_later() {
+        let node = Arc::new(NodeState::default());
+        let (kept, freed) = {
+            let lease = node.lease();
+            let freed = node.epochs.stamp();
+            (lease.keep(), freed)
         };
-        assert!(!e.over(freed));
+        assert!(!node.epochs.over(freed));
+        drop(kept);
+        assert!(node.epochs.over(freed));
     }
 
     #[test]
     fn new_leases_do_not_starve_old_stamps() {
-        let e = Epochs::default();
+        let node = Arc::new(NodeState::default());
+        let e = &node.epochs;
         let freed = e.stamp();
-        let mut held = e.enter();
+        let mut held = node.lease();
         for _ in 0..4 {
-            let next = e.enter();
+            let next = node.lease();
             held = next;
             e.over(freed);
         }

@@ -6,15 +6,16 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::sync::Arc;
 
-use dolmen_rt::{IoVec, Lane, Rt};
+use dolmen_rt::{IoVec, Lane, Rt, carry};
 use dolmen_types::{
-    Actions, BlkEvent, ChildRole, Claim, Error, ErrorKind, OpKind, ReadFlags, Result, Span, WriteFlags,
+    Actions, BlkEvent, ChildRole, Claim, Error, ErrorKind, ReadFlags, Result, Span, WriteFlags,
 };
-use smallvec::SmallVec;
 
 use crate::count::Place;
-use crate::{ChildEdge, DetectZeroes, Driver, Extent, Lease, Node, Op, Plan, Prealloc, Request};
+use crate::late::{Leases, UnderWay, changes};
+use crate::{ChildEdge, DetectZeroes, Driver, Extent, Node, Op, Plan, Prealloc, Request, UserEdge};
 
 /// What a driver gets to work with: its node in the request's snapshot, and the runtime.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +58,7 @@ impl<'a> Cx<'a> {
                 format!("child '{}' of node '{}' is not its backing child", edge.name, self.node.name),
             ));
         }
-        Ok(Io { node: &edge.node, rt: self.rt, access: PhantomData })
+        Ok(Io { node: &edge.node, rt: self.rt, user: None, access: PhantomData })
     }
 
     /// Read access to a target child, for a filter that gives back what it has saved there. The
@@ -75,7 +76,7 @@ impl<'a> Cx<'a> {
             ));
         }
         let _may_write: Io<'a, Write> = Io::on_edge(edge, self.rt)?;
-        Ok(Io { node: &edge.node, rt: self.rt, access: PhantomData })
+        Ok(Io { node: &edge.node, rt: self.rt, user: None, access: PhantomData })
     }
 
     /// Access for writes that readers can't see.
@@ -104,7 +105,7 @@ impl<'a> Cx<'a> {
         if !edge.claim.needs.contains(needs) {
             return Err(not_granted(&edge.node, needs));
         }
-        submit(&edge.node, self.rt, op).await
+        submit(&edge.node, self.rt, op, None).await
     }
 
     fn edge(&self, child: usize) -> Result<&'a ChildEdge> {
@@ -178,6 +179,8 @@ access! {
 pub struct Io<'g, A> {
     node: &'g Node,
     rt: &'g Rt,
+    /// Whose requests they are, where they enter the graph.
+    user: Option<&'g Arc<UserEdge>>,
     access: PhantomData<fn() -> A>,
 }
 
@@ -201,17 +204,22 @@ impl<'g, A: Access> Io<'g, A> {
 
     pub(crate) fn granted(node: &'g Node, claim: Claim, rt: &'g Rt) -> Result<Self> {
         if A::ANY_OF.iter().any(|a| claim.needs.contains(*a)) {
-            Ok(Io { node, rt, access: PhantomData })
+            Ok(Io { node, rt, user: None, access: PhantomData })
         } else {
             Err(not_granted(node, A::ANY_OF[0]))
         }
+    }
+
+    /// The same for requests of a user: they count on the edge as long as anything of them is in flight.
+    pub(crate) fn of_user(self, user: &'g Arc<UserEdge>) -> Self {
+        Io { user: Some(user), ..self }
     }
 }
 
 impl<'g> Io<'g, Read> {
     /// For finding out the format of a file that nobody is attached to yet.
     pub(crate) fn for_probing(node: &'g Node, rt: &'g Rt) -> Self {
-        Io { node, rt, access: PhantomData }
+        Io { node, rt, user: None, access: PhantomData }
     }
 }
 
@@ -236,7 +244,7 @@ impl<'g, A> Io<'g, A> {
     /// # Errors
     /// What the storage says. After an error, earlier writes may or may not be durable.
     pub async fn flush(&self) -> Result<()> {
-        submit(self.node, self.rt, Op::Flush).await
+        submit(self.node, self.rt, Op::Flush, self.user).await
     }
 
     /// Where the start of `span` lives, from the view of the node alone.
@@ -267,7 +275,7 @@ impl Io<'_, Read> {
     /// When `to` is not as long as the span.
     pub async fn read(&self, span: Span, to: &IoVec, flags: ReadFlags) -> Result<()> {
         assert_eq!(span.len(), to.len() as u64, "buffer and span differ");
-        submit(self.node, self.rt, Op::Read { span, to, flags }).await
+        submit(self.node, self.rt, Op::Read { span, to, flags }, self.user).await
     }
 
     /// Reads into a slice, for metadata.
@@ -295,7 +303,7 @@ macro_rules! writes {
             /// When `from` is not as long as the span.
             pub async fn write(&self, span: Span, from: &IoVec, flags: WriteFlags) -> Result<()> {
                 assert_eq!(span.len(), from.len() as u64, "buffer and span differ");
-                submit(self.node, self.rt, Op::Write { span, from, flags: flags | $flag }).await
+                submit(self.node, self.rt, Op::Write { span, from, flags: flags | $flag }, self.user).await
             }
 
             /// Stores bytes, for metadata.
@@ -313,7 +321,7 @@ macro_rules! writes {
             /// What the storage says; `Unsupported` with `NO_FALLBACK` when zeroes would
             /// have to be written as data.
             pub async fn write_zeroes(&self, span: Span, flags: WriteFlags) -> Result<()> {
-                submit(self.node, self.rt, Op::WriteZeroes { span, flags: flags | $flag }).await
+                submit(self.node, self.rt, Op::WriteZeroes { span, flags: flags | $flag }, self.user).await
             }
 
             /// Gives the space of `span` back, as far as that is possible.
@@ -321,7 +329,7 @@ macro_rules! writes {
             /// # Errors
             /// What the storage says.
             pub async fn discard(&self, span: Span, flags: WriteFlags) -> Result<()> {
-                submit(self.node, self.rt, Op::Discard { span, flags: flags | $flag }).await
+                submit(self.node, self.rt, Op::Discard { span, flags: flags | $flag }, self.user).await
             }
         }
     };
@@ -335,30 +343,7 @@ impl Io<'_, Resize> {
     /// # Errors
     /// What the storage says; the old size then still holds.
     pub async fn resize(&self, size: u64, prealloc: Prealloc) -> Result<()> {
-        submit(self.node, self.rt, Op::Resize { size, prealloc }).await
-    }
-}
-
-/// Leases of the mapping nodes on the path of one piece of a request. Few chains map
-/// more than four times before they reach a leaf.
-type Leases<'g> = SmallVec<[Lease<'g>; 4]>;
-
-/// The leases of a piece that is under way.
-///
-/// A request whose future is dropped may still reach the disk: the kernel has its memory.
-/// A write that comes late must not land on a place that belongs to somebody else by
-/// then, and nobody is left who could say when it has landed. So its leases are kept,
-/// and what they protect is given back only when the node is closed.
-struct UnderWay<'g> {
-    leases: Leases<'g>,
-    writes: bool,
-}
-
-impl Drop for UnderWay<'_> {
-    fn drop(&mut self) {
-        if self.writes {
-            self.leases.drain(..).for_each(Lease::keep);
-        }
+        submit(self.node, self.rt, Op::Resize { size, prealloc }, self.user).await
     }
 }
 
@@ -415,7 +400,7 @@ fn walk<'g>(
         depth += 1;
         node = node.answering();
         // The lease must be taken before the plan is made.
-        let lease = node.maps.then(|| node.state.epochs.enter());
+        let lease = node.maps.then(|| node.state.lease());
         let mut plan = node.driver.plan(node, request, span);
         if plan.covers(span) < span.len() {
             visits.known = depth;
@@ -510,17 +495,18 @@ impl Node {
 /// Sends an operation to a node. Spans longer than one plan covers are done piece by
 /// piece; pieces are a property of the mapping, so a request that maps to one place
 /// waits exactly once.
-pub(crate) async fn submit(node: &Node, rt: &Rt, op: Op<'_>) -> Result<()> {
+pub(crate) async fn submit(node: &Node, rt: &Rt, op: Op<'_>, user: Option<&Arc<UserEdge>>) -> Result<()> {
     match op {
         Op::Read { span, to, flags } => {
-            pieces(node, rt, Request::Read(flags), span, None, |piece, done, request| match request {
+            pieces(node, rt, user, Request::Read(flags), span, None, |piece, done, request| match request {
                 Request::Read(flags) => Piece::Read { piece, at: done, whole: to, flags },
                 _ => unreachable!("the walk keeps the kind"),
             })
             .await
         }
         Op::Write { span, from, flags } => {
-            pieces(node, rt, Request::Write(flags), span, Some(from), |piece, done, request| match request {
+            let data = Some(from);
+            pieces(node, rt, user, Request::Write(flags), span, data, |piece, done, request| match request {
                 Request::Write(flags) => Piece::Write { piece, at: done, whole: from, flags },
                 // Zeroes that were detected on the way.
                 Request::WriteZeroes(_) => Piece::NoData { piece, request },
@@ -529,22 +515,35 @@ pub(crate) async fn submit(node: &Node, rt: &Rt, op: Op<'_>) -> Result<()> {
             .await
         }
         Op::WriteZeroes { span, .. } | Op::Discard { span, .. } => {
-            pieces(node, rt, op.request(), span, None, |piece, _, request| Piece::NoData { piece, request })
-                .await
+            let make = |piece, _, request| Piece::NoData { piece, request };
+            pieces(node, rt, user, op.request(), span, None, make).await
         }
-        Op::Flush | Op::Resize { .. } => {
-            let mut leases = Leases::new();
-            let mut visits = Visits { at: Place::of(rt.lane(), op.kind()), known: 0 };
-            match walk(node, op.request(), Span::new(0, 0), None, &mut leases, &mut visits) {
-                Step::Zeroes { .. } | Step::Done { .. } => Ok(()),
-                Step::Run { node: slow, .. } => {
-                    let ran = slow.driver.run(Cx { node: slow, rt }, op).await;
-                    if ran.is_err() {
-                        blame(node, op.request(), Span::new(0, 0), slow, rt.lane());
-                    }
-                    ran
-                }
+        Op::Flush | Op::Resize { .. } => whole(node, rt, user, op).await,
+    }
+}
+
+/// Closes a driver. What it leaves in flight, should the future be dropped, counts on its node.
+pub(crate) async fn close(node: &Node, rt: &Rt) -> Result<()> {
+    let held = UnderWay { leases: Leases::new(), user: None, node, changes: Span::new(0, 0) };
+    carry(node.driver.close(Cx { node, rt }), held).await
+}
+
+/// An operation without a span.
+async fn whole(node: &Node, rt: &Rt, user: Option<&Arc<UserEdge>>, op: Op<'_>) -> Result<()> {
+    let mut leases = Leases::new();
+    let mut visits = Visits { at: Place::of(rt.lane(), op.kind()), known: 0 };
+    match walk(node, op.request(), Span::new(0, 0), None, &mut leases, &mut visits) {
+        Step::Zeroes { .. } | Step::Done { .. } => Ok(()),
+        Step::Run { node: slow, .. } => {
+            let size = if let Op::Resize { size, .. } = op { size } else { 0 };
+            let changes = changes(slow, op.kind(), Span::new(0, size.min(Span::MAX_END)));
+            let held = UnderWay { leases, user, node: slow, changes };
+            held.begin().await;
+            let ran = carry(slow.driver.run(Cx { node: slow, rt }, op), held).await;
+            if ran.is_err() {
+                blame(node, op.request(), Span::new(0, 0), slow, rt.lane());
             }
+            ran
         }
     }
 }
@@ -559,6 +558,7 @@ enum Piece<'a> {
 async fn pieces<'a>(
     node: &Node,
     rt: &Rt,
+    user: Option<&Arc<UserEdge>>,
     request: Request,
     span: Span,
     data: Option<&'a IoVec>,
@@ -567,10 +567,10 @@ async fn pieces<'a>(
     let mut rest = span;
     let mut visits = Visits { at: Place::of(rt.lane(), request.kind()), known: 0 };
     while !rest.is_empty() {
-        let mut held = UnderWay { leases: Leases::new(), writes: false };
+        let mut leases = Leases::new();
         let done = (span.len() - rest.len()) as usize;
         let data = data.map(|whole| Payload { whole, done });
-        let len = match walk(node, request, rest, data, &mut held.leases, &mut visits) {
+        let len = match walk(node, request, rest, data, &mut leases, &mut visits) {
             Step::Done { len } => len,
             Step::Zeroes { len } => {
                 if let Piece::Read { whole, .. } = make(rest.prefix(len), done, request) {
@@ -583,10 +583,12 @@ async fn pieces<'a>(
                 len
             }
             Step::Run { node: slow, at, len, request: asked } => {
-                held.writes = request.kind() != OpKind::Read;
+                let piece = Span::new(at, len);
+                let changes = changes(slow, asked.kind(), piece);
+                let held = UnderWay { leases, user, node: slow, changes };
+                held.begin().await;
                 let cx = Cx { node: slow, rt };
-                let ran = run_piece(&*slow.driver, cx, make(Span::new(at, len), done, asked)).await;
-                held.writes = false;
+                let ran = carry(run_piece(&*slow.driver, cx, make(piece, done, asked)), held).await;
                 if ran.is_err() {
                     blame(node, request, rest, slow, rt.lane());
                 }

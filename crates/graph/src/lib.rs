@@ -99,6 +99,7 @@ mod epoch;
 mod explain;
 mod filename;
 mod io;
+mod late;
 mod node;
 mod notice;
 mod open;

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use dolmen_types::{ChildRole, Claim, NodeName, OpId, Span, Value, WriteFlags};
 
 use crate::count::{Place, Threshold};
+use crate::late::Late;
 use crate::notice::NoticeSink;
-use crate::{AccessRule, Counters, Driver, Epochs, Notice, UserEdge};
+use crate::{AccessRule, Counters, Driver, Epochs, Lease, Notice, UserEdge};
 
 /// Common properties of a node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,6 +67,8 @@ impl DetectZeroes {
 pub struct NodeState {
     /// Leases of plans handed out by the node's driver.
     pub epochs: Epochs,
+    /// Requests to the driver that were given up and have not ended.
+    pub(crate) late: Late,
     /// Requests that have come to the node.
     pub counters: Counters,
     threshold: Threshold,
@@ -76,6 +79,21 @@ pub struct NodeState {
 impl NodeState {
     pub(crate) fn of(sink: NoticeSink) -> NodeState {
         NodeState { sink: Some(sink), ..NodeState::default() }
+    }
+
+    /// Keeps the places that the node's driver tells of from being reused. Must be taken *before* the driver is asked.
+    pub fn lease(self: &Arc<Self>) -> Lease<'_> {
+        Lease::new(self)
+    }
+
+    /// Requests that were given up, and that the storage still works on.
+    pub fn given_up(&self) -> usize {
+        self.late.count()
+    }
+
+    /// Waits until there are no such requests.
+    pub(crate) async fn no_more_given_up(&self) {
+        self.late.ended().await;
     }
 
     /// Tells whoever manages the graph about something that no request can tell.

@@ -1,8 +1,9 @@
 //! The owner of the graph: the one place where a snapshot is replaced.
 //!
 //! Order of a commit: solve, prepare (both may fail and leave no trace), quiesce the
-//! users whose paths change, settle (flush what is about to be linked elsewhere, and what
-//! later flushes of its users won't reach; a failure resumes the old graph), publish, commit what was prepared, resume, retire
+//! users whose paths change (also what they have given up and the storage still works on), settle
+//! (flush what is about to be linked elsewhere, and what later flushes of its users won't reach; a
+//! failure resumes the old graph), publish, commit what was prepared, resume, retire
 //! (close the drivers of nodes that are gone). From "publish" on nothing can fail.
 //!
 //! The owner is not `Send`: one control task has it.
@@ -16,7 +17,7 @@ use dolmen_rt::Rt;
 use dolmen_types::{Actions, ChildRole, Error, ErrorKind, NodeName, OpId, Result, ResultExt};
 
 use crate::draft::State;
-use crate::{AccessRule, ChildEdge, Class, Cx, Draft, Graph, Node, Notices, OpClaim, OpInfo, UserEdge};
+use crate::{AccessRule, ChildEdge, Class, Draft, Graph, Node, Notices, OpClaim, OpInfo, UserEdge};
 
 /// How long a drain may take before the command that asked for it fails.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
@@ -246,13 +247,20 @@ impl GraphOwner {
         left: &[Arc<Node>],
     ) -> Result<()> {
         let flushing: RefCell<Option<NodeName>> = RefCell::new(None);
+        let mut unsettled = self.below_changes(built);
+        let more: Vec<Arc<Node>> = left.iter().filter(|n| !has(&unsettled, n)).cloned().collect();
+        unsettled.extend(more);
         let done = async {
             for e in stopped {
                 e.drained().await;
             }
+            // What was given up without its user (a filter lost patience with its target) or by a user who is gone.
+            for node in &unsettled {
+                node.state.no_more_given_up().await;
+            }
             for node in left {
                 flushing.replace(Some(node.name.clone()));
-                crate::io::submit(node, &self.rt, crate::Op::Flush).await.context(|| {
+                crate::io::submit(node, &self.rt, crate::Op::Flush, None).await.context(|| {
                     format!(
                         "node '{}' must be flushed before it becomes a backing file: later flushes end above it",
                         node.name
@@ -263,17 +271,11 @@ impl GraphOwner {
             // so that every crash point is right in the old graph and in the new one.
             for old in &self.current.nodes {
                 let Some(new) = built.get(&old.name) else { continue };
-                let relinked = Arc::ptr_eq(&old.state, &new.state)
-                    && (old.children.len() != new.children.len()
-                        || old
-                            .children
-                            .iter()
-                            .zip(&new.children)
-                            .any(|(a, b)| !Arc::ptr_eq(&a.node.state, &b.node.state)));
+                let relinked = relinked(old, new);
                 let reopened = !Arc::ptr_eq(&old.driver, &new.driver);
                 if (relinked || reopened) && !old.flags.read_only && !old.flags.inactive {
                     flushing.replace(Some(old.name.clone()));
-                    crate::io::submit(old, &self.rt, crate::Op::Flush)
+                    crate::io::submit(old, &self.rt, crate::Op::Flush, None)
                         .await
                         .context(|| format!("node '{}' must be flushed before its links change", old.name))?;
                 }
@@ -281,9 +283,7 @@ impl GraphOwner {
                 // remain to be given back later.
                 let format = old.driver.kind().class == Class::Format;
                 if reopened && format && !old.flags.read_only && !old.flags.inactive {
-                    let cx = Cx { node: old, rt: &self.rt };
-                    old.driver
-                        .close(cx)
+                    crate::io::close(old, &self.rt)
                         .await
                         .context(|| format!("node '{}' can't be reopened", old.name))?;
                 }
@@ -296,8 +296,9 @@ impl GraphOwner {
             let message = match flushing.take() {
                 Some(node) => format!("node '{node}' was not flushed within {secs} s"),
                 None => {
-                    let who: Vec<String> =
-                        stopped.iter().filter(|e| e.in_flight() > 0).map(in_flight).collect();
+                    let users = stopped.iter().filter(|e| e.in_flight() > 0).map(in_flight);
+                    let nodes = unsettled.iter().filter(|n| n.state.given_up() > 0).map(given_up);
+                    let who: Vec<String> = users.chain(nodes).collect();
                     format!("requests did not finish within {secs} s: {}", who.join(", "))
                 }
             };
@@ -307,13 +308,35 @@ impl GraphOwner {
         futures_lite::future::or(done, late).await
     }
 
+    /// The nodes that lose or change their driver or a link, and all below them: nothing that was given up may still be
+    /// under way there when that happens.
+    fn below_changes(&self, built: &BTreeMap<NodeName, Arc<Node>>) -> Vec<Arc<Node>> {
+        let mut out: Vec<Arc<Node>> = Vec::new();
+        for old in &self.current.nodes {
+            let changes = built.get(&old.name).is_none_or(|new| {
+                !Arc::ptr_eq(&old.state, &new.state)
+                    || !Arc::ptr_eq(&old.driver, &new.driver)
+                    || relinked(old, new)
+            });
+            if !changes {
+                continue;
+            }
+            for node in old.subtree() {
+                if !out.iter().any(|o| Arc::ptr_eq(&o.state, &node.state)) {
+                    out.push(node);
+                }
+            }
+        }
+        out
+    }
+
     /// Closes the drivers of nodes that no snapshot reaches any more, parents first.
     ///
     /// A future that is dropped here leaves the rest for the next commit: their data are
     /// not lost.
     async fn retire(&mut self) {
         while let Some(node) = self.retiring.pop() {
-            if let Err(error) = node.driver.close(Cx { node: &node, rt: &self.rt }).await {
+            if let Err(error) = crate::io::close(&node, &self.rt).await {
                 self.events.push(GraphEvent::CloseFailed { node: node.name.clone(), error });
             }
         }
@@ -386,9 +409,26 @@ fn has(nodes: &[Arc<Node>], node: &Node) -> bool {
 }
 
 fn in_flight(edge: &Arc<UserEdge>) -> String {
-    let n = edge.in_flight();
+    let (n, given_up) = (edge.in_flight(), edge.given_up());
     let plural = if n == 1 { "" } else { "s" };
-    format!("'{}' with {n} request{plural} on node '{}'", edge.op(), edge.node().name)
+    let mut text = format!("'{}' with {n} request{plural} on node '{}'", edge.op(), edge.node().name);
+    if given_up > 0 {
+        text.push_str(&format!(" ({given_up} given up, but the storage still works on it)"));
+    }
+    text
+}
+
+fn given_up(node: &Arc<Node>) -> String {
+    let n = node.state.given_up();
+    let plural = if n == 1 { "" } else { "s" };
+    format!("node '{}' with {n} request{plural} given up that the storage still works on", node.name)
+}
+
+/// Whether a node that stays has other children.
+fn relinked(old: &Node, new: &Node) -> bool {
+    let other = |(a, b): (&ChildEdge, &ChildEdge)| !Arc::ptr_eq(&a.node.state, &b.node.state);
+    Arc::ptr_eq(&old.state, &new.state)
+        && (old.children.len() != new.children.len() || old.children.iter().zip(&new.children).any(other))
 }
 
 pub(crate) fn children_first(built: &BTreeMap<NodeName, Arc<Node>>) -> Box<[Arc<Node>]> {

@@ -2,8 +2,8 @@
 //!
 //! A request takes a [`Token`]: it proves the grant, counts the request in flight, pins
 //! the snapshot the grant was checked against, and goes back before the reply is sent.
-//! Quiescing closes the gate (new tokens wait) and waits until no token is out; a
-//! request never waits for the control task in any other way.
+//! Quiescing closes the gate (new tokens wait) and waits until no token is out and nothing is
+//! in flight of requests that were given up; a request never waits for the control task in any other way.
 
 use std::fmt;
 use std::sync::Arc;
@@ -26,7 +26,10 @@ pub(crate) struct Binding {
 pub struct UserEdge {
     op: OpId,
     binding: ArcSwap<Binding>,
+    /// Requests that hold a token, and those that were given up and have not ended.
     in_flight: AtomicUsize,
+    /// How many of them were given up.
+    given_up: AtomicUsize,
     closed: AtomicBool,
     /// The edge is gone: tokens are refused.
     detached: AtomicBool,
@@ -46,6 +49,7 @@ impl UserEdge {
             op,
             binding: ArcSwap::from_pointee(Binding { node, claim }),
             in_flight: AtomicUsize::new(0),
+            given_up: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
             detached: AtomicBool::new(false),
             opened: Event::new(),
@@ -71,9 +75,26 @@ impl UserEdge {
         self.binding.load().claim
     }
 
-    /// Requests that hold a token now.
+    /// Requests that hold a token now, or were given up while the storage still works on them.
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(SeqCst)
+    }
+
+    /// How many of the requests in flight were given up: nobody waits for them, but their data may still land.
+    pub fn given_up(&self) -> usize {
+        self.given_up.load(SeqCst)
+    }
+
+    /// A request that holds a token is given up, and stays in flight.
+    pub(crate) fn gave_up(&self) {
+        self.in_flight.fetch_add(1, SeqCst);
+        self.given_up.fetch_add(1, SeqCst);
+    }
+
+    /// Such a request has ended.
+    pub(crate) fn landed(&self) {
+        self.given_up.fetch_sub(1, SeqCst);
+        self.put_back();
     }
 
     /// Requests issued so far.
@@ -233,7 +254,7 @@ impl Token {
     /// # Errors
     /// `PermissionDenied` when the edge was not granted it, or the node is inactive.
     pub fn read<'a>(&'a self, rt: &'a Rt) -> Result<Io<'a, Read>> {
-        Io::granted(self.active()?, self.binding.claim, rt)
+        Ok(Io::granted(self.active()?, self.binding.claim, rt)?.of_user(&self.edge))
     }
 
     /// Write access.
@@ -241,7 +262,7 @@ impl Token {
     /// # Errors
     /// As [`Token::read`].
     pub fn write<'a>(&'a self, rt: &'a Rt) -> Result<Io<'a, Write>> {
-        Io::granted(self.active()?, self.binding.claim, rt)
+        Ok(Io::granted(self.active()?, self.binding.claim, rt)?.of_user(&self.edge))
     }
 
     /// Access for writes that readers can't see.
@@ -249,7 +270,7 @@ impl Token {
     /// # Errors
     /// As [`Token::read`].
     pub fn write_unchanged<'a>(&'a self, rt: &'a Rt) -> Result<Io<'a, WriteUnchanged>> {
-        Io::granted(self.active()?, self.binding.claim, rt)
+        Ok(Io::granted(self.active()?, self.binding.claim, rt)?.of_user(&self.edge))
     }
 
     /// Access for resizing.
@@ -257,7 +278,7 @@ impl Token {
     /// # Errors
     /// As [`Token::read`].
     pub fn resize<'a>(&'a self, rt: &'a Rt) -> Result<Io<'a, Resize>> {
-        Io::granted(self.active()?, self.binding.claim, rt)
+        Ok(Io::granted(self.active()?, self.binding.claim, rt)?.of_user(&self.edge))
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Invariants:
 //! - An operation's memory and file live in its slot until the kernel has completed it, whether or not somebody
-//!   still waits: dropping a future marks its slot as an orphan and frees nothing.
+//!   still waits: dropping a future marks its slot as an orphan and frees nothing. An orphan that changes a file also keeps
+//!   what its request held ([`Guards`]).
 //! - Nothing recurses: completions are collected by the engine, then applied by the loop; waking a task only puts
 //!   it into the run queue.
 //! - A turn of the loop runs tasks, then reads mail, fires timers, and enters the kernel once for everything
@@ -27,7 +28,7 @@ use crate::mailbox::{Bell, Mailbox};
 use crate::op::Op;
 use crate::stats::{Stats, bump};
 use crate::timers::{TimerKey, Timers};
-use crate::{Instant, LocalFuture, workers};
+use crate::{Guards, Instant, LocalFuture, workers};
 
 /// Tasks polled before the loop looks at the kernel again.
 const POLLS_PER_TURN: u32 = 128;
@@ -137,8 +138,11 @@ pub(crate) struct Slot {
     /// Memory for the engine's use that has to stay in place.
     pub(crate) vecs: Option<Box<crate::op::Vecs>>,
     state: SlotState,
+    /// What the request of an orphan held; dropped when the kernel is done.
+    guards: Guards,
     is_accept: bool,
     waits_for_peer: bool,
+    changes_file: bool,
 }
 
 pub(crate) struct Core {
@@ -304,17 +308,19 @@ impl Core {
         let slot = &mut slots[key];
         let op = slot.op.take();
         let vecs = slot.vecs.take();
-        let waker = match std::mem::replace(&mut slot.state, SlotState::Done(result)) {
-            SlotState::Pending(waker) => waker,
+        let (waker, orphan) = match std::mem::replace(&mut slot.state, SlotState::Done(result)) {
+            SlotState::Pending(waker) => (waker, None),
             SlotState::Orphan => {
                 let slot = slots.remove(key);
                 Op::discard_result(slot.is_accept, result);
-                None
+                (None, Some(slot))
             }
             SlotState::Done(_) => unreachable!("an operation completes once"),
         };
         drop(slots);
         drop(op);
+        // Now that its effect is there, and its file is let go.
+        drop(orphan);
         if let Some(vecs) = vecs {
             self.engine.borrow_mut().recycle(vecs);
         }
@@ -328,6 +334,8 @@ impl Core {
         let slot = Slot {
             is_accept: matches!(op, Op::Accept { .. }),
             waits_for_peer: op.waits_for_peer(),
+            changes_file: op.changes_file(),
+            guards: Guards::default(),
             op: Some(op),
             vecs: None,
             state: SlotState::Pending(Some(waker.clone())),
@@ -382,6 +390,9 @@ impl Core {
             }
             SlotState::Pending(waker) => {
                 let cancel = slot.waits_for_peer;
+                if slot.changes_file {
+                    slot.guards = Guards::of_given_up();
+                }
                 drop(slots);
                 drop(waker);
                 if cancel {

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use dolmen_types::{Error, ErrorKind};
 
 use crate::core::{Core, Mail, Shared, Sleep};
-use crate::{Config, CoreIo, Instant, Lane, LocalFuture, Result, Rt, Runtime};
+use crate::{Config, CoreIo, Guards, Instant, Lane, LocalFuture, Result, Rt, Runtime};
 
 /// The production runtime of one core.
 struct Production {
@@ -194,6 +194,8 @@ enum Slot<T> {
     Waiting(Waker),
     Full(T),
     Closed,
+    /// Nobody waits any more; what the request held lives as long as the work that it began.
+    Left(Guards),
 }
 
 /// One value from one thread to another.
@@ -221,8 +223,11 @@ impl<T> Sender<T> {
             }
             std::mem::replace(&mut *slot, value)
         };
-        if let Slot::Waiting(waker) = old {
-            waker.wake();
+        match old {
+            Slot::Waiting(waker) => waker.wake(),
+            // The guards end here, outside of the lock.
+            Slot::Left(guards) => drop(guards),
+            Slot::Empty | Slot::Full(_) | Slot::Closed => {}
         }
     }
 
@@ -237,6 +242,22 @@ impl<T> Drop for Sender<T> {
     }
 }
 
+/// Whoever gives up waiting leaves its guards to the sender: the work goes on there.
+impl<T> Drop for Receiver<T> {
+    fn drop(&mut self) {
+        let old = {
+            let mut slot = self.0.lock().unwrap_or_else(|e| e.into_inner());
+            match *slot {
+                Slot::Empty | Slot::Waiting(_) => {
+                    std::mem::replace(&mut *slot, Slot::Left(Guards::of_given_up()))
+                }
+                Slot::Full(_) | Slot::Closed | Slot::Left(_) => std::mem::replace(&mut *slot, Slot::Closed),
+            }
+        };
+        drop(old);
+    }
+}
+
 /// The value, or `None` when the sender is gone.
 impl<T> Future for Receiver<T> {
     type Output = Option<T>;
@@ -245,7 +266,7 @@ impl<T> Future for Receiver<T> {
         let mut slot = self.0.lock().unwrap_or_else(|e| e.into_inner());
         match std::mem::replace(&mut *slot, Slot::Closed) {
             Slot::Full(value) => Poll::Ready(Some(value)),
-            Slot::Closed => Poll::Ready(None),
+            Slot::Closed | Slot::Left(_) => Poll::Ready(None),
             Slot::Empty | Slot::Waiting(_) => {
                 *slot = Slot::Waiting(cx.waker().clone());
                 Poll::Pending
@@ -269,7 +290,7 @@ impl Rt {
     }
 
     /// Runs a future as a task of its own: dropping the future that is returned does not stop it. For steps that must not
-    /// end half-way.
+    /// end half-way. What a request holds that is given up meanwhile ([`carry`](crate::carry)) is held until the task has ended.
     pub async fn shielded<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> T {
         let (tx, rx) = oneshot();
         self.spawn(async move { tx.send(future.await) });

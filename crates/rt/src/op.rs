@@ -85,6 +85,22 @@ impl Op {
         }
     }
 
+    /// Whether it changes what a file holds: an orphan of this kind keeps what its request held.
+    pub(crate) fn changes_file(&self) -> bool {
+        match self {
+            Op::Write { .. } | Op::Fallocate { .. } | Op::Truncate { .. } => true,
+            // Calls open files and ask about them. What changes data has a form of its own.
+            Op::Call(_)
+            | Op::Read { .. }
+            | Op::Sync { .. }
+            | Op::Recv { .. }
+            | Op::Send { .. }
+            | Op::Accept { .. }
+            | Op::Connect { .. }
+            | Op::Poll { .. } => false,
+        }
+    }
+
     /// What has to happen to a result that nobody will look at: an accepted socket is closed.
     pub(crate) fn discard_result(is_accept: bool, result: i64) {
         if is_accept && result >= 0 {

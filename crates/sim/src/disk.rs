@@ -33,6 +33,8 @@
 //! - A request whose future is **dropped** goes on: it is applied and completes later,
 //!   and a read still writes into the buffer.
 //!
+//! - A change can be **held back**: it is applied when the test lets it go, however long that takes.
+//!
 //! The disk logs all of this; [`CrashPoints`](crate::CrashPoints) turns the log into images.
 
 use std::fmt;
@@ -40,8 +42,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use dolmen_graph::Op;
-use dolmen_rt::{Instant, IoVec, Rt};
+use dolmen_rt::{Guards, Instant, IoVec, Rt};
 use dolmen_types::{Error, ErrorKind, OpKind, Result, Span, WriteFlags};
+use event_listener::{Event as Signal, EventListener};
 
 use crate::Image;
 
@@ -131,6 +134,10 @@ pub(crate) struct State {
     log: Vec<Event>,
     next_id: u64,
     faults: Vec<Fault>,
+    /// Changes that begin there are held back.
+    hold: Option<Span>,
+    /// How many are.
+    held: usize,
     /// Requests by kind, in the order of [`OpKind`]'s variants.
     counts: [u64; 6],
 }
@@ -168,6 +175,7 @@ pub(crate) struct Shared {
     initial: Image,
     /// Held for single steps only, never across an await.
     state: Mutex<State>,
+    let_go: Signal,
 }
 
 /// A disk with a volatile cache; see the module's head. Clones are the same disk.
@@ -179,10 +187,23 @@ pub struct SimDisk {
 impl SimDisk {
     /// A disk with this durable content.
     pub fn new(image: Image, config: DiskConfig) -> SimDisk {
-        let state =
-            State { image: image.clone(), log: Vec::new(), next_id: 0, faults: Vec::new(), counts: [0; 6] };
+        let state = State {
+            image: image.clone(),
+            log: Vec::new(),
+            next_id: 0,
+            faults: Vec::new(),
+            hold: None,
+            held: 0,
+            counts: [0; 6],
+        };
         SimDisk {
-            shared: Arc::new(Shared { config, journal: None, initial: image, state: Mutex::new(state) }),
+            shared: Arc::new(Shared {
+                config,
+                journal: None,
+                initial: image,
+                state: Mutex::new(state),
+                let_go: Signal::new(),
+            }),
         }
     }
 
@@ -222,6 +243,29 @@ impl SimDisk {
     /// Takes back all injected faults.
     pub fn heal(&self) {
         self.state().faults.clear();
+    }
+
+    /// Holds back changes within `span` that are submitted from now on, until [`SimDisk::let_go`].
+    pub fn hold(&self, span: Span) {
+        self.state().hold = Some(span);
+    }
+
+    /// How many changes are held back now.
+    pub fn held(&self) -> usize {
+        self.state().held
+    }
+
+    /// Changes that are submitted from now on are not held back; those that are stay so until [`SimDisk::let_go`].
+    pub fn hold_no_more(&self) {
+        self.state().hold = None;
+    }
+
+    /// Lets all changes go that are held back, and holds back no more.
+    pub fn let_go(&self) {
+        let mut state = self.state();
+        (state.hold, state.held) = (None, 0);
+        drop(state);
+        self.shared.let_go.notify(usize::MAX);
     }
 
     /// How many requests of this kind have arrived.
@@ -268,6 +312,7 @@ impl SimDisk {
     /// Does a request, in simulated time.
     pub(crate) async fn run(&self, rt: &Rt, op: Op<'_>) -> Result<()> {
         let fault = self.state().arrive(op.kind());
+        let held = self.holds_back(op);
         let work = if fault == Some(FaultAction::Swallow) { Work::Nothing } else { self.submit(rt, op) };
         let fail = match fault {
             Some(FaultAction::Fail(kind)) => Some((kind, op.kind(), rt.random().is_multiple_of(2))),
@@ -275,11 +320,27 @@ impl SimDisk {
         };
         let apply_at = self.later(rt, rt.now());
         let complete_at = self.later(rt, apply_at);
-        let steps = Steps { disk: self.clone(), apply_at, complete_at, applied: false, fail, work };
+        let steps = Steps { disk: self.clone(), apply_at, complete_at, applied: false, held, fail, work };
         let mut request = InFlight { steps: Some(steps), rt: rt.clone() };
         let result = request.steps.as_mut().expect("just set").go(&request.rt).await;
         request.steps = None;
         result
+    }
+
+    /// Decides whether a change is held back; what waits for it until it is let go.
+    fn holds_back(&self, op: Op<'_>) -> Option<EventListener> {
+        let span = match op {
+            Op::Write { span, .. } | Op::WriteZeroes { span, .. } | Op::Discard { span, .. } => span,
+            Op::Resize { size, .. } => Span::new(size, 0),
+            Op::Read { .. } | Op::Flush => return None,
+        };
+        let mut state = self.state();
+        let within = |hold: Span| hold.offset() <= span.offset() && span.end() <= hold.end();
+        if !state.hold.is_some_and(within) {
+            return None;
+        }
+        state.held += 1;
+        Some(self.shared.let_go.listen())
     }
 
     fn submit(&self, rt: &Rt, op: Op<'_>) -> Work {
@@ -363,6 +424,8 @@ struct Steps {
     apply_at: Instant,
     complete_at: Instant,
     applied: bool,
+    /// Held back until then.
+    held: Option<EventListener>,
     /// Kind of the error, kind of the request, whether it is applied all the same.
     fail: Option<(ErrorKind, OpKind, bool)>,
     work: Work,
@@ -371,6 +434,10 @@ struct Steps {
 impl Steps {
     async fn go(&mut self, rt: &Rt) -> Result<()> {
         if !self.applied {
+            if let Some(let_go) = &mut self.held {
+                let_go.await;
+                self.held = None;
+            }
             rt.sleep_until(self.apply_at).await;
             self.applied = true;
             if self.fail.is_none_or(|(_, _, applied)| applied) {
@@ -418,7 +485,12 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         if let Some(mut steps) = self.steps.take() {
             let rt = self.rt.clone();
+            let guards = match steps.work {
+                Work::Change(..) => Guards::of_given_up(),
+                Work::Read(..) | Work::Flush(_) | Work::Nothing => Guards::default(),
+            };
             self.rt.spawn(async move {
+                let _until_it_has_landed = guards;
                 // The caller has gone: nobody is interested in an error.
                 let _ = steps.go(&rt).await;
             });

@@ -226,7 +226,10 @@ impl World {
         let after = self.shape().await;
         // A node that can't write out what it holds is gone all the same, and the command says so.
         let gone = |e: &QmpError| e.desc.contains("is closed, but closing it failed");
-        if result.as_ref().is_err_and(|e| !gone(e)) && before.ended == after.ended && before.graph != after.graph {
+        if result.as_ref().is_err_and(|e| !gone(e))
+            && before.ended == after.ended
+            && before.graph != after.graph
+        {
             return Err(format!(
                 "{name} {shown} was refused, but changed the graph from\n{}to\n{}",
                 before.graph, after.graph

@@ -233,6 +233,11 @@ impl Core {
         }))
     }
 
+    /// What outlives a request needs its image for longer.
+    pub(super) fn itself(&self) -> Arc<Core> {
+        self.me.upgrade().expect("a method of it is running")
+    }
+
     /// The metadata. Not to be held across an await.
     pub(super) fn meta(&self) -> MutexGuard<'_, Meta> {
         self.meta.lock().expect("no panic while metadata were changed")

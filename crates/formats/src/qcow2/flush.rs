@@ -26,7 +26,7 @@ struct Shielded {
 impl Shielded {
     fn new(core: &Core, env: Env<'_>) -> Shielded {
         Shielded {
-            core: core.me.upgrade().expect("a method of it is running"),
+            core: core.itself(),
             edge: env.file.edge().clone(),
             rt: env.file.rt().clone(),
             state: env.state().clone(),
@@ -194,10 +194,6 @@ impl Core {
     pub(super) async fn close(&self, env: Env<'_>) -> Result<()> {
         if !self.writable() || self.meta().broken.is_some() {
             return Ok(());
-        }
-        let orphans = std::mem::take(&mut self.meta().orphans);
-        for f in orphans {
-            self.give_back(env, f).await?;
         }
         while self.meta().any_dirty() || !self.meta().unmapped.is_empty() {
             self.round(env).await?;

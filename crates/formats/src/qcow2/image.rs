@@ -100,7 +100,7 @@ impl<'a> Env<'a> {
 
     /// Keeps host clusters from being reused while it lives.
     pub(super) fn lease(&self) -> Lease<'a> {
-        self.state.epochs.enter()
+        self.state.lease()
     }
 
     /// What the node keeps over snapshots.

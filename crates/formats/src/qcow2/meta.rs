@@ -137,9 +137,6 @@ pub(super) struct Meta {
     pub freed: Vec<Freed>,
     /// Lost their mapping on disk; a request that looked before the stamp may still use them.
     pub unmapped: VecDeque<(Stamp, Vec<Freed>)>,
-    /// Allocated for requests that were cancelled in the middle: late writes may still reach them, so they are
-    /// given back only when the node is closed.
-    pub orphans: Vec<Freed>,
     /// Internal snapshots.
     pub snapshots: Vec<Snapshot>,
     /// Why the image can't be written any more.
@@ -185,7 +182,6 @@ impl Meta {
             high: geo.clusters_for(file_size),
             freed: Vec::new(),
             unmapped: VecDeque::new(),
-            orphans: Vec::new(),
             snapshots: Vec::new(),
             broken: None,
             unpacked: None,

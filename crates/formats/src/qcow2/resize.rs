@@ -5,6 +5,7 @@
 //! before the header forgets it.
 
 use dolmen_graph::Prealloc;
+use dolmen_rt::carry;
 use dolmen_types::{BlkEvent, Error, ErrorKind, Result, Span, WriteFlags};
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -123,14 +124,14 @@ impl Core {
         io.event(BlkEvent::RefblockAlloc)?;
         let clusters = geo.clusters_for(entries * 8);
         let a = self.with(env.file, |m| m.allocate_table(clusters)).await?;
-        let claimed = Claimed { core: self, run: Some(a) };
+        let mut claimed = Claimed::new(self, a);
         // Everything dirty reaches the old table first; the range lock keeps it clean from here on.
         self.round(env).await?;
         let host = self.meta().host(a);
         let mut bytes: Vec<u8> = self.meta().l1.iter().flat_map(|e| e.to_be_bytes()).collect();
         bytes.resize((clusters << geo.cluster_bits) as usize, 0);
-        self.write_patches(env.file, &[Patch { at: host.0, bytes, event: BlkEvent::L1GrowWriteTable }])
-            .await?;
+        let table = [Patch { at: host.0, bytes, event: BlkEvent::L1GrowWriteTable }];
+        carry(self.write_patches(env.file, &table), &mut claimed).await?;
         self.flush_file(env.file).await?;
         claimed.keep();
         {
@@ -168,13 +169,15 @@ impl Core {
             let mut part = rest.prefix(run.len);
             if matches!(run.place, Place::Unallocated | Place::Zero { kept: None }) {
                 let a = self.claim(env, part.len() / cluster).await?;
-                let claimed = Claimed { core: self, run: Some(a) };
+                let mut claimed = Claimed::new(self, a);
                 part = part.prefix(a.count * cluster);
                 let host = self.meta().host(a);
                 let space = if prealloc == Prealloc::Metadata { Prealloc::Off } else { prealloc };
                 self.reserve(env.file, host.0 + part.len(), space).await?;
                 if !a.fresh {
-                    env.file.write()?.write_zeroes(Span::new(host.0, part.len()), WriteFlags::NONE).await?;
+                    let io = env.file.write()?;
+                    let zeroes = io.write_zeroes(Span::new(host.0, part.len()), WriteFlags::NONE);
+                    carry(zeroes, &mut claimed).await?;
                 }
                 self.set_range(env, part, |i, _| L2Entry::Data {
                     host: HostOffset(host.0 + i * cluster),

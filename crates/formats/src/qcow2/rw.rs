@@ -5,14 +5,14 @@
 //!   to anybody else meanwhile.
 //! - Whoever changes a mapping holds the range lock of its guest clusters, then allocates, moves the data, and
 //!   sets the entries in memory last.
-//! - A cancelled request leaves at most allocated but unmapped clusters ([`Claimed`]); late writes of its may still
-//!   reach them, so they come back only when the node is closed.
+//! - A request that is given up leaves at most allocated but unmapped clusters ([`Claimed`]). What it has in flight may
+//!   still write there, or in place: it takes the claim and the leases along, so that nothing is reused before it has landed.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
 use dolmen_graph::{Notice, Prealloc};
-use dolmen_rt::{IoVec, Memory};
+use dolmen_rt::{Guard, Hold, IoVec, Memory, carry};
 use dolmen_types::{BlkEvent, Error, ErrorKind, ReadFlags, Result, ResultExt, Span, WriteFlags};
 
 use super::alloc::Allocated;
@@ -31,24 +31,36 @@ const GROW_STEP: u64 = 8 << 20;
 /// Zero padding up to this size is written together with the data, more as a zero write of its own.
 const MAX_PADDING: u64 = 64 << 10;
 
-/// An allocation that nothing maps yet.
-pub(super) struct Claimed<'a> {
-    pub(super) core: &'a Core,
-    pub(super) run: Option<Allocated>,
+/// An allocation that nothing maps yet. The clusters come back with the next round if it stays so; when the request is given
+/// up, not before everything that it has in flight has landed.
+pub(super) struct Claimed {
+    core: Arc<Core>,
+    /// `None` once it is mapped, or somebody else's business.
+    run: Option<Allocated>,
 }
 
-impl Claimed<'_> {
+impl Claimed {
+    pub(super) fn new(core: &Core, run: Allocated) -> Claimed {
+        Claimed { core: core.itself(), run: Some(run) }
+    }
+
     /// It is mapped now.
     pub(super) fn keep(mut self) {
         self.run = None;
     }
 }
 
-impl Drop for Claimed<'_> {
+impl Drop for Claimed {
     fn drop(&mut self) {
         if let Some(a) = self.run {
-            self.core.meta().orphans.push(Freed { first: a.first, count: a.count });
+            self.core.meta().freed.push(Freed { first: a.first, count: a.count });
         }
+    }
+}
+
+impl Hold for Claimed {
+    fn leave(&mut self) -> Guard {
+        Arc::new(Claimed { core: self.core.clone(), run: self.run.take() })
     }
 }
 
@@ -393,7 +405,7 @@ impl Core {
             let run = self.find(env, rest.offset(), rest.len()).await?;
             if let Place::Data { host, copied: true } = run.place {
                 let piece = rest.prefix(run.len);
-                self.write_in_place(env, host, &slice(from, span, piece)).await?;
+                carry(self.write_in_place(env, host, &slice(from, span, piece)), lease).await?;
                 rest = rest.skip(piece.len());
                 continue;
             }
@@ -428,18 +440,19 @@ impl Core {
     pub(super) async fn write_mapping(&self, env: Env<'_>, span: Span, from: &IoVec) -> Result<()> {
         let mut rest = span;
         while !rest.is_empty() {
-            let _lease = env.lease();
+            let lease = env.lease();
             let run = self.find(env, rest.offset(), self.table_part(rest).len()).await?;
             let piece = rest.prefix(run.len);
             let done = match run.place {
                 Place::Data { host, copied: true } => {
-                    self.write_in_place(env, host, &slice(from, span, piece)).await?;
+                    carry(self.write_in_place(env, host, &slice(from, span, piece)), lease).await?;
                     piece.len()
                 }
                 Place::Zero { kept: Some((host, true)) } => {
                     let within = piece.offset() % self.geo.cluster_size();
                     let start = HostOffset(host.0 - within);
-                    self.fill_clusters(env, run, piece, &slice(from, span, piece), start, false).await?;
+                    let data = slice(from, span, piece);
+                    carry(self.fill_clusters(env, run, piece, &data, start, false), lease).await?;
                     piece.len()
                 }
                 Place::Unallocated | Place::Zero { .. } | Place::Data { .. } | Place::Compressed { .. } => {
@@ -462,23 +475,16 @@ impl Core {
         let cluster = self.geo.cluster_size();
         let want = piece.align_out(cluster).len() / cluster;
         let a = self.claim(env, want).await?;
-        let claimed = Claimed { core: self, run: Some(a) };
+        let mut claimed = Claimed::new(self, a);
         let covered = (piece.offset() / cluster + a.count) * cluster - piece.offset();
         let part = piece.prefix(covered);
         let host = self.meta().host(a);
-        match self.fill_clusters(env, run, part, &data(part), host, a.fresh).await {
-            Ok(()) => {
-                claimed.keep();
-                Ok(part.len())
-            }
-            Err(e) => {
-                // All writes have ended, but an error does not say whether they happened: the clusters come back
-                // with the next round, after a flush.
-                claimed.keep();
-                self.meta().freed.push(Freed { first: a.first, count: a.count });
-                Err(e)
-            }
-        }
+        let data = data(part);
+        // On an error all writes have ended, but it does not say whether they happened: the clusters come back with the
+        // next round, after a flush.
+        carry(self.fill_clusters(env, run, part, &data, host, a.fresh), &mut claimed).await?;
+        claimed.keep();
+        Ok(part.len())
     }
 
     pub(super) async fn claim(&self, env: Env<'_>, want: u64) -> Result<Allocated> {

@@ -4,7 +4,7 @@
 //! unmapped where nothing shines through from below, and written as data elsewhere.
 
 use dolmen_graph::Prealloc;
-use dolmen_rt::Memory;
+use dolmen_rt::{Memory, carry};
 use dolmen_types::{BlkEvent, Error, ErrorKind, Result, Span, WriteFlags};
 
 use super::driver::Core;
@@ -118,7 +118,7 @@ impl Core {
     pub(super) async fn zero_locked(&self, env: Env<'_>, span: Span, flags: WriteFlags) -> Result<()> {
         let mut rest = span;
         while !rest.is_empty() {
-            let _lease = env.lease();
+            let lease = env.lease();
             let run = self.find(env, rest.offset(), rest.len().min(MAX_ZERO_BUFFER)).await?;
             let part = rest.prefix(run.len);
             match run.place {
@@ -133,7 +133,7 @@ impl Core {
                     let io = env.file.write()?;
                     io.event(BlkEvent::WriteAio)?;
                     let keep = flags.without(WriteFlags::FUA | WriteFlags::UNCHANGED);
-                    io.write_zeroes(Span::new(host.0, part.len()), keep).await?;
+                    carry(io.write_zeroes(Span::new(host.0, part.len()), keep), lease).await?;
                 }
                 Place::Unallocated | Place::Data { .. } | Place::Compressed { .. } => {
                     if flags.has(WriteFlags::NO_FALLBACK) {

@@ -2,6 +2,7 @@
 
 mod images;
 mod interop;
+mod late;
 mod raw;
 mod support;
 mod waiting;

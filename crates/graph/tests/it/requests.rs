@@ -3,6 +3,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use dolmen_graph::{
     AccessRule, Class, Common, Counts, Cx, Description, Draft, Driver, DriverKind, Extent, GraphOwner,
@@ -660,7 +661,8 @@ fn range_locks_exclude_overlaps_in_order() {
 
 /// The story: a write in place is told where to go, its future is dropped, and the disk does
 /// it all the same, later. Had the place been given to somebody else meanwhile, their data
-/// would be gone. So the lease of such a write does not end with its future.
+/// would be gone. So the lease of such a write does not end with its future. Nor does it last for ever, or nothing would be
+/// reused after the first write that was given up: it ends when the write has landed.
 #[test]
 fn a_dropped_write_keeps_its_place() {
     Sim::run(1, |rt| async move {
@@ -702,5 +704,12 @@ fn a_dropped_write_keeps_its_place() {
         }
         let freed = state.epochs.stamp();
         assert!(!state.epochs.over(freed), "it may still land");
+        assert_eq!((e.given_up(), e.in_flight()), (1, 2), "beside the token");
+        while e.given_up() > 0 {
+            rt.sleep(Duration::from_nanos(1)).await;
+        }
+        assert!(state.epochs.over(freed), "it has landed");
+        drop(token);
+        assert_eq!(e.in_flight(), 0);
     });
 }

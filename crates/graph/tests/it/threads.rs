@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 
-use dolmen_graph::{Epochs, GraphOwner};
+use dolmen_graph::{GraphOwner, NodeState};
 use dolmen_rt::{Lane, Memory};
 use dolmen_sim::stand_in as op;
 use dolmen_types::{ChildRole, NodeName, OpId, ReadFlags, Span};
@@ -123,7 +123,8 @@ fn no_request_is_lost_in_counting() {
 fn a_place_is_not_reused_under_a_lease() {
     const PLACES: usize = 4;
     const REUSED: u64 = 300;
-    let epochs = Epochs::default();
+    let node = Arc::new(NodeState::default());
+    let epochs = &node.epochs;
     let mapping = AtomicUsize::new(0);
     // Each place holds a number that changes when it is given to somebody else.
     let places: [AtomicU64; PLACES] = std::array::from_fn(|i| AtomicU64::new(i as u64));
@@ -134,7 +135,7 @@ fn a_place_is_not_reused_under_a_lease() {
             s.spawn(|| {
                 let _stop = StopOnDrop(&stop);
                 while !stop.load(SeqCst) {
-                    let lease = epochs.enter();
+                    let lease = node.lease();
                     let place = &places[mapping.load(SeqCst)];
                     let first = place.load(SeqCst);
                     for _ in 0..20 {

@@ -5,12 +5,21 @@ use std::sync::Arc;
 
 use dolmen_graph::{CreateCx, Prealloc};
 use dolmen_rt::sys::{self, FileKind, OpenHow};
-use dolmen_rt::{File, LocalFuture};
+use dolmen_rt::{File, Guard, Hold, LocalFuture, carry};
 use dolmen_types::{Actions, Options, Result, ResultExt};
 
 use super::driver::grow;
 use super::lock::{Locks, Stance};
 use super::options::{check_kind, no_files, plain};
+
+/// Letting go of the locks lets others in.
+struct Held(Arc<Locks>);
+
+impl Hold for Held {
+    fn leave(&mut self) -> Guard {
+        self.0.clone()
+    }
+}
 
 /// Makes the file, or empties an existing one. It is locked before it is truncated: an image that somebody uses stays
 /// whole.
@@ -41,9 +50,11 @@ pub(super) fn create<'a>(cx: CreateCx<'a>, mut options: Options) -> LocalFuture<
         let stance = Stance { needs: Actions::V | Actions::S, denies: Actions::S };
         let held = locks.prepare(cx.rt, &filename, stance).await.context(context)?;
         held.commit();
-        io.truncate(&file, 0).await.context(context)?;
-        grow(io, &file, 0, size, prealloc).await.context(context)?;
-        // Letting go of the file lets go of the locks.
-        Ok(())
+        let write = async {
+            io.truncate(&file, 0).await?;
+            grow(io, &file, 0, size, prealloc).await
+        };
+        // Locked as long as the kernel works on it, also if nobody waits any more.
+        carry(write, Held(locks)).await.context(context)
     })
 }

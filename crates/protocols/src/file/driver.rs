@@ -10,7 +10,7 @@
 //! past it make the file grow.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use dolmen_graph::{
@@ -18,7 +18,7 @@ use dolmen_graph::{
     Prepared, RangeGuard, RangeLock, Request, SELF, Where,
 };
 use dolmen_rt::sys::{self, FileFacts, FileKind};
-use dolmen_rt::{CoreIo, Fallocate, File, IoVec, LocalFuture, Memory, Rt, Seek};
+use dolmen_rt::{CoreIo, Fallocate, File, Guard, Hold, IoVec, LocalFuture, Memory, Rt, Seek, carry};
 use dolmen_types::{Actions, BlkEvent, Error, ErrorKind, Result, ResultExt, Span, Value, WriteFlags};
 
 use super::lock::{Locks, Stance};
@@ -68,7 +68,7 @@ pub(super) struct FileDriver {
     /// The errno of a flush of a buffered file that failed; 0 for none. The kernel reports a lost page once and forgets
     /// it: a later flush would succeed although data are missing. So all later flushes fail, too.
     lost: AtomicI32,
-    status: StatusCache,
+    status: Arc<StatusCache>,
 }
 
 impl FileDriver {
@@ -114,7 +114,7 @@ impl FileDriver {
             no_seek: AtomicBool::new(false),
             dirty: AtomicBool::new(false),
             lost: AtomicI32::new(0),
-            status: StatusCache::default(),
+            status: Arc::default(),
         })
     }
 
@@ -181,10 +181,10 @@ impl FileDriver {
             let (io, from) = (io.clone(), from.clone());
             return rt.shielded(async move { me.write_unaligned(&io, span, &from, dsync).await }).await;
         }
-        let changing = self.status.change(span, true);
+        let mut changing = self.status.change(span, true);
         self.dirty.store(true, Ordering::Relaxed);
         let _blocks = self.lock_blocks(span).await;
-        io.write_all_at(&self.file, from, span.offset(), dsync).await?;
+        carry(io.write_all_at(&self.file, from, span.offset(), dsync), &mut changing).await?;
         self.size.fetch_max(span.end(), Ordering::AcqRel);
         changing.done();
         Ok(())
@@ -237,10 +237,10 @@ impl FileDriver {
     ) -> Result<()> {
         let unmap = flags.has(WriteFlags::MAY_UNMAP) && cx.node.flags.unmap;
         {
-            let changing = self.status.change(span, false);
+            let mut changing = self.status.change(span, false);
             self.dirty.store(true, Ordering::Relaxed);
             let _blocks = self.lock_blocks(span).await;
-            let zeroed = self.zero_by_kernel(io, span, unmap).await?;
+            let zeroed = carry(self.zero_by_kernel(io, span, unmap), &mut changing).await?;
             changing.done();
             if zeroed {
                 self.size.fetch_max(span.end(), Ordering::AcqRel);
@@ -328,11 +328,11 @@ impl FileDriver {
         if span.is_empty() {
             return Ok(());
         }
-        let changing = self.status.change(span, false);
+        let mut changing = self.status.change(span, false);
         self.dirty.store(true, Ordering::Relaxed);
         let _blocks = self.lock_blocks(span).await;
         // A file system that can't punch holes keeps the space: allowed for a discard.
-        self.punch(io, span).await?;
+        carry(self.punch(io, span), &mut changing).await?;
         changing.done();
         if fua { self.flush(io).await } else { Ok(()) }
     }
@@ -373,10 +373,10 @@ impl FileDriver {
             ));
         }
         let (from, to) = (old.min(size), old.max(size));
-        let changing = self.status.change(Span::from_range(from, to), false);
+        let mut changing = self.status.change(Span::from_range(from, to), false);
         let _blocks = self.lock_blocks(Span::from_range(from, to)).await;
         self.dirty.store(true, Ordering::Relaxed);
-        grow(io, &self.file, old, size, prealloc).await?;
+        carry(grow(io, &self.file, old, size, prealloc), &mut changing).await?;
         self.size.store(size, Ordering::Release);
         changing.done();
         Ok(())
@@ -621,9 +621,6 @@ impl Prepared for TakeOver {
         }
         new.lost.store(old.lost.load(Ordering::Acquire), Ordering::Release);
         new.dirty.store(old.dirty.load(Ordering::Acquire), Ordering::Release);
-        // A write that was given up may still be on its way.
-        let unsure = old.status.unsure.load(Ordering::Acquire);
-        new.status.unsure.store(unsure, Ordering::Release);
     }
 }
 
@@ -637,11 +634,11 @@ impl fmt::Debug for FileDriver {
 /// file system costs a thread switch.
 ///
 /// An entry is forgotten when a write or a zeroing might change it, and an answer is kept only when nothing changed
-/// while the file system was asked. After a change that was cancelled or failed nobody knows when the kernel is done
-/// with it: then answers are not kept any more.
+/// while the file system was asked. A change that was given up goes on until the kernel is done with it.
 #[derive(Default)]
 struct StatusCache {
-    unsure: AtomicBool,
+    /// Changes in progress.
+    changing: AtomicUsize,
     /// Counts the beginnings and ends of changes.
     epoch: AtomicU64,
     /// Never held across an await.
@@ -650,34 +647,61 @@ struct StatusCache {
 
 /// A change in progress; counts once more when it ends.
 struct Changing<'a> {
-    cache: &'a StatusCache,
-    done: bool,
+    cache: &'a Arc<StatusCache>,
+    /// It is over for this request: done, or left to what is in flight of it.
+    over: bool,
 }
 
 impl Changing<'_> {
     fn done(mut self) {
-        self.done = true;
+        self.over = true;
+        self.cache.changed(true);
     }
 }
 
 impl Drop for Changing<'_> {
     fn drop(&mut self) {
-        if !self.done {
-            self.cache.unsure.store(true, Ordering::Release);
+        if !self.over {
+            self.cache.changed(false);
         }
-        self.cache.epoch.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+impl Hold for Changing<'_> {
+    fn leave(&mut self) -> Guard {
+        self.over = true;
+        Arc::new(LateChange(self.cache.clone()))
+    }
+}
+
+/// A change that was given up.
+struct LateChange(Arc<StatusCache>);
+
+impl Drop for LateChange {
+    fn drop(&mut self) {
+        self.0.changed(false);
     }
 }
 
 impl StatusCache {
     /// The range is about to become data, or not data.
-    fn change(&self, span: Span, to_data: bool) -> Changing<'_> {
+    fn change(self: &Arc<Self>, span: Span, to_data: bool) -> Changing<'_> {
+        self.changing.fetch_add(1, Ordering::AcqRel);
         self.epoch.fetch_add(1, Ordering::AcqRel);
         let mut last = self.last.lock().unwrap_or_else(|e| e.into_inner());
         if last.is_some_and(|(s, data)| data != to_data && s.overlaps(span)) {
             *last = None;
         }
-        Changing { cache: self, done: false }
+        Changing { cache: self, over: false }
+    }
+
+    /// The end of a change. Unless all of it was done, nobody knows how far it came.
+    fn changed(&self, done: bool) {
+        if !done {
+            *self.last.lock().unwrap_or_else(|e| e.into_inner()) = None;
+        }
+        self.epoch.fetch_add(1, Ordering::AcqRel);
+        self.changing.fetch_sub(1, Ordering::AcqRel);
     }
 
     fn epoch(&self) -> u64 {
@@ -691,7 +715,7 @@ impl StatusCache {
 
     fn put(&self, span: Span, data: bool, began: u64) {
         let mut last = self.last.lock().unwrap_or_else(|e| e.into_inner());
-        if self.epoch() == began && !self.unsure.load(Ordering::Acquire) {
+        if self.epoch() == began && self.changing.load(Ordering::Acquire) == 0 {
             *last = Some((span, data));
         }
     }
@@ -703,7 +727,7 @@ mod tests {
 
     #[test]
     fn the_status_cache_forgets_what_changes() {
-        let c = StatusCache::default();
+        let c = Arc::new(StatusCache::default());
         c.put(Span::new(0, 100), false, c.epoch());
         assert!(c.get(99).is_some() && c.get(100).is_none());
         c.change(Span::new(200, 10), true).done();
@@ -723,9 +747,18 @@ mod tests {
         assert!(c.get(5).is_none());
         c.put(Span::new(0, 100), false, c.epoch());
         assert!(c.get(5).is_some());
-        // A cancelled change may still happen.
+        // A change that was given up may still happen, until the kernel is done with it.
+        let late = c.change(Span::new(200, 1), true).leave();
+        c.put(Span::new(0, 100), false, c.epoch());
+        assert!(c.get(5).is_some(), "what was known before still holds elsewhere");
+        let began = c.epoch();
+        drop(late);
+        assert!(c.get(5).is_none());
+        c.put(Span::new(0, 100), false, began);
+        assert!(c.get(5).is_none());
+        // One that failed is over.
         drop(c.change(Span::new(0, 1), true));
         c.put(Span::new(0, 100), false, c.epoch());
-        assert!(c.get(5).is_none());
+        assert!(c.get(5).is_some());
     }
 }

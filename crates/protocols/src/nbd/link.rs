@@ -6,8 +6,8 @@
 //! first, because a request may be cancelled at any time, and half a message in either
 //! direction would cost all others their connection. They end with the link.
 //!
-//! A cancelled request that was sent keeps its place, and its buffer, until the reply is
-//! there. The mutex guards the table and is never held across an await.
+//! A cancelled request that was sent keeps its place, its buffer, and what its request held
+//! (see `dolmen_rt::carry`) until the reply is there or the connection is dead. The mutex guards the table and is never held across an await.
 
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
@@ -22,7 +22,7 @@ use dolmen_nbd::{
     ChunkAction, ClientHandshake, ClientStep, CommandFlags, Extent, Goal, ReplyHead, ReplyState, Request,
     Session, TransmissionFlags,
 };
-use dolmen_rt::{IoVec, Memory, Rt, Stream};
+use dolmen_rt::{Guards, IoVec, Memory, Rt, Stream};
 use dolmen_types::{Error, ErrorKind, Result, Span};
 use slab::Slab;
 
@@ -115,6 +115,9 @@ struct Pending {
     sent: bool,
     /// Nobody waits any more.
     abandoned: bool,
+    /// What the request held that was given up, if it changes something. Dropped without the lock.
+    guards: Guards,
+    changes: bool,
 }
 
 #[derive(Debug)]
@@ -272,6 +275,8 @@ impl Link {
             done: None,
             sent: false,
             abandoned: false,
+            guards: Guards::default(),
+            changes: matches!(cmd, cmd::WRITE | cmd::WRITE_ZEROES | cmd::TRIM),
         });
         let cookie = cookie_of(generation, index);
         let head = Request { flags, cmd, cookie, offset, len }.encode();
@@ -299,9 +304,14 @@ impl Link {
                 wakers.extend(p.waker.take());
             }
         }
-        s.pending.retain(|_, p| !p.abandoned);
+        let mut guards = Vec::new();
+        s.pending.retain(|_, p| {
+            guards.push(std::mem::take(&mut p.guards));
+            !p.abandoned
+        });
         s.broken = Some(why);
         drop(s);
+        drop(guards);
         wakers.into_iter().for_each(Waker::wake);
     }
 
@@ -383,11 +393,13 @@ impl Link {
         p.done = Some(outcome);
         p.to = None;
         let waker = p.waker.take();
+        let mut gone = None;
         if p.abandoned {
-            s.pending.remove((cookie & 0xffff_ffff) as usize);
+            gone = Some(s.pending.remove((cookie & 0xffff_ffff) as usize));
             wake(s.queue.pop());
         }
         drop(s);
+        drop(gone);
         wake(waker);
         Ok(())
     }
@@ -449,6 +461,9 @@ impl Drop for Reply<'_> {
             // The server has it: the place is free once its reply is there.
             p.abandoned = true;
             p.waker = None;
+            if p.changes {
+                p.guards = Guards::of_given_up();
+            }
             return;
         }
         let cookie = cookie_of(p.generation, index);

@@ -4,6 +4,7 @@ mod cancel;
 mod executor;
 mod fallback;
 mod files;
+mod late;
 mod sockets;
 
 use std::future::Future;
