@@ -1,5 +1,5 @@
-//! `img check`: exit code 0 sound, 1 failed, 2 corrupt, 3 leaks only, 63 no checks for the
-//! format.
+//! `img check`: exit code 0 sound, 1 failed, 2 corrupt (or repaired, with something that can't be brought back), 3
+//! leaks only, 63 no checks for the format.
 
 use clap::Parser;
 use dolmen::Session;
@@ -111,6 +111,8 @@ pub(crate) fn run(persona: Persona, a: Check) -> Outcome {
             r if r.check_errors > 0 => 1,
             r if r.corruptions > 0 => 2,
             r if r.leaks > 0 => 3,
+            // The image is sound again, and not what it was.
+            r if r.lost > 0 => 2,
             _ => 0,
         })
     })

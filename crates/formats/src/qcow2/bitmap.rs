@@ -62,10 +62,16 @@ pub fn decode_directory(b: &[u8], count: u32, geo: Geometry) -> Result<Vec<Bitma
         if !(9..=31).contains(&entry.granularity_bits) || name_len == 0 || name_len > 1023 {
             return Err(corrupt(format!("bitmap directory entry {i} has a bad granularity or name")));
         }
+        if e[16] != 1 || entry.flags & !7 != 0 || entry.table.0 == 0 {
+            return Err(corrupt(format!("bitmap directory entry {i} has a bad type, flags or table")));
+        }
         let bytes = u64::from(entry.table_entries) * 8;
         check_table(geo, "Bitmap table", entry.table.0, bytes, MAX_BITMAP_TABLE_BYTES)?;
         out.push(entry);
         at += end;
+    }
+    if at != b.len() {
+        return Err(corrupt("the bitmap directory is longer than its entries"));
     }
     Ok(out)
 }

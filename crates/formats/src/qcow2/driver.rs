@@ -17,7 +17,7 @@ use dolmen_types::{
 use event_listener::Event;
 
 use super::bitmap::BitmapEntry;
-use super::check::{Repair, check_and_repair};
+use super::check::recount;
 use super::create;
 use super::header::{
     COMPAT_LAZY_REFCOUNTS, Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2, looks_like_qcow2,
@@ -193,15 +193,23 @@ impl Core {
             .remedy("repair it with 'img check -r all', or open it with read-only=on"));
         }
         if writable && header.incompatible & INCOMPAT_DIRTY != 0 {
-            check_and_repair(io, file.write()?, file.resize()?, Repair::All).await?;
+            recount(io, file.write()?, file.resize()?).await?;
             (header, sector) = image::load_header(io).await?;
         }
         if writable {
+            header.check_writable()?;
             tables_in_file(&header, io.size())?;
         }
         let l1 = image::load_l1(io, &header).await?;
         let reftable = if writable { image::load_reftable(io, &header).await? } else { Vec::new() };
-        let (snapshots, table_bytes) = image::load_snapshots(io, &header).await?;
+        let (snapshots, table_bytes) = match image::load_snapshots(io, &header).await {
+            Ok(s) => s,
+            Err(e) if writable => {
+                return Err(e.remedy("open it with read-only=on, or repair it with 'img check -r all'"));
+            }
+            // Nothing that is only read is found by way of snapshots.
+            Err(_) => (Vec::new(), 0),
+        };
         // Damaged bitmaps do not keep anybody from the data.
         let bitmaps = image::load_bitmaps(io, &header).await.unwrap_or_default();
         let (size, geo) = (header.size, header.geometry());

@@ -1,8 +1,10 @@
 //! The header and its extensions (sections "Header" and "Header extensions").
 //!
 //! Decoding looks at the first cluster only and allocates no more than that. Whatever the header says is checked
-//! here once: after [`Header::decode`] every offset is aligned, every table within its limit and every feature
-//! known, so nothing above needs to doubt them. Unknown extensions are kept as they are and written back.
+//! here: after [`Header::decode`] everything that reading guest data needs is within its limits and every feature
+//! known, so nothing above needs to doubt it. What only writing needs (refcounts, snapshots) is checked by
+//! [`Header::check_writable`], so that damage there keeps nobody from the data. Unknown extensions are kept as they
+//! are and written back.
 
 use dolmen_types::{Error, ErrorKind, Result};
 
@@ -33,7 +35,8 @@ pub(super) const INCOMPAT_COMPRESSION: u64 = 8;
 pub(super) const INCOMPAT_EXTENDED_L2: u64 = 16;
 /// Compatible feature 0: refcounts may be updated lazily.
 pub(super) const COMPAT_LAZY_REFCOUNTS: u64 = 1;
-/// Autoclear feature 0: the bitmaps extension is consistent with the data.
+/// Autoclear feature 0: the bitmaps extension is consistent with the data. All others belong to features that
+/// Dolmen does not keep up, so they are cleared with the first change of the image.
 pub(super) const AUTOCLEAR_BITMAPS: u64 = 1;
 
 /// Header extension: format of the backing file.
@@ -311,25 +314,53 @@ impl Header {
                 self.l1_entries, self.size
             )));
         }
-        let reftable_bytes = u64::from(self.reftable_clusters) * geo.cluster_size();
-        check_table(geo, "Refcount table", self.reftable.0, reftable_bytes, MAX_REFTABLE_BYTES)?;
+        if self.l1_table.0 == 0 && self.l1_entries != 0 {
+            return Err(corrupt("the active L1 table overlaps the header"));
+        }
+        Ok(())
+    }
+
+    /// Checks what is needed to change an image.
+    pub fn check_writable(&self) -> Result<()> {
+        self.check_reftable()
+            .and_then(|()| self.check_snapshot_table())
+            .map_err(|e| e.remedy("open the image with read-only=on, or repair it with 'img check -r all'"))
+    }
+
+    /// Checks where the refcount table is.
+    pub(super) fn check_reftable(&self) -> Result<()> {
+        let geo = self.geometry();
+        let bytes = u64::from(self.reftable_clusters) * geo.cluster_size();
+        check_table(geo, "Refcount table", self.reftable.0, bytes, MAX_REFTABLE_BYTES)?;
         if self.reftable_clusters == 0 {
             return Err(corrupt("Image does not contain a reference count table"));
         }
-        if self.reftable.0 == 0 || (self.l1_table.0 == 0 && self.l1_entries != 0) {
-            return Err(corrupt("a metadata table overlaps the header"));
+        if self.reftable.0 == 0 {
+            return Err(corrupt("the refcount table overlaps the header"));
         }
+        Ok(())
+    }
+
+    /// Checks where the snapshot table is.
+    pub(super) fn check_snapshot_table(&self) -> Result<()> {
         if self.snapshots > MAX_SNAPSHOTS {
             return Err(over_limit(format!(
                 "{} internal snapshots, at most {MAX_SNAPSHOTS} are supported",
                 self.snapshots
             )));
         }
-        if self.snapshots > 0 {
-            check_table(geo, "Snapshot table", self.snapshot_table.0, 0, 0)?;
+        self.check_snapshot_offset()
+    }
+
+    /// Checks where the snapshot table begins, if there is one.
+    pub(super) fn check_snapshot_offset(&self) -> Result<()> {
+        if self.snapshots == 0 {
+            return Ok(());
         }
-        self.bitmaps()?;
-        Ok(())
+        if self.snapshot_table.0 == 0 {
+            return Err(corrupt("the snapshot table overlaps the header"));
+        }
+        check_table(self.geometry(), "Snapshot table", self.snapshot_table.0, 0, 0)
     }
 
     /// Refuses what this driver can't do with an image, by name. `check_features` has refused what is unknown.
@@ -613,6 +644,24 @@ mod tests {
         }
     }
 
+    /// What only writing needs keeps nobody from reading.
+    #[test]
+    fn damage_that_reading_does_not_meet() {
+        let changes: &[fn(&mut Vec<u8>)] = &[
+            |b| b[59] = 0,
+            |b| b[55] = 1,
+            |b| b[60] = 1,
+            |b| (b[63], b[71]) = (1, 7),
+            |b| (b[63], b[71]) = (1, 0),
+        ];
+        for (i, change) in changes.iter().enumerate() {
+            let mut b = sample(3, 16).encode().unwrap();
+            change(&mut b);
+            let h = Header::decode(&b).unwrap();
+            assert!(h.check_writable().is_err(), "{i}");
+        }
+    }
+
     #[test]
     fn hostile_fields() {
         type Change = (&'static str, fn(&mut Vec<u8>), ErrorKind);
@@ -648,7 +697,7 @@ mod tests {
         for (name, change, kind) in cases {
             let mut b = sample(3, 16).encode().unwrap();
             change(&mut b);
-            let e = Header::decode(&b).expect_err(name);
+            let e = Header::decode(&b).and_then(|h| h.check_writable()).expect_err(name);
             assert_eq!(e.kind(), *kind, "{name}: {e}");
         }
     }

@@ -8,7 +8,7 @@ use dolmen_types::{BlkEvent, ChildRole, ReadFlags, Result, Span};
 
 use super::bitmap::{BitmapEntry, decode_directory};
 use super::header::{Header, V3_LENGTH, first_cluster_len};
-use super::layout::MAX_SNAPSHOT_EXTRA;
+use super::layout::{MAX_SNAPSHOT_EXTRA, corrupt};
 use super::snapshot::{self, Snapshot};
 
 /// Access to the image file, from wherever an edge to it is at hand.
@@ -180,6 +180,7 @@ pub(super) async fn load_l1(io: Io<'_, Read>, h: &Header) -> Result<Vec<u64>> {
 
 /// The refcount table.
 pub(super) async fn load_reftable(io: Io<'_, Read>, h: &Header) -> Result<Vec<u64>> {
+    h.check_reftable()?;
     let entries = (u64::from(h.reftable_clusters) << h.cluster_bits) / 8;
     io.event(BlkEvent::ReftableLoad)?;
     read_table(io, h.reftable.0, entries as usize).await
@@ -190,6 +191,7 @@ pub(super) async fn load_snapshots(io: Io<'_, Read>, h: &Header) -> Result<(Vec<
     let mut out = Vec::new();
     let mut at = 0u64;
     let geo = h.geometry();
+    h.check_snapshot_table()?;
     for _ in 0..h.snapshots {
         let mut want = 64 + MAX_SNAPSHOT_EXTRA as usize;
         loop {
@@ -212,8 +214,10 @@ pub(super) async fn load_snapshots(io: Io<'_, Read>, h: &Header) -> Result<(Vec<
 /// The bitmap directory.
 pub(super) async fn load_bitmaps(io: Io<'_, Read>, h: &Header) -> Result<Vec<BitmapEntry>> {
     let Some(ext) = h.bitmaps()? else { return Ok(Vec::new()) };
-    let have = io.size().saturating_sub(ext.directory.0).min(ext.directory_bytes);
-    let mut b = vec![0u8; have as usize];
+    if io.size().saturating_sub(ext.directory.0) < ext.directory_bytes {
+        return Err(corrupt("the bitmap directory lies beyond the end of the file"));
+    }
+    let mut b = vec![0u8; ext.directory_bytes as usize];
     read_bytes(io, ext.directory.0, &mut b).await?;
     decode_directory(&b, ext.count, h.geometry())
 }

@@ -48,9 +48,26 @@ pub enum Step {
     NeedBytes(usize),
 }
 
-/// Decodes one entry from the start of `b`. Reading more when asked for it never needs more than a few KiB at
-/// once, so a table is read in bounded memory.
+impl Snapshot {
+    /// Fails when its L1 table can't be where it is said to be.
+    pub(super) fn check_l1(&self, geo: Geometry) -> Result<()> {
+        let bytes = u64::from(self.l1_entries) * 8;
+        check_table(geo, "Snapshot L1 table", self.l1_table.0, bytes, MAX_L1_BYTES)
+    }
+}
+
+/// Decodes one entry from the start of `b`, and checks it. Reading more when asked for it never needs more than a
+/// few KiB at once, so a table is read in bounded memory.
 pub fn decode_entry(b: &[u8], geo: Geometry) -> Result<Step> {
+    let step = parse_entry(b)?;
+    if let Step::Entry(s, _) = &step {
+        s.check_l1(geo)?;
+    }
+    Ok(step)
+}
+
+/// Decodes one entry, wherever its L1 table may be.
+pub(super) fn parse_entry(b: &[u8]) -> Result<Step> {
     if b.len() < FIXED {
         return Ok(Step::NeedBytes(FIXED));
     }
@@ -87,7 +104,6 @@ pub fn decode_entry(b: &[u8], geo: Geometry) -> Result<Step> {
     if extra >= 24 {
         s.icount = Some(be64(b, FIXED + 16)).filter(|n| *n != u64::MAX);
     }
-    check_table(geo, "Snapshot L1 table", s.l1_table.0, u64::from(s.l1_entries) * 8, MAX_L1_BYTES)?;
     Ok(Step::Entry(Box::new(s), end.next_multiple_of(8)))
 }
 
@@ -124,6 +140,32 @@ pub fn encode_entry(s: &Snapshot) -> Result<Vec<u8>> {
     Ok(b)
 }
 
+/// An entry as it is on disk with another L1 table. Whatever else it holds stays, names that are not UTF-8
+/// included.
+pub(super) fn move_l1(raw: &mut [u8], l1_table: HostOffset, l1_entries: u32) {
+    raw[0..8].copy_from_slice(&l1_table.0.to_be_bytes());
+    raw[8..12].copy_from_slice(&l1_entries.to_be_bytes());
+}
+
+/// Whether an entry has the extra data that version 3 demands.
+pub(super) fn is_complete(raw: &[u8], geo: Geometry) -> bool {
+    geo.version < 3 || be32(raw, 36) >= 16
+}
+
+/// An entry as it is on disk with the extra data that version 3 demands; `disk_size` is what it does not know.
+pub(super) fn complete(raw: &[u8], s: &Snapshot, disk_size: u64) -> Vec<u8> {
+    let names = FIXED + be32(raw, 36) as usize;
+    let end = names + usize::from(be16(raw, 12)) + usize::from(be16(raw, 14));
+    let mut b = raw[..FIXED].to_vec();
+    b[36..40].copy_from_slice(&24u32.to_be_bytes());
+    b.extend_from_slice(&s.vm_state_bytes.to_be_bytes());
+    b.extend_from_slice(&s.disk_size.unwrap_or(disk_size).to_be_bytes());
+    b.extend_from_slice(&s.icount.unwrap_or(u64::MAX).to_be_bytes());
+    b.extend_from_slice(&raw[names..end]);
+    b.resize(b.len().next_multiple_of(8), 0);
+    b
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -150,6 +192,23 @@ mod tests {
         assert_eq!(decode_entry(&b, GEO).unwrap(), Step::Entry(Box::new(s), b.len()));
         assert_eq!(decode_entry(&b[..20], GEO).unwrap(), Step::NeedBytes(40));
         assert!(matches!(decode_entry(&b[..70], GEO).unwrap(), Step::NeedBytes(n) if n > 70));
+    }
+
+    #[test]
+    fn an_old_entry_becomes_complete() {
+        let mut raw = vec![0u8; 48];
+        raw[..8].copy_from_slice(&0x70000u64.to_be_bytes());
+        raw[13] = 1;
+        raw[15] = 2;
+        raw[40..43].copy_from_slice(b"1\xff\xfe");
+        let Ok(Step::Entry(s, 48)) = parse_entry(&raw) else { panic!("an entry of 48 bytes") };
+        assert!(!is_complete(&raw, GEO));
+        let b = complete(&raw, &s, 5 << 20);
+        assert!(is_complete(&b, GEO));
+        let Ok(Step::Entry(again, used)) = parse_entry(&b) else { panic!("an entry") };
+        assert_eq!((again.disk_size, used), (Some(5 << 20), b.len()));
+        assert_eq!(*again, Snapshot { disk_size: again.disk_size, ..*s });
+        assert_eq!(&b[64..67], b"1\xff\xfe", "the names stay, byte for byte");
     }
 
     proptest! {

@@ -4,6 +4,8 @@ mod images;
 mod interop;
 mod late;
 mod raw;
+mod repair;
 mod support;
+mod view;
 mod waiting;
 mod work;
