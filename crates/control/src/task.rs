@@ -110,6 +110,16 @@ async fn announce(shared: Rc<Shared>, notices: Arc<Notices>) {
         let noticed = async { Some(notices.next().await) };
         match futures_lite::future::or(noticed, ended).await {
             None => return,
+            Some((node, notice @ Notice::BitmapsInvalid { .. })) => {
+                if let Some(warning) = notice.warning(node.as_str()) {
+                    (shared.log)(&warning);
+                }
+                let Notice::BitmapsInvalid { bitmaps } = notice else { continue };
+                shared.event(
+                    "BLOCK_BITMAPS_INVALIDATED",
+                    json!({"node-name": node.as_str(), "bitmaps": bitmaps}),
+                );
+            }
             Some((node, Notice::Corrupted { message })) => shared.event(
                 "BLOCK_IMAGE_CORRUPTED",
                 json!({"device": "", "node-name": node.as_str(), "msg": message, "fatal": true}),

@@ -199,6 +199,17 @@ impl Session {
         }
     }
 
+    /// What drivers noticed since it was last asked, as far as somebody has to be told.
+    pub fn warnings(&mut self) -> Vec<String> {
+        let notices = self.owner.notices();
+        std::iter::from_fn(|| notices.take())
+            .filter_map(|(name, n)| {
+                let node = self.graph().node(&name);
+                n.warning(&node.map_or_else(|| name.to_string(), dolmen_graph::node_filename))
+            })
+            .collect()
+    }
+
     /// Closes everything.
     ///
     /// # Errors

@@ -21,6 +21,11 @@ pub enum Notice {
         /// What is wrong.
         message: String,
     },
+    /// The first write has made the image's bitmaps invalid, as the driver does not keep them up.
+    BitmapsInvalid {
+        /// Their names; none when their list can't be read.
+        bitmaps: Vec<String>,
+    },
     /// A write has reached beyond the node's threshold, which is gone now.
     WriteThreshold {
         /// The threshold, in bytes from the start of the node.
@@ -28,6 +33,21 @@ pub enum Notice {
         /// How many bytes the write reached beyond it.
         exceeded: u64,
     },
+}
+
+impl Notice {
+    /// What a person has to be told of an image, if anything.
+    pub fn warning(&self, image: &str) -> Option<String> {
+        match self {
+            Notice::BitmapsInvalid { bitmaps } => Some(format!(
+                "the bitmaps of '{image}' ({}) are not valid any more: the image is being written, and Dolmen does not \
+                 keep them up. What relies on them, as incremental backups do, has to begin anew",
+                if bitmaps.is_empty() { "their list is damaged".to_owned() } else { bitmaps.join(", ") }
+            )),
+            // Who asked for them hears of these.
+            Notice::Corrupted { .. } | Notice::WriteThreshold { .. } => None,
+        }
+    }
 }
 
 /// The notices of all nodes of a graph.
@@ -45,6 +65,11 @@ impl Notices {
         }
         drop(waiting);
         self.raised.notify(usize::MAX);
+    }
+
+    /// The next notice if there is one already.
+    pub fn take(&self) -> Option<(NodeName, Notice)> {
+        self.waiting.lock().expect("notices").pop_front()
     }
 
     /// The next notice and the node that it is about. Dropping the future loses nothing.

@@ -175,6 +175,9 @@ pub(crate) fn run(persona: Persona, a: Bench) -> Outcome {
                 out!("{}", counters(&b, &io.counters(), a.count));
             }
         }
+        for w in session.warnings() {
+            eprintln!("warning: {w}");
+        }
         session.close_image(image).await?;
         session.close().await?;
         Ok(0)

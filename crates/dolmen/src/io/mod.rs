@@ -156,6 +156,7 @@ async fn run(program: String, persona: Persona, args: Args, rt: Rt) -> u8 {
                     break;
                 }
                 failed |= shell.command(c).await.is_err();
+                shell.warn();
             }
         }
         Err(f) => {
@@ -164,6 +165,7 @@ async fn run(program: String, persona: Persona, args: Args, rt: Rt) -> u8 {
         }
     }
     shell.background.finish().await;
+    shell.warn();
     let Shell { program, mut session, image, .. } = shell;
     if let Some(o) = image
         && let Err(e) = close(&mut session, o).await
@@ -337,7 +339,10 @@ impl Shell {
                 None => read(),
             };
             match line {
-                Ok(Some(line)) => failed |= self.command(&line).await.is_err(),
+                Ok(Some(line)) => {
+                    failed |= self.command(&line).await.is_err();
+                    self.warn();
+                }
                 Ok(None) => break,
                 Err(e) => {
                     self.say(Failure::new(format!("reading commands: {e}")));
@@ -346,6 +351,13 @@ impl Shell {
             }
         }
         failed
+    }
+
+    /// Says on standard error what drivers noticed by themselves.
+    fn warn(&mut self) {
+        for w in self.session.warnings() {
+            eprint_line(&format!("{}: warning: {w}", self.program));
+        }
     }
 
     async fn command(&mut self, line: &str) -> Done {

@@ -10,6 +10,7 @@ mod create;
 mod damage;
 mod durable;
 mod events;
+mod features;
 mod graph_changes;
 mod handover;
 mod hazards;

@@ -25,7 +25,7 @@ impl Core {
             )
             .remedy("open it with read-only=off"));
         }
-        self.begin_change(env).await?;
+        self.meta().check_usable()?;
         let turn = loop {
             self.round(env).await?;
             let turn = self.turn().await;
@@ -39,6 +39,7 @@ impl Core {
             drop(turn);
         };
         let mut header = self.meta().header.clone();
+        header.clear_unknown();
         header.set_backing(to.map(|t| t.name), to.and_then(|t| t.format))?;
         let mut bytes = used(&header);
         if bytes.as_ref().map_or(true, |b| b.len() > SECTOR) {
@@ -53,6 +54,7 @@ impl Core {
         }
         self.write_header(env, Patch { at: 0, bytes: bytes.clone(), event: BlkEvent::None }).await?;
         let mut m = self.meta();
+        m.header.autoclear = header.autoclear;
         m.header.backing_file = header.backing_file;
         m.header.extensions = header.extensions;
         m.sector.copy_from_slice(&bytes);

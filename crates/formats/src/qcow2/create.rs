@@ -273,6 +273,7 @@ pub async fn change_backing(
 ) -> Result<()> {
     let (mut header, _) = load_header(read).await?;
     header.check_supported()?;
+    header.clear_unknown();
     header.set_backing(name, format)?;
     if name.is_none() {
         header.extensions.retain(|e| e.id != EXT_BACKING_FORMAT);

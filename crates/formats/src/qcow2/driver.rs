@@ -340,6 +340,11 @@ impl Core {
         Ok(Extent { len: run.len, place })
     }
 
+    /// The names of the bitmaps that the image had when it was opened.
+    pub(super) fn bitmap_names(&self) -> Vec<String> {
+        self.bitmaps.iter().map(|b| b.name.clone()).collect()
+    }
+
     fn describe(&self) -> Description {
         let m = self.meta();
         let h = &m.header;
@@ -354,7 +359,7 @@ impl Core {
             put("corrupt", (h.incompatible & INCOMPAT_CORRUPT != 0).into());
             put("extended-l2", (h.incompatible & INCOMPAT_EXTENDED_L2 != 0).into());
         }
-        if !self.bitmaps.is_empty() {
+        if h.has_bitmaps() && !self.bitmaps.is_empty() {
             let list = self.bitmaps.iter().map(|b| {
                 Value::Map(vec![
                     ("flags".into(), Value::List(b.flag_words().into_iter().map(Value::from).collect())),

@@ -33,6 +33,7 @@ mod compress;
 mod create;
 mod driver;
 mod entry;
+mod features;
 mod flush;
 mod header;
 mod image;

@@ -177,6 +177,7 @@ impl Meta {
 
     /// The first sector of the file with the header as it is now.
     pub(super) fn header_patch(&mut self, event: BlkEvent) -> Patch {
+        self.header.clear_unknown();
         self.header.patch(&mut self.sector);
         Patch { at: 0, bytes: self.sector.to_vec(), event }
     }

@@ -373,18 +373,7 @@ impl Core {
             m.check_usable()?;
             m.crowded()
         };
-        if !self.write_ready.load(SeqCst) {
-            let _header = self.turn().await;
-            if !self.write_ready.load(SeqCst) {
-                let patch = {
-                    let mut m = self.meta();
-                    m.header.autoclear = 0;
-                    m.header_patch(BlkEvent::None)
-                };
-                self.write_header(env, patch).await?;
-                self.write_ready.store(true, SeqCst);
-            }
-        }
+        self.give_up_features(env).await?;
         if crowded {
             self.round(env).await?;
         }

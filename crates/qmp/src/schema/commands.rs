@@ -161,6 +161,15 @@ pub static COMMANDS: &[Command] = &[
 /// Every event.
 pub static EVENTS: &[EventRow] = &[
     EventRow {
+        name: "BLOCK_BITMAPS_INVALIDATED",
+        data: &Shape::of(&[
+            Field::required("node-name", Ty::Str),
+            Field::required("bitmaps", Ty::Array(&Ty::Str)),
+        ]),
+        help: "Dolmen's own. The first write to an image with persistent bitmaps: they are not kept up, so they are \
+               not valid any more.",
+    },
+    EventRow {
         name: "BLOCK_EXPORT_DELETED",
         data: &ID,
         help: "An export is gone and its id may be used again.",

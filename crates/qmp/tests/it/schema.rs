@@ -154,6 +154,7 @@ fn replies_fit() {
         json!({"node-name": "n", "amount-exceeded": 512, "write-threshold": 1u64 << 40}),
     )
     .expect("event");
+    s.check_event("BLOCK_BITMAPS_INVALIDATED", json!({"node-name": "n", "bitmaps": ["b0"]})).expect("event");
 
     let export =
         BlockExportInfo { id: "e".into(), kind: "nbd".into(), node_name: "n".into(), shutting_down: false };

@@ -161,7 +161,7 @@ async fn carry_out(
         } else if scan.result.leaks > 0 && lost == 0 && !scan.structures_damaged {
             // Features that Dolmen does not know must not be trusted once the image has changed.
             if scan.header.autoclear & !AUTOCLEAR_BITMAPS != 0 {
-                scan.header.autoclear &= AUTOCLEAR_BITMAPS;
+                scan.header.clear_unknown();
                 write_header_fields(read, write, &scan.header).await?;
             }
             repair::lower_refcounts(&scan, write).await?;
@@ -172,7 +172,7 @@ async fn carry_out(
     }
     if scan.result.corruptions == 0 && unclean {
         scan.header.incompatible &= !(INCOMPAT_DIRTY | INCOMPAT_CORRUPT);
-        scan.header.autoclear &= AUTOCLEAR_BITMAPS;
+        scan.header.clear_unknown();
         write_header_fields(read, write, &scan.header).await?;
     }
     if bitmaps != 0 && scan.header.autoclear & AUTOCLEAR_BITMAPS == 0 {

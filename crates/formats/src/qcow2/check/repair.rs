@@ -15,7 +15,7 @@ use dolmen_graph::{Io, Prealloc, Resize, Write};
 use dolmen_types::{Error, ErrorKind, Result, WriteFlags};
 
 use super::super::entry::{L1_RESERVED, L2Entry, REFTABLE_RESERVED, ZERO, refcount_get, refcount_set};
-use super::super::header::{AUTOCLEAR_BITMAPS, Header};
+use super::super::header::Header;
 use super::super::image::{load_reftable, read_bytes, read_table};
 use super::super::layout::{ClusterIndex, HostOffset, MAX_L1_BYTES, MAX_REFTABLE_BYTES, put64};
 use super::super::snapshot;
@@ -148,7 +148,7 @@ impl<'s, 'a> Rewrite<'s, 'a> {
         }
         self.active_l1().await?;
         self.snapshots().await?;
-        self.header.autoclear &= AUTOCLEAR_BITMAPS;
+        self.header.clear_unknown();
         if self.scan.bitmaps_damaged {
             self.header.autoclear = 0;
         } else {
