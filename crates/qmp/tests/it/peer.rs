@@ -247,9 +247,15 @@ impl Compare {
     }
 }
 
-/// Commands that only we have.
-const OURS: &[&str] =
-    &["blockdev-prefetch", "operation-begin", "operation-end", "query-operations", "what-if"];
+/// Commands and events that only we have.
+const OURS: &[&str] = &[
+    "BLOCK_BITMAPS_INVALIDATED",
+    "blockdev-prefetch",
+    "operation-begin",
+    "operation-end",
+    "query-operations",
+    "what-if",
+];
 
 /// What the established schema has no place for: our own version, our own kind of job, what we can say about jobs.
 const ADDED: &[&str] = &[
