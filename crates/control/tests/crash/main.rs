@@ -18,6 +18,7 @@
 //! not know each other.
 
 mod aftermath;
+mod changes;
 mod judge;
 mod schedule;
 mod workload;

@@ -92,7 +92,7 @@ pub(crate) struct Done {
 }
 
 impl Done {
-    fn count(&mut self, what: &'static str) {
+    pub(crate) fn count(&mut self, what: &'static str) {
         *self.counts.entry(what).or_default() += 1;
     }
 
@@ -221,7 +221,7 @@ fn layers(schedule: &Schedule, random: &mut Random, tags: &mut [u64]) -> Vec<Lay
 
 /// What a job has promised.
 #[derive(Debug)]
-enum Promise {
+pub(crate) enum Promise {
     /// Guests do not notice.
     Unseen,
     /// The node holds what the disk held between two moments.
@@ -233,10 +233,10 @@ enum Promise {
 }
 
 #[derive(Debug)]
-struct Running {
-    id: String,
-    what: &'static str,
-    promise: Promise,
+pub(crate) struct Running {
+    pub(crate) id: String,
+    pub(crate) what: &'static str,
+    pub(crate) promise: Promise,
 }
 
 struct Export {
@@ -245,15 +245,15 @@ struct Export {
 }
 
 /// A schedule that is being played.
-struct Play {
-    world: Rc<World>,
+pub(crate) struct Play {
+    pub(crate) world: Rc<World>,
     schedule: Schedule,
-    random: Random,
-    jobs: Vec<Running>,
+    pub(crate) random: Random,
+    pub(crate) jobs: Vec<Running>,
     exports: Vec<Export>,
     /// For names.
     next: u64,
-    done: Done,
+    pub(crate) done: Done,
 }
 
 impl Play {
@@ -261,7 +261,7 @@ impl Play {
         if self.random.percent(40) {
             self.fault();
         }
-        match self.random.below(100) {
+        match self.random.below(115) {
             0..9 => self.stream().await,
             9..20 => self.commit().await,
             20..34 => self.mirror().await,
@@ -270,6 +270,9 @@ impl Play {
             70..77 => self.export().await,
             77..89 => self.reopen().await,
             89..93 => self.delete().await,
+            93..101 => self.snapshot().await,
+            101..104 => self.hand_over().await,
+            104..108 => self.resize().await,
             _ => {
                 self.fault();
                 Ok(())
@@ -277,7 +280,12 @@ impl Play {
         }
     }
 
-    fn name(&mut self, what: &str) -> String {
+    /// Cluster size of the chain's images.
+    pub(crate) fn cluster(&self) -> u64 {
+        self.schedule.cluster
+    }
+
+    pub(crate) fn name(&mut self, what: &str) -> String {
         self.next += 1;
         format!("{what}{}", self.next)
     }
@@ -293,17 +301,17 @@ impl Play {
         out
     }
 
-    fn some_image(&mut self) -> String {
+    pub(crate) fn some_image(&mut self) -> String {
         let chain = self.chain();
         self.random.pick(&chain).clone()
     }
 
-    fn mark(&self) -> ReadMark {
+    pub(crate) fn mark(&self) -> ReadMark {
         self.world.oracle.borrow_mut().read()
     }
 
     /// What all jobs can be asked for.
-    fn job(&mut self, id: &str) -> Options {
+    pub(crate) fn job(&mut self, id: &str) -> Options {
         let mut o = Options::new()
             .with("job-id", id)
             .with("auto-dismiss", false)
@@ -364,7 +372,7 @@ impl Play {
     }
 
     /// Makes an empty image with a node; `backing` names the image below, by its node.
-    async fn target(&mut self, backing: Option<&str>) -> Result<Option<String>, String> {
+    pub(crate) async fn target(&mut self, backing: Option<&str>) -> Result<Option<String>, String> {
         let name = self.name("t");
         let cluster = if self.random.percent(70) { self.schedule.cluster } else { 4096 };
         let size = self.world.root().size();
