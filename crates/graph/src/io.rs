@@ -14,7 +14,7 @@ use dolmen_types::{
 };
 
 use crate::count::Place;
-use crate::late::{Leases, UnderWay, changes};
+use crate::late::{Leases, NOTHING, UnderWay, changes};
 use crate::{ChildEdge, DetectZeroes, Driver, Extent, Node, Op, Plan, Prealloc, Request, UserEdge};
 
 /// What a driver gets to work with: its node in the request's snapshot, and the runtime.
@@ -524,7 +524,7 @@ pub(crate) async fn submit(node: &Node, rt: &Rt, op: Op<'_>, user: Option<&Arc<U
 
 /// Closes a driver. What it leaves in flight, should the future be dropped, counts on its node.
 pub(crate) async fn close(node: &Node, rt: &Rt) -> Result<()> {
-    let held = UnderWay { leases: Leases::new(), user: None, node, changes: Span::new(0, 0) };
+    let held = UnderWay { leases: Leases::new(), user: None, node, changes: NOTHING };
     carry(node.driver.close(Cx { node, rt }), held).await
 }
 
@@ -538,7 +538,9 @@ async fn whole(node: &Node, rt: &Rt, user: Option<&Arc<UserEdge>>, op: Op<'_>) -
             let size = if let Op::Resize { size, .. } = op { size } else { 0 };
             let changes = changes(slow, op.kind(), Span::new(0, size.min(Span::MAX_END)));
             let held = UnderWay { leases, user, node: slow, changes };
-            held.begin().await;
+            if held.must_wait() {
+                held.begin().await;
+            }
             let ran = carry(slow.driver.run(Cx { node: slow, rt }, op), held).await;
             if ran.is_err() {
                 blame(node, op.request(), Span::new(0, 0), slow, rt.lane());
@@ -567,10 +569,10 @@ async fn pieces<'a>(
     let mut rest = span;
     let mut visits = Visits { at: Place::of(rt.lane(), request.kind()), known: 0 };
     while !rest.is_empty() {
-        let mut leases = Leases::new();
+        let mut held = UnderWay { leases: Leases::new(), user, node, changes: NOTHING };
         let done = (span.len() - rest.len()) as usize;
         let data = data.map(|whole| Payload { whole, done });
-        let len = match walk(node, request, rest, data, &mut leases, &mut visits) {
+        let len = match walk(node, request, rest, data, &mut held.leases, &mut visits) {
             Step::Done { len } => len,
             Step::Zeroes { len } => {
                 if let Piece::Read { whole, .. } = make(rest.prefix(len), done, request) {
@@ -584,11 +586,12 @@ async fn pieces<'a>(
             }
             Step::Run { node: slow, at, len, request: asked } => {
                 let piece = Span::new(at, len);
-                let changes = changes(slow, asked.kind(), piece);
-                let held = UnderWay { leases, user, node: slow, changes };
-                held.begin().await;
+                (held.node, held.changes) = (slow, changes(slow, asked.kind(), piece));
+                if held.must_wait() {
+                    held.begin().await;
+                }
                 let cx = Cx { node: slow, rt };
-                let ran = carry(run_piece(&*slow.driver, cx, make(piece, done, asked)), held).await;
+                let ran = carry(run_piece(&*slow.driver, cx, make(piece, done, asked)), &mut held).await;
                 if ran.is_err() {
                     blame(node, request, rest, slow, rt.lane());
                 }

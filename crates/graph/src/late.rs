@@ -100,11 +100,15 @@ pub(crate) struct UnderWay<'g> {
 }
 
 impl UnderWay<'_> {
-    /// Where there may be older requests that have been given up: waits until they are done with what this one changes.
+    /// Whether there are older requests that have been given up, which may be in the way of what this one changes.
+    #[inline]
+    pub(crate) fn must_wait(&self) -> bool {
+        !self.changes.is_empty() && self.node.state.late.count() > 0
+    }
+
+    /// Waits until they are done with it.
     pub(crate) async fn begin(&self) {
-        if self.node.state.late.count() > 0 && !self.changes.is_empty() {
-            self.node.state.late.landed(self.changed_blocks()).await;
-        }
+        self.node.state.late.landed(self.changed_blocks()).await;
     }
 
     /// A leaf may have to write the whole blocks of its storage.
@@ -118,15 +122,17 @@ impl UnderWay<'_> {
     }
 }
 
+/// No place at all.
+pub(crate) const NOTHING: Span = Span::new(0, 0);
+
 /// What a request changes at the node that works for it. Only at a leaf is it a place; above, it is the node's own business
 /// what goes where.
 pub(crate) fn changes(node: &Node, kind: OpKind, span: Span) -> Span {
-    let none = Span::new(0, 0);
     if !node.children.is_empty() {
-        return none;
+        return NOTHING;
     }
     match kind {
-        OpKind::Read | OpKind::Flush => none,
+        OpKind::Read | OpKind::Flush => NOTHING,
         OpKind::Write | OpKind::Discard => span,
         // A leaf may grow by setting its size, which would cut off what came later beyond that.
         OpKind::WriteZeroes if span.end() > node.size() => Span::from_range(span.offset(), Span::MAX_END),
