@@ -265,6 +265,8 @@ async fn judge(rt: &dolmen_rt::Rt, base: &Base, damage: &[(Field, u64)], single:
         story(),
         again.messages
     );
+    let contested = View { bytes: &after, backing: 0 }.contested();
+    assert_eq!(contested, None, "{}: a write to one destroys the other", story());
     // Whatever was data and is not found any more must not be given to somebody else.
     let counts_damaged = damage.iter().any(|((w, ..), _)| w.starts_with("refcount ") && w.len() < 13);
     if r.lost > 0 && (single || !counts_damaged) {

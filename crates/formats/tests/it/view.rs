@@ -165,6 +165,40 @@ impl View<'_> {
         out
     }
 
+    /// A cluster that is metadata and something else too, in an image whose tables can be read.
+    pub(crate) fn contested(&self) -> Option<u64> {
+        let cluster = 1u64 << self.bits();
+        let mut ranges = vec![
+            (0, cluster),
+            (self.be(40, 8), self.be(36, 4) * 8),
+            (self.be(48, 8), self.be(56, 4) * cluster),
+        ];
+        let entries =
+            |at: u64, n: u64| (0..n).map(move |i| self.be(at + i * 8, 8) & OFFSET).filter(|t| *t != 0);
+        let mut tables: Vec<u64> = entries(self.be(40, 8), self.be(36, 4)).collect();
+        ranges.extend(entries(self.be(48, 8), self.be(56, 4) * cluster / 8).map(|b| (b, cluster)));
+        let start = self.be(64, 8);
+        let mut at = start;
+        for _ in 0..self.be(60, 4) {
+            let (l1, n) = (self.be(at, 8), self.be(at + 8, 4));
+            ranges.push((l1, n * 8));
+            tables.extend(entries(l1, n));
+            at = (at + 40 + self.be(at + 36, 4) + self.be(at + 12, 2) + self.be(at + 14, 2))
+                .next_multiple_of(8);
+        }
+        ranges.push((start, at - start));
+        tables.sort_unstable();
+        tables.dedup();
+        ranges.extend(tables.into_iter().map(|t| (t, cluster)));
+        let mut all: Vec<u64> = ranges
+            .into_iter()
+            .flat_map(|(at, len)| at / cluster..(at + len).div_ceil(cluster))
+            .chain(self.data_clusters())
+            .collect();
+        all.sort_unstable();
+        all.windows(2).find(|w| w[0] == w[1]).map(|w| w[0])
+    }
+
     /// The refcount of a cluster (of 16 bits).
     pub(crate) fn refcount(&self, c: u64) -> u64 {
         let cluster = 1u64 << self.bits();
