@@ -273,12 +273,6 @@ fn propose_snapshot(draft: &mut Draft, node: &str, overlay: &str) -> Result<OpId
         return Err(Error::new(ErrorKind::Busy, format!("The overlay is already in use: {user}"))
             .remedy("remove what uses it first"));
     }
-    if let Some(over) = draft.overlays(&node).first() {
-        return Err(invalid(format!("node '{node}' is the backing file of '{over}', whose header names it"))
-            .remedy(format!(
-                "put the overlay over the top of the chain, or give '{over}' another backing file"
-            )));
-    }
     let op = command(draft, "blockdev-snapshot", format!("snapshot of '{node}' in '{overlay}'"))?;
     claim(draft, &op, &node, Actions::P, "puts an overlay above it")?;
     let sizes = (draft.built_node(&node)?.size(), draft.built_node(&overlay)?.size());
@@ -288,8 +282,7 @@ fn propose_snapshot(draft: &mut Draft, node: &str, overlay: &str) -> Result<OpId
             claim(draft, &op, &reader, Actions::S, "puts an overlay of another size above it")?;
         }
     }
-    draft.replace(&node, &overlay)?;
-    draft.set_backing_link(&overlay, Some(&under))?;
+    draft.put_over(&node, &overlay)?;
     Ok(op)
 }
 
@@ -468,15 +461,18 @@ fn propose_resize(draft: &mut Draft, node: &str, size: u64) -> Result<OpId> {
     let node = find(draft, node)?;
     let now = draft.built_node(&node)?.size();
     let op = command(draft, "block_resize", format!("resize of '{node}' to {size} bytes"))?;
-    let mut needs = Actions::S | Actions::M;
+    // Filters hand it down: it is the image that gets another size.
+    let image = draft.content(&node);
     if size < now {
-        needs |= Actions::V;
-        draft.claim_other_data(&op, &node, "cuts off its end")?;
+        // What is cut off is gone for images above that nobody reads now, too.
+        draft.rob_overlays(&op)?;
+        draft.claim_other_data(&op, &image, "cuts off its end")?;
     }
+    let needs = Actions::S | Actions::M;
     draft.add_user_below_filters(&op, &node, Claim { needs, allows: Actions::EVERY })?;
     // What lies over it in filters changes its size as well.
-    for reader in draft.readers(&node) {
-        if draft.content(&reader) == draft.content(&node) {
+    for reader in draft.readers(&image) {
+        if draft.content(&reader) == image {
             claim(draft, &op, &reader, Actions::S, "changes its size")?;
         }
     }

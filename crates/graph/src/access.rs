@@ -29,8 +29,11 @@ pub enum AccessRule {
     Slice,
     /// Copy-on-read.
     CopyOnRead,
-    /// An image format: metadata and data children, and a backing child.
+    /// An image format: metadata and data children, and a backing child, which nobody may
+    /// write or resize while somebody reads the overlay.
     Format,
+    /// The same, whose user has said that its backing child may change while it is read.
+    FormatOverChanging,
     /// Quorum; `rewrite` when it rewrites corrupted copies.
     Quorum {
         /// Whether it rewrites corrupted copies.
@@ -70,22 +73,34 @@ impl AccessRule {
         let allows = allows & A::DATA;
         let through = Claim { needs, allows };
         match (self, role) {
+            // Its data pass the filter by the chain that is committed, but what lies below the
+            // target is read all the same.
+            (AccessRule::CommitActive, ChildRole::Target) => {
+                Claim { needs: needs & A::D | A::V, allows: A::DATA - A::S }
+            }
             (_, ChildRole::Target) => Claim { needs: A::V, allows: A::DATA - A::S },
             (AccessRule::Leaf | AccessRule::Filter | AccessRule::Transparent, _) => through,
             (AccessRule::Slice, _) => Claim { needs, allows: allows - A::S },
             (AccessRule::CopyOnRead, _) => Claim { needs: needs | A::M, allows: allows | A::M },
-            (AccessRule::Format, ChildRole::Backing) => Claim {
-                needs: needs & A::D,
-                allows: if allows.contains(A::V) { A::DATA } else { A::D | A::M },
-            },
-            (AccessRule::Format, ChildRole::Data) => {
+            (AccessRule::Format | AccessRule::FormatOverChanging, ChildRole::Backing) => {
+                let mut may_change = allows.contains(A::V);
+                // Whoever reads the overlay sees its backing file where the overlay has nothing of its own.
+                if self == AccessRule::Format && needs.contains(A::D) {
+                    may_change = false;
+                }
+                Claim { needs: needs & A::D, allows: if may_change { A::DATA } else { A::D | A::M } }
+            }
+            (AccessRule::Format | AccessRule::FormatOverChanging, ChildRole::Data) => {
                 let mut n = needs;
                 if needs.intersects(A::V | A::M) {
                     n |= A::V | A::S;
                 }
                 Claim { needs: n, allows: allows - A::S }
             }
-            (AccessRule::Format, ChildRole::Metadata | ChildRole::Filtered) => {
+            (
+                AccessRule::Format | AccessRule::FormatOverChanging,
+                ChildRole::Metadata | ChildRole::Filtered,
+            ) => {
                 // M stays beside V: other processes see it as a lock byte of its own.
                 let mut n = needs | A::D;
                 if facts.writable || needs.intersects(A::V | A::M) {

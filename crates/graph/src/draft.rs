@@ -156,6 +156,10 @@ pub(crate) struct State {
     pub(crate) users: Vec<DraftUser>,
     pub(crate) ops: Vec<OpInfo>,
     pub(crate) claims: Vec<OpClaim>,
+    /// Overlays that operations keep right while they write what these lie over.
+    pub(crate) kept: Vec<(OpId, NodeName)>,
+    /// Operations that take data away for good.
+    pub(crate) robbers: Vec<OpId>,
     /// Interposed filters by the node they stand on, innermost first.
     pub(crate) over: BTreeMap<NodeName, Vec<NodeName>>,
     /// What each leaf was last told that its parents need and allow.
@@ -225,6 +229,7 @@ impl State {
                 })
                 .collect(),
             claims,
+            stances: self.stances(&op, &numbers),
         }
     }
 
@@ -394,6 +399,8 @@ impl Draft {
     pub fn remove_op(&mut self, op: &OpId) {
         self.state.users.retain(|u| u.op != *op);
         self.state.claims.retain(|c| c.op != *op);
+        self.state.kept.retain(|(o, _)| o != op);
+        self.state.robbers.retain(|o| o != op);
         while let Some(filter) = self.state.nodes.iter().find(|n| n.def.owner.as_ref() == Some(op)) {
             let filter = filter.def.name.clone();
             self.take_out(&filter);
@@ -401,7 +408,7 @@ impl Draft {
         self.state.ops.retain(|o| o.id != *op);
     }
 
-    fn known(&self, op: &OpId) -> Result<()> {
+    pub(crate) fn known(&self, op: &OpId) -> Result<()> {
         if self.state.ops.iter().any(|o| o.id == *op) {
             return Ok(());
         }
@@ -631,6 +638,11 @@ impl Draft {
         for u in self.state.users.iter_mut().filter(|u| u.node == *filter) {
             u.node = below.clone();
         }
+        // What others claim on it is about what passes it, which goes on below.
+        let owner = self.state.node(filter).and_then(|n| n.def.owner.clone());
+        for c in self.state.claims.iter_mut().filter(|c| c.node == *filter && Some(&c.op) != owner.as_ref()) {
+            c.node = below.clone();
+        }
         // What stands on it stands on the node below from now on, or names of that node
         // would lead past it.
         let above = self.state.over.remove(filter).unwrap_or_default();
@@ -697,6 +709,7 @@ impl Draft {
         let own = driver_op(name);
         self.remove_op(&own);
         self.state.claims.retain(|c| c.node != *name);
+        self.state.kept.retain(|(_, n)| n != name);
         self.state.told.remove(name);
         self.state.over.remove(name);
         for c in node.children {
@@ -727,31 +740,7 @@ impl Draft {
         }
     }
 
-    /// Claims, for a user's copy-before-write node, that nobody else writes the node in which
-    /// it saves old data: they would be lost, or be taken for the data of its point in time.
-    ///
-    /// # Errors
-    /// `AlreadyExists` when it has claimed that already.
-    pub(crate) fn guard_target(&mut self, node: &NodeName) -> Result<()> {
-        let target = self
-            .state
-            .node(node)
-            .filter(|n| n.def.rule == AccessRule::CopyBeforeWrite && n.def.owner.is_none())
-            .and_then(|n| n.children.iter().find(|c| c.role == ChildRole::Target))
-            .map(|c| c.node.clone());
-        let Some(target) = target else { return Ok(()) };
-        let op = self.add_driver_op(node)?;
-        self.add_claim(OpClaim {
-            op,
-            node: target,
-            claim: Claim { needs: Actions::NONE, allows: Actions::EVERY - Actions::V },
-            scope: ClaimScope::Node,
-            why: "saves in it what is overwritten elsewhere".into(),
-            pins: true,
-        })
-    }
-
-    fn add_driver_op(&mut self, node: &NodeName) -> Result<OpId> {
+    pub(crate) fn add_driver_op(&mut self, node: &NodeName) -> Result<OpId> {
         let op = driver_op(node);
         self.add_op(OpInfo {
             id: op.clone(),

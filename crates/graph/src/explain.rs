@@ -89,8 +89,11 @@ pub(crate) fn explain(state: &State, known: &BTreeSet<OpId>, refusal: Refusal, n
             let (ask_party, ask_op) = scene.party(asks, Side::Asks, actions);
             let (deny_party, deny_op) = scene.party(denies, Side::Denies, actions);
             let mut remedies = Vec::new();
+            // Who takes data away for good asks the images above, not those who read them now.
+            let robs = ask_op.is_some_and(|o| state.robbers.contains(&o.id));
+            let over = scene.overlay(denies).filter(|_| actions.intersects(Actions::V | Actions::S));
             // The one that is there already can be ended; the newcomer can ask for less.
-            for info in [deny_op, ask_op].into_iter().flatten() {
+            for info in [deny_op.filter(|_| !robs || over.is_none()), ask_op].into_iter().flatten() {
                 if let Some(text) = &info.ends_with
                     && scene.since(info).is_some()
                     && !remedies.contains(text)
@@ -107,6 +110,14 @@ pub(crate) fn explain(state: &State, known: &BTreeSet<OpId>, refusal: Refusal, n
                 && scene.sees_all_writes(denies)
             {
                 remedies.push(format!("use node '{}' instead", name(parent)));
+            }
+            if let Some(overlay) = over {
+                if robs || deny_op.is_none() {
+                    remedies.push(format!("remove node '{overlay}' first (blockdev-del)"));
+                }
+                remedies.push(format!(
+                    "open '{overlay}' with x-backing-may-change=on if what it shows may change"
+                ));
             }
             if remedies.is_empty() {
                 remedies.push(format!("end {} '{}' first", deny_party.kind, deny_party.id));
@@ -157,9 +168,16 @@ impl<'a> Scene<'a> {
         let node = &self.state.nodes[parent];
         matches!(
             (node.def.rule, node.children[child].role),
-            (AccessRule::Format, ChildRole::Metadata | ChildRole::Data)
+            (AccessRule::Format | AccessRule::FormatOverChanging, ChildRole::Metadata | ChildRole::Data)
                 | (AccessRule::CopyBeforeWrite, ChildRole::Filtered)
         )
+    }
+
+    /// The overlay whose backing child an edge leads to.
+    fn overlay(&self, at: EdgeRef) -> Option<&'a str> {
+        let EdgeRef::Child { parent, child } = at else { return None };
+        let node = &self.state.nodes[parent];
+        (node.children[child].role == ChildRole::Backing).then(|| node.def.name.as_str())
     }
 
     /// Who an edge or a claim belongs to; for an edge that belongs to nobody, the
@@ -192,7 +210,13 @@ impl<'a> Scene<'a> {
                 if let Some(owner) = &node.def.owner {
                     return of_op(owner, claim);
                 }
-                let behind = self.behind(parent, side, actions);
+                // An overlay lets its backing file be written unless somebody reads it.
+                let behind = match edge.role {
+                    ChildRole::Backing if side == Side::Denies => self
+                        .behind(parent, side, actions)
+                        .or_else(|| self.behind(parent, Side::Asks, Actions::D)),
+                    _ => self.behind(parent, side, actions),
+                };
                 let mut detail =
                     format!("{}, {} child '{}'", node.def.kind.name, edge.role.as_str(), edge.name);
                 if let Some(op) = behind {
@@ -204,7 +228,8 @@ impl<'a> Scene<'a> {
                     detail,
                     since_secs: behind.and_then(|o| self.since(o)),
                     needs: claim.needs,
-                    allows: claim.allows,
+                    // An overlay that nobody reads does not allow everything to everybody.
+                    allows: if side == Side::Denies { claim.allows - actions } else { claim.allows },
                 };
                 (party, behind)
             }
@@ -271,11 +296,11 @@ impl<'a> Scene<'a> {
             EdgeRef::Child { parent, child } => {
                 let node = &self.state.nodes[parent];
                 match (node.def.rule, node.children[child].role) {
-                    (AccessRule::Format, ChildRole::Metadata) => {
+                    (AccessRule::Format | AccessRule::FormatOverChanging, ChildRole::Metadata) => {
                         "keeps its metadata there, which would be destroyed".into()
                     }
-                    (AccessRule::Format, ChildRole::Backing) => {
-                        "reads from it what it has not got itself, for users that need it unchanged".into()
+                    (AccessRule::Format | AccessRule::FormatOverChanging, ChildRole::Backing) => {
+                        "shows what it holds where it has no data of its own".into()
                     }
                     (AccessRule::CopyBeforeWrite | AccessRule::Backup, ChildRole::Filtered) => {
                         "must see every write first, to save what it overwrites".into()

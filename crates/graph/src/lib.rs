@@ -103,6 +103,7 @@ mod late;
 mod node;
 mod notice;
 mod open;
+mod overlays;
 mod owner;
 mod range_lock;
 mod registry;
@@ -134,6 +135,8 @@ pub use registry::{
     ChildDef, ChildSpec, Common, CreateCx, CreateFn, DriverKind, Foreign, ImplicitChild, OpenCx, Opened,
     Opener, Parsed, Registry, common_options,
 };
-pub use solver::{EdgeRef, Grants, Refusal, TopoClaim, TopoNode, TopoUser, Topology, solve};
+pub use solver::{
+    EdgeRef, Grants, Overlays, Refusal, Stance, TopoClaim, TopoNode, TopoUser, Topology, solve,
+};
 pub use status::{ChainStatus, chain_status, own_status};
 pub use user::{Token, UserEdge};

@@ -236,6 +236,7 @@ impl Node {
             AccessRule::Debug { .. } => true,
             AccessRule::Leaf
             | AccessRule::Format
+            | AccessRule::FormatOverChanging
             | AccessRule::Quorum { .. }
             | AccessRule::SnapshotAccess => false,
             AccessRule::Filter

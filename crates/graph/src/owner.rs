@@ -350,6 +350,8 @@ impl GraphOwner {
         let mut draft = self.draft();
         draft.state.users.clear();
         draft.state.claims.clear();
+        draft.state.kept.clear();
+        draft.state.robbers.clear();
         draft.state.ops.retain(|_| false);
         draft.state.nodes.clear();
         draft.state.over.clear();

@@ -110,13 +110,18 @@ impl Draft {
                 }
             }
         }
-        // What an operation does through its own filter stays there.
-        let owner = self.state.node(&old).and_then(|n| n.def.owner.clone());
+        self.move_users(&old, &new);
+        Ok(())
+    }
+
+    /// Moves the users of `old` to `new`, but for what an operation does through its own
+    /// filter.
+    pub(crate) fn move_users(&mut self, old: &NodeName, new: &NodeName) {
+        let owner = self.state.node(old).and_then(|n| n.def.owner.clone());
         let stays = |u: &crate::draft::DraftUser| u.below_filters || Some(&u.op) == owner.as_ref();
-        for user in self.state.users.iter_mut().filter(|u| u.node == old && !stays(u)) {
+        for user in self.state.users.iter_mut().filter(|u| u.node == *old && !stays(u)) {
             user.node = new.clone();
         }
-        Ok(())
     }
 
     /// Links a backing child that the caller has found to be the right one, without looking

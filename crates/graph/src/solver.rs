@@ -10,6 +10,11 @@
 //! Two different parties without a common owner conflict when one needs an action that
 //! the other does not allow. Cost: linear in the edges for the propagation, quadratic in
 //! the parties that meet at one node.
+//!
+//! While somebody reads an overlay, nobody writes its backing child, but for an operation
+//! that keeps the overlay right; and nobody shrinks it even if nobody reads the overlay
+//! now. Both are a [`Stance`] of the operation: what it asks for is compared with what
+//! edges would allow if the overlays were as the stance says.
 
 use dolmen_types::{Actions, ChildRole, Claim};
 
@@ -25,6 +30,27 @@ pub struct Topology {
     pub users: Vec<TopoUser>,
     /// Claims of operations and drivers.
     pub claims: Vec<TopoClaim>,
+    /// How operations stand to the overlays of what they write; one of each at most.
+    pub stances: Vec<Stance>,
+}
+
+/// How an operation stands to the overlays of what it writes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stance {
+    /// The operation.
+    pub op: u32,
+    /// What it says about overlays.
+    pub overlays: Overlays,
+}
+
+/// What an operation says about the overlays of what it writes.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Overlays {
+    /// It writes so that these overlays go on showing the same: a commit of one, or
+    /// copy-before-write that saves to one. They allow it everything on their backing child.
+    Kept(Vec<usize>),
+    /// It takes data away for good: all overlays are asked as if somebody read them.
+    Robbed,
 }
 
 /// A node.
@@ -171,7 +197,7 @@ enum Conflicts {
 
 fn decide(t: &Topology, conflicts: Conflicts) -> Result<Grants, Refusal> {
     let order = roots_first(t)?;
-    let (grants, into) = propagate(t, &order);
+    let (grants, into) = propagate(t, &order, &Sight::PLAIN);
     for &n in &order {
         let node = &t.nodes[n];
         if !node.active {
@@ -196,6 +222,7 @@ fn decide(t: &Topology, conflicts: Conflicts) -> Result<Grants, Refusal> {
     if conflicts == Conflicts::Ignored {
         return Ok(grants);
     }
+    let views: Vec<View> = t.stances.iter().map(|s| View::of(t, &order, s)).collect();
     for &n in &order {
         let claims = t.claims.iter().enumerate().filter(|(_, c)| c.node == n);
         let mut scopes: Vec<Option<u32>> = claims.clone().map(|(_, c)| c.scope).collect();
@@ -209,19 +236,106 @@ fn decide(t: &Topology, conflicts: Conflicts) -> Result<Grants, Refusal> {
                 at: EdgeRef::Claim(i),
                 claim: c.claim,
             }));
-            meet(n, &parties)?;
+            meet(n, &parties, &views)?;
         }
     }
     Ok(grants)
 }
 
+/// What is assumed while needs and allows are propagated.
+struct Sight<'a> {
+    /// These overlays need nothing of their backing child and allow everything there.
+    kept: &'a [usize],
+    /// Every overlay is read.
+    all_read: bool,
+    /// The edges of this operation need nothing.
+    silent: Option<u32>,
+}
+
+impl Sight<'_> {
+    const PLAIN: Sight<'static> = Sight { kept: &[], all_read: false, silent: None };
+
+    fn edge(&self, t: &Topology, n: usize, role: ChildRole, mut parents: Claim, facts: NodeFacts) -> Claim {
+        let node = &t.nodes[n];
+        if !node.active || (role == ChildRole::Backing && self.kept.contains(&n)) {
+            // An inactive node has let go of everything below.
+            return Claim::IDLE;
+        }
+        if self.all_read && role == ChildRole::Backing {
+            parents.needs |= Actions::D;
+        }
+        let mut claim = node.rule.child_claim(role, parents, facts);
+        if node.owner.is_some() && node.owner == self.silent {
+            claim.needs = Actions::NONE;
+        }
+        claim
+    }
+}
+
+/// The graph as an operation with a [`Stance`] finds it.
+struct View {
+    op: u32,
+    robs: bool,
+    /// What edges allow the operation.
+    allowed: Grants,
+    /// What edges need without it: the rest comes from the operation alone, through its
+    /// edges, and so is asked by it.
+    without: Grants,
+}
+
+impl View {
+    fn of(t: &Topology, order: &[usize], stance: &Stance) -> View {
+        let (kept, robs): (&[usize], bool) = match &stance.overlays {
+            Overlays::Kept(nodes) => (nodes, false),
+            Overlays::Robbed => (&[], true),
+        };
+        let toward = Sight { kept, all_read: robs, silent: None };
+        let without = Sight { silent: Some(stance.op), ..Sight::PLAIN };
+        View {
+            op: stance.op,
+            robs,
+            allowed: propagate(t, order, &toward).0,
+            without: propagate(t, order, &without).0,
+        }
+    }
+
+    /// The part of what a party needs that the operation asks for.
+    fn asked(&self, party: &Party) -> Actions {
+        match party.at {
+            _ if party.owner == Some(self.op) => party.claim.needs,
+            EdgeRef::Child { parent, child } => {
+                party.claim.needs - self.without.children[parent][child].needs
+            }
+            EdgeRef::User(_) | EdgeRef::Claim(_) => Actions::NONE,
+        }
+    }
+}
+
+/// What `asks` needs and `denies` does not allow.
+fn denied(asks: &Party, denies: &Party, views: &[View]) -> Actions {
+    let mut out = asks.claim.denied_by(denies.claim);
+    let EdgeRef::Child { parent, child } = denies.at else { return out };
+    for view in views {
+        let allowed = view.allowed.children[parent][child].allows;
+        if view.robs {
+            out |= view.asked(asks) - allowed;
+        } else if !out.is_empty() {
+            out = out - (view.asked(asks) & allowed);
+        }
+    }
+    out
+}
+
 /// What every edge needs and allows, from the roots down, and who meets at each node;
 /// without asking whether that is granted.
-fn propagate(t: &Topology, order: &[usize]) -> (Grants, Vec<Vec<Party>>) {
+fn propagate(t: &Topology, order: &[usize], sight: &Sight<'_>) -> (Grants, Vec<Vec<Party>>) {
     let mut into: Vec<Vec<Party>> = vec![Vec::new(); t.nodes.len()];
     for (i, u) in t.users.iter().enumerate() {
         // An edge has nothing to say about G, P and I: it allows them.
-        let claim = Claim { needs: u.claim.needs & Actions::DATA, allows: u.claim.allows | NOT_DATA };
+        let mut claim = Claim { needs: u.claim.needs & Actions::DATA, allows: u.claim.allows | NOT_DATA };
+        if sight.silent == Some(u.op) {
+            claim.needs = Actions::NONE;
+        }
         into[u.node].push(Party { owner: Some(u.op), at: EdgeRef::User(i), claim });
     }
     let mut grants = Grants {
@@ -237,8 +351,7 @@ fn propagate(t: &Topology, order: &[usize]) -> (Grants, Vec<Vec<Party>>) {
         });
         let facts = NodeFacts { writable: node.writable, has_parents: !parents.is_empty() };
         for (i, &(role, child)) in node.children.iter().enumerate() {
-            // An inactive node has let go of everything below.
-            let mut claim = if node.active { node.rule.child_claim(role, total, facts) } else { Claim::IDLE };
+            let mut claim = sight.edge(t, n, role, total, facts);
             claim.allows |= NOT_DATA;
             grants.children[n][i] = claim;
             into[child].push(Party { owner: node.owner, at: EdgeRef::Child { parent: n, child: i }, claim });
@@ -252,7 +365,7 @@ const NOT_DATA: Actions = Actions::EVERY.without(Actions::DATA);
 
 /// Of several conflicts at a node, the one that tells the user most: the newer operation
 /// asks (it is what was just tried), and a claim denies (it says why). The first of equals.
-fn meet(node: usize, parties: &[Party]) -> Result<(), Refusal> {
+fn meet(node: usize, parties: &[Party], views: &[View]) -> Result<(), Refusal> {
     let mut best: Option<((bool, bool), Refusal)> = None;
     for (i, asks) in parties.iter().enumerate() {
         for (j, denies) in parties.iter().enumerate() {
@@ -260,7 +373,7 @@ fn meet(node: usize, parties: &[Party]) -> Result<(), Refusal> {
             if i == j || same_owner {
                 continue;
             }
-            let actions = asks.claim.denied_by(denies.claim);
+            let actions = denied(asks, denies, views);
             if actions.is_empty() {
                 continue;
             }
@@ -300,7 +413,7 @@ fn roots_first(t: &Topology) -> Result<Vec<usize>, Refusal> {
 /// about a refused topology. `None` if it has a cycle.
 pub(crate) fn wishes(t: &Topology) -> Option<Grants> {
     let order = roots_first(t).ok()?;
-    Some(propagate(t, &order).0)
+    Some(propagate(t, &order, &Sight::PLAIN).0)
 }
 
 #[cfg(test)]

@@ -35,6 +35,7 @@ use dolmen_types::{
     Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, ResultExt, Span, Value,
 };
 
+use crate::gone::end_of_point;
 use crate::image::{Below, NewImage};
 use crate::{BeginCx, Details, Ending, JobCx, Kind, OnError, SettleCx, Side, Work, nothing_to_change};
 
@@ -63,6 +64,9 @@ enum Sync {
 struct Stand {
     point: Arc<PointInTime>,
     filter: Arc<dyn Driver>,
+    source: NodeName,
+    /// Where old data are saved.
+    saved_in: NodeName,
     /// What is left to be copied: the point's own map, or, with a fleecing node, the job's.
     left: Arc<Tracker>,
     /// Of `sync=top`: the image below the topmost one.
@@ -280,15 +284,19 @@ impl Backup {
         let base = images.get(1).filter(|_| self.sync == Sync::Top);
         let base = base.map(|name| draft.built_node(name)).transpose()?;
         let point = Arc::new(PointInTime::new(size, chunk).above(base.clone()));
-        let saved_in = fleecing.as_ref().unwrap_or(&target);
+        let saved_in = fleecing.as_ref().unwrap_or(&target).clone();
         let filter = self.filter_name.as_ref().map(|n| NodeName::parse(n)).transpose()?;
         let anonymous = filter.is_none();
         let filter = filter.unwrap_or_else(|| draft.fresh_name());
         let driver: Arc<dyn Driver> =
-            Arc::new(CopyBeforeWrite::for_job(point.clone(), saved_in, self.on_cbw_error));
+            Arc::new(CopyBeforeWrite::for_job(point.clone(), &saved_in, self.on_cbw_error));
         add(draft, cx.op, &filter, anonymous, &COPY_BEFORE_WRITE, driver.clone())?;
-        draft.link(&filter, "target", ChildRole::Target, saved_in)?;
+        // What the filter will stand on: the source itself, or what others have put on it.
+        let beneath = draft.resolve(&source)?;
+        draft.link(&filter, "target", ChildRole::Target, &saved_in)?;
         draft.interpose(&filter, "file", &source)?;
+        // What a guest overwrites is saved there first.
+        draft.keep_right(cx.op, &saved_in)?;
 
         let needs = if self.discard_source { A::D | A::V } else { A::D };
         let left = match &fleecing {
@@ -318,7 +326,11 @@ impl Backup {
                 pins: true,
             })
         };
-        claim(&source, needs, A::V | A::S, "copies it as it was when the backup began")?;
+        let why = "copies it as it was when the backup began";
+        claim(&beneath, needs, A::V | A::S, why)?;
+        if beneath != source {
+            claim(&source, A::D, A::S, why)?;
+        }
         // The topmost image is the source itself, or guarded by the edges of the filters above it.
         for image in images.iter().skip(1) {
             claim(image, A::D, A::V, "copies it as part of its source")?;
@@ -327,7 +339,7 @@ impl Backup {
         if let Some(fleecing) = &fleecing {
             claim(fleecing, A::V | A::M, A::V | A::S, "keeps old data of its source in it")?;
         }
-        *self.stand.borrow_mut() = Some(Stand { point, filter: driver, left, base });
+        *self.stand.borrow_mut() = Some(Stand { point, filter: driver, source, saved_in, left, base });
         Ok(())
     }
 
@@ -513,9 +525,10 @@ impl Work for Backup {
         })
     }
 
-    fn end(&self, _: &OpId, _: &mut Draft, _: Ending) -> Result<()> {
-        // The filters go with the operation, and nothing else has changed.
-        Ok(())
+    fn end(&self, op: &OpId, draft: &mut Draft, _: Ending) -> Result<()> {
+        // The filters go with the operation, and nobody saves any more what is overwritten.
+        let stand = self.stand()?;
+        end_of_point(draft, op, &stand.source, &stand.saved_in)
     }
 
     fn change(&self, _: Options) -> Result<()> {

@@ -246,7 +246,11 @@ impl Commit {
         d.add_user_below_filters(op, &b.top, Claim { needs: A::D, allows: A::EVERY })?;
         let still = A::V | A::M | A::S;
         claim(d, op, &filter, A::NONE, still, "commits what lies below, which must not change")?;
-        claim(d, op, &b.top, A::D, A::V | A::S | A::G, "commits it")?;
+        // An overlay that came now would go on naming it.
+        claim(d, op, &b.top, A::D, A::V | A::S | A::G | A::P, "commits it")?;
+        // What is written to the base is what the top node shows there already. An image between
+        // them may show something else.
+        d.keep_right(op, &b.top)?;
         for n in &between {
             claim(d, op, n, A::D, A::V | A::S | A::G, "commits it")?;
         }

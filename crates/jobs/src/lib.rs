@@ -23,6 +23,7 @@ mod commit_filter;
 mod create;
 mod cx;
 mod fill;
+mod gone;
 mod image;
 mod job;
 mod life;

@@ -80,7 +80,9 @@ impl Mirror {
         };
         let probe = d.built_node(&source)?;
         let limits = d.built_node(&target).map(|n| n.driver.limits(&n))?;
-        let low: Vec<NodeName> = d.images(&source).into_iter().filter(|n| *n != source).collect();
+        // The first image is the source itself, or the edges of the filters above it guard it: what
+        // passes the job's filter arrives there.
+        let low: Vec<NodeName> = d.images(&source).into_iter().skip(1).collect();
         // What the filter will stand on: the source itself, or what others have put on it.
         let beneath = d.resolve(&source)?;
         let driver = self.core.make_filter(AccessRule::Mirror, probe.size(), limits.cluster_size);

@@ -310,6 +310,11 @@ pub fn commit(d: &mut Draft, id: &str, top: &str, base: &str, active: bool) -> R
     let rule = if active { AccessRule::CommitActive } else { AccessRule::CommitMid };
     let filter = add(d, &format!("{id}-filter"), StandIn::new(&COMMIT, rule), Some(&op), &[])?;
     let between: Vec<NodeName> = below(d, top).into_iter().take_while(|n| n.as_str() != base).collect();
+    if active {
+        d.link(&filter, "target", ChildRole::Target, base)?;
+    } else {
+        d.keep_right(&op, &NodeName::internal(top))?;
+    }
     d.interpose(&filter, "file", top)?;
     if active {
         d.add_user(&op, &filter, Claim { needs: A::D, allows: ALL })?;
@@ -327,7 +332,7 @@ pub fn commit(d: &mut Draft, id: &str, top: &str, base: &str, active: bool) -> R
             A::V | A::M | A::S,
             "commits what lies below, which must not change",
         )?;
-        claim(d, &op, top, A::D, A::V | A::S | A::G, "commits it")?;
+        claim(d, &op, top, A::D, A::V | A::S | A::G | A::P, "commits it")?;
         if let Some(overlay) = overlay {
             claim(d, &op, &overlay, A::G, A::S | A::G, "relinks it when the commit ends")?;
         }
@@ -346,9 +351,13 @@ pub fn mirror(d: &mut Draft, id: &str, source: &str, target: &str) -> Result<()>
     let op = begin_job(d, id, format!("mirror of '{source}'"))?;
     let filter = add(d, &format!("{id}-filter"), StandIn::new(&MIRROR, AccessRule::Mirror), Some(&op), &[])?;
     let low = below(d, source);
+    let beneath = d.resolve(source)?;
     d.interpose(&filter, "file", source)?;
     d.add_user(&op, &filter, Claim { needs: A::D, allows: ALL })?;
-    claim(d, &op, source, A::D | A::P, A::V | A::S | A::P, "reads it as its source")?;
+    claim(d, &op, &beneath, A::D | A::P, A::V | A::S | A::P, "reads it as its source")?;
+    if beneath.as_str() != source {
+        claim(d, &op, source, A::D | A::P, A::S | A::P, "reads it as its source")?;
+    }
     for n in low {
         claim(d, &op, &n, A::D, A::V | A::S, "reads it as part of its source")?;
     }
@@ -368,9 +377,15 @@ pub fn backup(d: &mut Draft, id: &str, source: &str, target: &str, bitmap: Optio
         Some(&op),
         &[("target", ChildRole::Target, target)],
     )?;
+    let beneath = d.resolve(source)?;
     d.interpose(&filter, "file", source)?;
-    d.add_user(&op, &filter, Claim { needs: A::NONE, allows: ALL })?;
-    claim(d, &op, source, A::D, A::V | A::S, "copies it as it was when the backup began")?;
+    d.keep_right(&op, &NodeName::internal(target))?;
+    d.add_user(&op, &filter, Claim { needs: A::D, allows: ALL })?;
+    let why = "copies it as it was when the backup began";
+    claim(d, &op, &beneath, A::D, A::V | A::S, why)?;
+    if beneath.as_str() != source {
+        claim(d, &op, source, A::D, A::S, why)?;
+    }
     for n in low {
         claim(d, &op, &n, A::D, A::V, "copies it as part of its source")?;
     }
@@ -411,9 +426,19 @@ pub fn change_bitmap(d: &mut Draft, id: &str, node: &str, bitmap: &str) -> Resul
     instant(d, id, format!("change of bitmap '{bitmap}'"), |d, op| bitmap_user(d, op, node, bitmap))
 }
 
-/// A resize.
+/// A resize that makes the node longer.
 pub fn resize(d: &mut Draft, id: &str, node: &str) -> Result<()> {
     instant(d, id, format!("resize of '{node}'"), |d, op| {
+        claim(d, op, node, Actions::S, Actions::NONE, "changes its size")
+    })
+}
+
+/// A resize that cuts off the node's end.
+pub fn shrink(d: &mut Draft, id: &str, node: &str) -> Result<()> {
+    instant(d, id, format!("resize of '{node}'"), |d, op| {
+        let image = d.content(&NodeName::internal(node));
+        d.rob_overlays(op)?;
+        d.claim_other_data(op, &image, "cuts off its end")?;
         claim(d, op, node, Actions::S, Actions::NONE, "changes its size")
     })
 }
@@ -448,8 +473,9 @@ pub fn copy_on_read(d: &mut Draft, name: &str, node: &str, bottom: Option<&str>)
 /// A copy-before-write node that a user puts over `node`.
 pub fn copy_before_write(d: &mut Draft, name: &str, node: &str, target: &str) -> Result<()> {
     let driver = StandIn::new(&COPY_BEFORE_WRITE, AccessRule::CopyBeforeWrite);
-    add(d, name, driver, None, &[("file", ChildRole::Filtered, node), ("target", ChildRole::Target, target)])
-        .map(drop)
+    let children = [("file", ChildRole::Filtered, node), ("target", ChildRole::Target, target)];
+    let name = add(d, name, driver, None, &children)?;
+    d.guard_target(&name)
 }
 
 /// Checks that an error is a refusal with its four parts: node and action, both

@@ -21,15 +21,15 @@ use crate::peer::{Bench, in_path};
 const SIZE: &str = "8M";
 
 /// A chain and a target in a daemon, an NBD server, and a monitor.
-struct Scene {
-    bench: Bench,
-    daemon: Daemon,
-    monitor: Monitor,
+pub(crate) struct Scene {
+    pub(crate) bench: Bench,
+    pub(crate) daemon: Daemon,
+    pub(crate) monitor: Monitor,
 }
 
 impl Scene {
     /// `top` has 0x11 in its first MiB, `mid` 0x22 in the second, `base` 0x33 in the third and 0x44 in the last.
-    fn new() -> Scene {
+    pub(crate) fn new() -> Scene {
         let bench = Bench::new();
         let img = if in_path("qemu-img").is_some() { "qemu-img" } else { "ours/qemu-img" };
         for (name, backing) in [("base", None), ("mid", Some("base")), ("top", Some("mid")), ("t1", None)] {
@@ -69,16 +69,16 @@ impl Scene {
         scene
     }
 
-    fn ok(&mut self, command: &str, arguments: Json) -> Json {
+    pub(crate) fn ok(&mut self, command: &str, arguments: Json) -> Json {
         self.monitor.ok(command, arguments)
     }
 
-    fn export(&mut self, id: &str, node: &str, writable: bool) {
+    pub(crate) fn export(&mut self, id: &str, node: &str, writable: bool) {
         self.ok("block-export-add", export(id, node, writable));
     }
 
     /// Reads or writes through an export, from another process.
-    fn io(&self, export: &str, command: &str) {
+    pub(crate) fn io(&self, export: &str, command: &str) {
         let uri = format!("nbd+unix:///{export}?socket={}", self.daemon.path("nbd.sock").display());
         let mut args = vec!["io", "-f", "raw", "-c", command, &uri];
         if command.starts_with("read") {
@@ -89,7 +89,7 @@ impl Scene {
     }
 
     /// Everything reads as the chain was made.
-    fn first_data(&self, export: &str) {
+    pub(crate) fn first_data(&self, export: &str) {
         for (pattern, at) in [("0x11", "512k"), ("0x22", "1M"), ("0x33", "2M"), ("0x44", "7M")] {
             self.io(export, &format!("read -P {pattern} {at} 512k"));
         }
@@ -97,14 +97,14 @@ impl Scene {
     }
 
     /// The same, except for the MiB at 4 MiB.
-    fn first_data_but_4m(&self, export: &str) {
+    pub(crate) fn first_data_but_4m(&self, export: &str) {
         for (pattern, at) in [("0x11", "0"), ("0x22", "1M"), ("0x33", "2M"), ("0x44", "7M"), ("0", "3M")] {
             self.io(export, &format!("read -P {pattern} {at} 1M"));
         }
     }
 
     /// The next event of a job; others are dropped.
-    fn job_event(&mut self, names: &[&str]) -> Json {
+    pub(crate) fn job_event(&mut self, names: &[&str]) -> Json {
         let end = std::time::Instant::now() + PATIENCE;
         loop {
             let event = match self.monitor.events.is_empty() {
@@ -118,28 +118,28 @@ impl Scene {
         }
     }
 
-    fn ready(&mut self) {
+    pub(crate) fn ready(&mut self) {
         self.job_event(&["BLOCK_JOB_READY"]);
     }
 
     /// Waits for the end of the job, which is a good one.
-    fn over(&mut self) {
+    pub(crate) fn over(&mut self) {
         let event = self.job_event(&["BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"]);
         assert_eq!(event["event"], "BLOCK_JOB_COMPLETED", "{event}");
         assert!(event["data"].get("error").is_none(), "{event}");
     }
 
-    fn mirror(&mut self) {
+    pub(crate) fn mirror(&mut self) {
         self.ok("blockdev-mirror", json!({"job-id": "job", "device": "top", "target": "t1", "sync": "full"}));
     }
 
-    fn complete(&mut self) {
+    pub(crate) fn complete(&mut self) {
         self.ok("job-complete", json!({"id": "job"}));
         self.over();
     }
 
     /// A command that must be refused, in all four parts.
-    fn refused(&mut self, command: &str, arguments: Json, node: &str, asks: &str, denies: &str) {
+    pub(crate) fn refused(&mut self, command: &str, arguments: Json, node: &str, asks: &str, denies: &str) {
         let reply = self.monitor.ask(&json!({"execute": command, "arguments": arguments}));
         let error = &reply["error"];
         let conflict = &error["data"]["conflict"];
@@ -162,7 +162,7 @@ impl Scene {
     }
 
     /// Ends the daemon; then the image, opened anew, must be intact and hold this.
-    fn image(mut self, name: &str, commands: &[&str]) {
+    pub(crate) fn image(mut self, name: &str, commands: &[&str]) {
         self.ok("quit", json!({}));
         assert!(self.daemon.wait().success());
         let file = format!("{name}.qcow2");
@@ -175,7 +175,7 @@ impl Scene {
     }
 }
 
-fn export(id: &str, node: &str, writable: bool) -> Json {
+pub(crate) fn export(id: &str, node: &str, writable: bool) -> Json {
     json!({"type": "nbd", "id": id, "name": id, "node-name": node, "writable": writable})
 }
 
@@ -355,4 +355,14 @@ fn a_fleecing_target_shows_the_past() {
     s.ok("job-cancel", json!({"id": "job"}));
     s.job_event(&["BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED"]);
     s.io("guest", "read -P 0x77 0 3M");
+    // The point in time has ended while somebody still reads it. What was saved is there; of the rest an
+    // error is better than what the guest writes now.
+    s.io("guest", "write -P 0x78 7M 64k");
+    s.io("past", "read -P 0x22 1M 1M");
+    let uri = format!("nbd+unix:///past?socket={}", s.daemon.path("nbd.sock").display());
+    let out = s.bench.run("dolmen", &["io", "-r", "-f", "raw", "-c", "read 7M 64k", &uri]);
+    assert_ne!(out.code, 0, "what nobody saved is not shown");
+    s.ok("block-export-del", json!({"id": "past", "mode": "hard"}));
+    s.ok("blockdev-del", json!({"node-name": "f"}));
+    s.io("guest", "read -P 0x78 7M 64k");
 }

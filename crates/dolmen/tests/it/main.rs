@@ -24,6 +24,7 @@ mod mirror;
 mod monitor;
 mod nbd;
 mod options;
+mod overlays;
 mod reopen;
 mod repair;
 mod serve;

@@ -46,6 +46,11 @@ const OPTIONS: &[OptionSpec] = &[
         OptionType::NodeOrNull,
         "the backing node, or null for none (default: as the image says)",
     ),
+    OptionSpec::optional(
+        "x-backing-may-change",
+        OptionType::Bool,
+        "others may write and resize the backing node while this one is read: what it shows changes then",
+    ),
     OptionSpec::hint(
         "lazy-refcounts",
         OptionType::Bool,
@@ -72,6 +77,10 @@ fn parse(options: &mut Options, common: &Common) -> Result<Parsed> {
         None => ChildDef::FromImage,
         Some(v) => ChildDef::from_value("backing", v, true)?,
     };
+    let rule = match options.take_bool("x-backing-may-change")?.unwrap_or(false) {
+        true => AccessRule::FormatOverChanging,
+        false => AccessRule::Format,
+    };
     options.take_bool("lazy-refcounts")?;
     options.take_enum("overlap-check", &["none", "constant", "cached", "all"])?;
     for name in ["l2-cache-size", "cache-size", "refcount-cache-size"] {
@@ -83,14 +92,15 @@ fn parse(options: &mut Options, common: &Common) -> Result<Parsed> {
             ChildSpec { name: "file", role: ChildRole::Metadata, def: file },
             ChildSpec { name: "backing", role: ChildRole::Backing, def: backing.clone() },
         ],
-        rule: AccessRule::Format,
+        rule,
         relies_down_to: None,
-        open: Box::new(Open { pass_discard, backing_from_image: backing == ChildDef::FromImage }),
+        open: Box::new(Open { pass_discard, rule, backing_from_image: backing == ChildDef::FromImage }),
     })
 }
 
 struct Open {
     pass_discard: bool,
+    rule: AccessRule,
     backing_from_image: bool,
 }
 
@@ -106,7 +116,10 @@ impl Opener for Open {
             {
                 let core = old.core.clone();
                 let effect = Reopened { core: core.clone(), writable, pass_discard: self.pass_discard };
-                return Ok(Opened { effect: Some(Box::new(effect)), ..Opened::of(Arc::new(Qcow2 { core })) });
+                return Ok(Opened {
+                    effect: Some(Box::new(effect)),
+                    ..Opened::of(Arc::new(Qcow2 { core, rule: self.rule }))
+                });
             }
             let core = Core::open(File::new(cx.child("file")?, cx.rt), writable, self.pass_discard).await?;
             let mut implicit = Vec::new();
@@ -120,7 +133,7 @@ impl Opener for Open {
                 });
             }
             drop(m);
-            Ok(Opened { implicit, ..Opened::of(Arc::new(Qcow2 { core })) })
+            Ok(Opened { implicit, ..Opened::of(Arc::new(Qcow2 { core, rule: self.rule })) })
         })
     }
 }
@@ -416,6 +429,7 @@ fn tables_in_file(h: &Header, file_size: u64) -> Result<()> {
 /// The driver of a qcow2 node.
 pub(super) struct Qcow2 {
     core: Arc<Core>,
+    rule: AccessRule,
 }
 
 impl fmt::Debug for Qcow2 {
@@ -455,7 +469,7 @@ impl Driver for Qcow2 {
     }
 
     fn access_rule(&self) -> AccessRule {
-        AccessRule::Format
+        self.rule
     }
 
     fn plan(&self, node: &Node, request: Request, span: Span) -> Plan {

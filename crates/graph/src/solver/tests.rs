@@ -21,12 +21,13 @@ use dolmen_types::{Actions, ChildRole, Claim};
 
 use super::*;
 
-const RULES: [AccessRule; 14] = [
+const RULES: [AccessRule; 15] = [
     AccessRule::Leaf,
     AccessRule::Filter,
     AccessRule::Slice,
     AccessRule::CopyOnRead,
     AccessRule::Format,
+    AccessRule::FormatOverChanging,
     AccessRule::Quorum { rewrite: false },
     AccessRule::Quorum { rewrite: true },
     AccessRule::CopyBeforeWrite,
@@ -52,22 +53,22 @@ struct OracleEdge {
 }
 
 /// The table of the edge rules. In the columns D, V, M, S: `0` no, `1` yes, `p` as the
-/// parents. `v` if the parents allow V; `w` if the node is writable or a parent needs V or
+/// parents. `v` if the parents allow V; `c` if they do and don't need D; `w` if the node is writable or a parent needs V or
 /// M; `x` V or M of the parents; `y` x or S;
 /// `d` D or V of the parents; `r` V allowed by the parents, as long as there are none.
 fn table(rule: AccessRule, role: ChildRole) -> [&'static str; 2] {
-    if role == ChildRole::Target {
-        return ["0100", "1110"];
-    }
     match (rule, role) {
+        (AccessRule::CommitActive, ChildRole::Target) => ["p100", "1110"],
+        (_, ChildRole::Target) => ["0100", "1110"],
         (AccessRule::Leaf | AccessRule::Filter | AccessRule::Transparent, _) => ["pppp", "pppp"],
         // And then what it was told to, see below.
         (AccessRule::Debug { .. }, _) => ["pppp", "pppp"],
         (AccessRule::Slice, _) => ["pppp", "ppp0"],
         (AccessRule::CopyOnRead, _) => ["pp1p", "pp1p"],
-        (AccessRule::Format, ChildRole::Backing) => ["p000", "1v1v"],
-        (AccessRule::Format, ChildRole::Data) => ["pxpy", "ppp0"],
-        (AccessRule::Format, _) => ["1wpu", "p0p0"],
+        (AccessRule::Format, ChildRole::Backing) => ["p000", "1c1c"],
+        (AccessRule::FormatOverChanging, ChildRole::Backing) => ["p000", "1v1v"],
+        (AccessRule::Format | AccessRule::FormatOverChanging, ChildRole::Data) => ["pxpy", "ppp0"],
+        (AccessRule::Format | AccessRule::FormatOverChanging, _) => ["1wpu", "p0p0"],
         (AccessRule::Quorum { rewrite: false }, _) => ["pppp", "1010"],
         (AccessRule::Quorum { rewrite: true }, _) => ["p1pp", "1010"],
         (AccessRule::CopyBeforeWrite, _) => ["dppp", "prpp"],
@@ -97,6 +98,7 @@ fn look_up(
         b'1' => true,
         b'p' => own[column],
         b'v' => allows[1],
+        b'c' => allows[1] && !needs[0],
         b'w' => node.writable || v || m,
         b'u' => node.writable || v || m || s,
         b'x' => v || m,
@@ -143,42 +145,106 @@ impl Verdict {
 /// Everybody at a node: owner, who, seven needs, seven allows, scope.
 type At = (Option<u32>, EdgeRef, [bool; 7], [bool; 7], Option<u32>);
 
-fn oracle(t: &Topology) -> Verdict {
+/// Everybody who has an edge into a node: owner, who, needs, allows.
+fn into(t: &Topology, edges: &[Vec<OracleEdge>], node: usize) -> Vec<(Option<u32>, EdgeRef, Row, Row)> {
+    let mut list: Vec<(Option<u32>, EdgeRef, Row, Row)> = Vec::new();
+    for (i, u) in t.users.iter().enumerate() {
+        if u.node == node {
+            list.push((Some(u.op), EdgeRef::User(i), row(u.claim.needs), row(u.claim.allows)));
+        }
+    }
+    for (p, n) in t.nodes.iter().enumerate() {
+        for (k, (_, c)) in n.children.iter().enumerate() {
+            if *c == node {
+                let e = edges[p][k];
+                list.push((n.owner, EdgeRef::Child { parent: p, child: k }, e.needs, e.allows));
+            }
+        }
+    }
+    list
+}
+
+/// What all edges come to. `kept`: overlays that have let go of their backing child; `all_read`:
+/// every overlay has a reader more; `silent`: an operation whose edges need nothing.
+fn settled(t: &Topology, kept: &[usize], all_read: bool, silent: Option<u32>) -> Vec<Vec<OracleEdge>> {
     let idle = OracleEdge { needs: [false; 4], allows: [true; 4] };
+    let quiet = |owner: Option<u32>| owner.is_some() && owner == silent;
     let mut edges: Vec<Vec<OracleEdge>> = t.nodes.iter().map(|n| vec![idle; n.children.len()]).collect();
-    let into = |edges: &Vec<Vec<OracleEdge>>, node: usize| {
-        let mut list: Vec<(Option<u32>, EdgeRef, Row, Row)> = Vec::new();
-        for (i, u) in t.users.iter().enumerate() {
-            if u.node == node {
-                list.push((Some(u.op), EdgeRef::User(i), row(u.claim.needs), row(u.claim.allows)));
-            }
-        }
-        for (p, n) in t.nodes.iter().enumerate() {
-            for (k, (_, c)) in n.children.iter().enumerate() {
-                if *c == node {
-                    let e = edges[p][k];
-                    list.push((n.owner, EdgeRef::Child { parent: p, child: k }, e.needs, e.allows));
-                }
-            }
-        }
-        list
-    };
     loop {
         let mut changed = false;
         for (p, n) in t.nodes.iter().enumerate() {
-            let parents = into(&edges, p);
-            let needs: Row = std::array::from_fn(|c| parents.iter().any(|e| e.2[c]));
+            let parents = into(t, &edges, p);
+            let needs: Row = std::array::from_fn(|c| parents.iter().any(|e| e.2[c] && !quiet(e.0)));
             let allows: Row = std::array::from_fn(|c| parents.iter().all(|e| e.3[c]));
             for (k, (role, _)) in n.children.iter().enumerate() {
-                let new = look_up(n.rule, *role, n, needs, allows, parents.len());
+                let backing = *role == ChildRole::Backing;
+                let read: Row = std::array::from_fn(|c| needs[c] || c == 0 && all_read && backing);
+                let mut new = look_up(n.rule, *role, n, read, allows, parents.len());
+                if backing && kept.contains(&p) {
+                    new = idle;
+                }
+                if quiet(n.owner) {
+                    new.needs = [false; 4];
+                }
                 changed |= edges[p][k] != new;
                 edges[p][k] = new;
             }
         }
         if !changed {
-            break;
+            return edges;
         }
     }
+}
+
+/// What the oracle knows of a stance.
+struct Seen {
+    op: u32,
+    robs: bool,
+    /// All edges when the operation asks for nothing.
+    without: Vec<Vec<OracleEdge>>,
+    /// All edges as the operation finds them.
+    found: Vec<Vec<OracleEdge>>,
+}
+
+impl Seen {
+    fn of(t: &Topology, s: &Stance) -> Seen {
+        let (kept, robs) = match &s.overlays {
+            Overlays::Kept(k) => (&k[..], false),
+            Overlays::Robbed => (&[][..], true),
+        };
+        let (without, found) = (settled(t, &[], false, Some(s.op)), settled(t, kept, robs, None));
+        Seen { op: s.op, robs, without, found }
+    }
+}
+
+/// For each action that `a` needs, whether `b` is in its way.
+fn in_the_way(seen: &[Seen], a: &At, b: &At) -> [bool; 7] {
+    let edge = |who: EdgeRef, edges: &[Vec<OracleEdge>]| match who {
+        EdgeRef::Child { parent, child } => Some(edges[parent][child]),
+        EdgeRef::User(_) | EdgeRef::Claim(_) => None,
+    };
+    std::array::from_fn(|x| {
+        if !a.2[x] {
+            return false;
+        }
+        let mut verdict = !b.3[x];
+        for s in seen {
+            // It is the operation that asks if nobody asks when it asks for nothing.
+            let asks = a.0 == Some(s.op) || x < 4 && edge(a.1, &s.without).is_some_and(|e| !e.needs[x]);
+            let (true, Some(found)) = (asks, edge(b.1, &s.found)) else { continue };
+            match (s.robs, x >= 4 || found.allows[x]) {
+                (true, false) => verdict = true,
+                (false, true) => verdict = false,
+                _ => {}
+            }
+        }
+        verdict
+    })
+}
+
+fn oracle(t: &Topology) -> Verdict {
+    let edges = settled(t, &[], false, None);
+    let seen: Vec<Seen> = t.stances.iter().map(|s| Seen::of(t, s)).collect();
     let mut verdict = Verdict {
         edges,
         conflicts: Vec::new(),
@@ -187,7 +253,7 @@ fn oracle(t: &Topology) -> Verdict {
         inactive: Vec::new(),
     };
     for (number, n) in t.nodes.iter().enumerate() {
-        let edges = into(&verdict.edges, number);
+        let edges = into(t, &verdict.edges, number);
         let resizes = edges.iter().any(|e| e.2[3]);
         for (_, who, needs, _) in &edges {
             let takes_part = match who {
@@ -216,8 +282,12 @@ fn oracle(t: &Topology) -> Verdict {
         for a in &all {
             for b in &all {
                 let apart = a.1 != b.1 && (a.0.is_none() || a.0 != b.0) && a.4 == b.4;
-                let bits = (0..7).filter(|&x| a.2[x] && !b.3[x]).fold(0, |bits, x| bits | 1 << x);
-                if apart && bits != 0 {
+                if !apart {
+                    continue;
+                }
+                let bad = in_the_way(&seen, a, b);
+                let bits = (0..7).filter(|&x| bad[x]).fold(0, |bits, x| bits | 1 << x);
+                if bits != 0 {
                     verdict.conflicts.push((number, a.1, b.1, Actions::from_bits(bits)));
                 }
             }
@@ -353,11 +423,7 @@ fn edge_rules() {
                 parent.active = facts & 2 != 0;
                 parent.aligned = facts & 4 != 0;
                 parent.children.push((role, 1));
-                let mut t = Topology {
-                    nodes: vec![parent, node(AccessRule::Leaf)],
-                    users: Vec::new(),
-                    claims: Vec::new(),
-                };
+                let mut t = Topology { nodes: vec![parent, node(AccessRule::Leaf)], ..Topology::default() };
                 tally.compare(&t);
                 for claim in data_claims() {
                     t.users = vec![TopoUser { op: 0, node: 0, claim }];
@@ -375,7 +441,7 @@ fn chain_of_rules(rules: &[AccessRule]) -> Topology {
         n.children.push((ChildRole::Filtered, i + 1));
     }
     nodes.push(node(AccessRule::Leaf));
-    Topology { nodes, users: Vec::new(), claims: Vec::new() }
+    Topology { nodes, ..Topology::default() }
 }
 
 #[test]
@@ -417,6 +483,7 @@ fn two_parties() {
                 let t = Topology {
                     nodes: vec![node(AccessRule::Leaf)],
                     users: Vec::new(),
+                    stances: Vec::new(),
                     claims: vec![
                         TopoClaim { op: 0, node: 0, claim: claim(set(0), set(2)), scope: None },
                         TopoClaim { op: 1, node: 0, claim: claim(set(4), set(6)), scope: None },
@@ -543,6 +610,49 @@ fn four_nodes() {
     tally.check(30_000);
 }
 
+/// An operation that keeps overlays right, and one that takes data away, over every graph of up to
+/// four nodes of the rules that matter to it: it writes through a filter of its own or beside it,
+/// others read.
+#[test]
+fn stances() {
+    use Actions as A;
+    const SOME_RULES: [AccessRule; 4] =
+        [AccessRule::Filter, AccessRule::Format, AccessRule::Backup, AccessRule::FormatOverChanging];
+    let rules = |n: usize| if n < 4 { &SOME_RULES[..] } else { &SOME_RULES[..3] };
+    let mut tally = Tally::default();
+    let (mut opened, mut closed) = (0, 0);
+    for n in 2..=4 {
+        graphs(n, &[ChildRole::Filtered, ChildRole::Backing], |children| {
+            ruled(children, rules(n), |nodes| {
+                let mut t = Topology { nodes: nodes.to_vec(), ..Topology::default() };
+                t.nodes[0].owner = Some(0);
+                let reader = TopoUser { op: 2, node: 1, claim: claim(A::D, A::NONE) };
+                for writer in [
+                    TopoUser { op: 1, node: 0, claim: claim(A::D | A::V, A::S) },
+                    TopoUser { op: 0, node: n - 1, claim: claim(A::V | A::S, A::NONE) },
+                ] {
+                    t.users = vec![writer, reader];
+                    t.stances.clear();
+                    let plain = compare(&t);
+                    for kept in [vec![0], vec![1]] {
+                        t.stances = vec![Stance { op: 0, overlays: Overlays::Kept(kept) }];
+                        tally.compare(&t);
+                        opened += u32::from(!plain && solve(&t).is_ok());
+                    }
+                    t.users.pop();
+                    t.stances.clear();
+                    let plain = compare(&t);
+                    t.stances = vec![Stance { op: 0, overlays: Overlays::Robbed }];
+                    tally.compare(&t);
+                    closed += u32::from(plain && solve(&t).is_err());
+                }
+            });
+        });
+    }
+    tally.check(1_000);
+    assert!(opened > 100 && closed > 100, "what is tested makes a difference: {opened} and {closed}");
+}
+
 /// Numbers are names: any other numbering of the nodes gets the same verdict.
 #[test]
 fn names_do_not_matter() {
@@ -577,6 +687,11 @@ fn names_do_not_matter() {
         if random(2) == 0 {
             t.claims.push(TopoClaim { op: 0, node: random(n), claim: claim(A::D, A::V | A::G), scope: None });
         }
+        if random(3) == 0 {
+            let kept = (0..n).filter(|_| random(3) == 0).collect();
+            let overlays = if random(4) == 0 { Overlays::Robbed } else { Overlays::Kept(kept) };
+            t.stances.push(Stance { op: 0, overlays });
+        }
         let verdict = compare(&t);
         if verdict {
             tally.granted += 1;
@@ -594,6 +709,11 @@ fn names_do_not_matter() {
         }
         moved.users.iter_mut().for_each(|u| u.node = to(u.node));
         moved.claims.iter_mut().for_each(|c| c.node = to(c.node));
+        for s in &mut moved.stances {
+            if let Overlays::Kept(kept) = &mut s.overlays {
+                kept.iter_mut().for_each(|n| *n = to(*n));
+            }
+        }
         assert_eq!(compare(&moved), verdict, "{t:#?}");
     }
     tally.check(2_000);

@@ -24,7 +24,11 @@ fn try_steps(steps: &'static [Step]) -> Result<()> {
         if result.is_err() {
             assert_eq!(world.owner.graph().generation, graph.generation, "a refusal leaves no trace");
             assert!(std::ptr::eq(&**world.owner.graph(), &*graph));
-            assert_eq!(world.owner.graph().node("top").map(|n| n.size()), Some(1 << 20));
+            assert_eq!(
+                world.owner.graph().node("base").map(|n| n.size()),
+                Some(1 << 20),
+                "nothing has been done"
+            );
         }
         world.owner.close().await.expect("ends cleanly");
         result
@@ -120,8 +124,8 @@ fn active_commits_under_a_writable_export() {
     granted(&[WRITE_TOP, COMMIT_ACTIVE_1]);
     granted(&[WRITE_TOP, COMMIT_ACTIVE_2]);
     refused(&[COMMIT_ACTIVE_2, READ_MID], "mid", Actions::D, "k", "j");
-    // Below the target nothing is stale.
-    granted(&[COMMIT_ACTIVE_1, WRITE_BASE]);
+    // Below the target nothing is stale, but the guest reads it.
+    refused(&[WRITE_TOP, COMMIT_ACTIVE_1, WRITE_BASE], "base", Actions::V, "k", "mid");
     refused(&[COMMIT_ACTIVE_2, WRITE_BASE], "base", Actions::V, "k", "j");
 }
 
@@ -162,8 +166,8 @@ fn streams() {
     granted(&[WRITE_TOP, STREAM]);
     refused(&[STREAM, WRITE_MID], "mid", Actions::V, "k", "j");
     refused(&[STREAM, |d| op::resize(d, "k", "top")], "top", Actions::S, "k", "j");
-    // Below the bottom others may write.
-    granted(&[|d| op::stream(d, "j", "top", Some("mid")), WRITE_BASE]);
+    // What lies below the bottom is not copied, but read.
+    refused(&[|d| op::stream(d, "j", "top", Some("mid")), WRITE_BASE], "base", Actions::V, "k", "mid");
     refused(&[|d| op::stream(d, "j", "top", Some("mid")), WRITE_MID], "mid", Actions::V, "k", "j");
 }
 
@@ -226,6 +230,184 @@ fn a_job_on_the_same_node_or_target() {
     refused(&[MIRROR, |d| op::mirror(d, "k", "top", "t2")], "top", Actions::P, "k", "j");
     refused(&[MIRROR, |d| op::mirror(d, "k", "mid", "t1")], "t1", Actions::V, "k", "j");
     granted(&[MIRROR, |d| op::backup(d, "k", "top", "t2", None)]);
+    granted(&[WRITE_TOP, BACKUP, |d| op::backup(d, "k", "top", "t2", None)]);
+    granted(&[WRITE_TOP, BACKUP, |d| op::mirror(d, "k", "top", "t2")]);
+}
+
+/// What one job claims on another one's filter goes on when that job is over.
+#[test]
+fn the_second_of_two_jobs_stays_guarded_when_the_first_ends() {
+    granted(&[
+        BACKUP,
+        |d| op::backup(d, "k", "top", "t2", None),
+        |d| {
+            d.remove_op(&dolmen_types::OpId::internal("j"));
+            assert_eq!(d.readers(&NodeName::internal("top")).len(), 2, "top and the filter that is left");
+            Ok(())
+        },
+    ]);
+    refused(
+        &[
+            BACKUP,
+            |d| op::backup(d, "k", "top", "t2", None),
+            |d| {
+                d.remove_op(&dolmen_types::OpId::internal("j"));
+                Ok(())
+            },
+            |d| op::relink_backing(d, "r", "top", "base"),
+        ],
+        "top",
+        Actions::V,
+        "r",
+        "k",
+    );
+}
+
+const OV_ON_MID: Step = |d| d.link(&NodeName::internal("ov"), "backing", ChildRole::Backing, "mid");
+const OV_ON_BASE: Step = |d| d.link(&NodeName::internal("ov"), "backing", ChildRole::Backing, "base");
+const OV_ON_TOP: Step = |d| d.link(&NodeName::internal("ov"), "backing", ChildRole::Backing, "top");
+const READ_OV: Step = |d| op::export(d, "x", "ov", false);
+/// A filter of a user over `base`.
+const RAW_OVER_BASE: Step = |d| {
+    let raw = op::StandIn::new(&op::RAW, dolmen_graph::AccessRule::Filter);
+    op::add(d, "r", raw, None, &[("file", ChildRole::Filtered, "base")]).map(drop)
+};
+
+/// A sibling that ran over the same base saw its disk change: a backup into the base, a commit into
+/// it and a writable export of it were all accepted as long as they were in its own process.
+#[test]
+fn a_backing_node_is_written_by_nobody_while_its_overlay_is_read() {
+    let base = |steps: &'static [Step], asks: &str| {
+        let e = refused(steps, "base", Actions::V, asks, "x");
+        let text = e.to_string();
+        assert!(text.contains("with x-backing-may-change=on"), "the option is named: {text}");
+    };
+    base(&[OV_ON_BASE, READ_OV, WRITE_BASE], "k");
+    base(&[OV_ON_BASE, READ_OV, |d| op::backup(d, "j", "t1", "base", None)], "j");
+    base(&[OV_ON_BASE, READ_OV, |d| op::mirror(d, "j", "t1", "base")], "j");
+    base(&[OV_ON_BASE, READ_OV, WRITE_TOP, COMMIT_MID], "j");
+    base(&[OV_ON_BASE, READ_OV, WRITE_TOP, COMMIT_ACTIVE_2], "j");
+    refused(&[OV_ON_MID, READ_OV, WRITE_TOP, COMMIT_ACTIVE_1], "mid", Actions::V, "j", "x");
+    // Whoever comes second is refused.
+    refused(&[OV_ON_BASE, WRITE_BASE, READ_OV], "base", Actions::V, "k", "x");
+    refused(&[OV_ON_BASE, WRITE_TOP, COMMIT_MID, READ_OV], "base", Actions::V, "j", "x");
+    // At any level, and through a filter.
+    refused(&[WRITE_TOP, WRITE_BASE], "base", Actions::V, "k", "e");
+    refused(&[RAW_OVER_BASE, WRITE_TOP, |d| op::export(d, "k", "r", true)], "base", Actions::V, "k", "e");
+    refused(
+        &[READ_OV, |d| op::resize(d, "k", "base"), OV_ON_BASE, |d| op::resize(d, "k", "base")],
+        "base",
+        Actions::S,
+        "k",
+        "x",
+    );
+    // The image between the top node of a commit and its base shows what is written.
+    refused(
+        &[OV_ON_TOP, READ_OV, READ_MID, |d| op::commit(d, "j", "top", "base", false)],
+        "base",
+        Actions::V,
+        "j",
+        "k",
+    );
+}
+
+#[test]
+fn an_overlay_that_nobody_reads_forbids_nothing() {
+    granted(&[OV_ON_BASE, WRITE_BASE]);
+    granted(&[OV_ON_BASE, |d| op::backup(d, "j", "t1", "base", None)]);
+    granted(&[OV_ON_BASE, WRITE_TOP, COMMIT_MID]);
+    granted(&[OV_ON_BASE, |d| op::resize(d, "k", "base")]);
+    // A copy is being made in it: it is written, not read.
+    granted(&[OV_ON_BASE, |d| op::mirror(d, "j", "t2", "ov"), WRITE_BASE]);
+}
+
+/// Who said that the backing file may change is asked no more.
+#[test]
+fn an_overlay_whose_user_said_that_it_may_change() {
+    const LOOSE: Step = |d| {
+        let driver = op::StandIn::new(&op::FORMAT, dolmen_graph::AccessRule::FormatOverChanging);
+        let children = [("file", ChildRole::Metadata, "ov-f"), ("backing", ChildRole::Backing, "base")];
+        d.remove_node("ov")?;
+        op::add(d, "ov", driver, None, &children).map(drop)
+    };
+    granted(&[LOOSE, READ_OV, WRITE_BASE]);
+    granted(&[LOOSE, READ_OV, |d| op::backup(d, "j", "t1", "base", None)]);
+    granted(&[|d| d.remove_node("top"), |d| d.remove_node("mid"), LOOSE, |d| op::shrink(d, "k", "base")]);
+}
+
+/// An operation that keeps the overlay right writes below it, by whatever filters.
+#[test]
+fn keepers_write_below_what_they_keep_right() {
+    // The commit of this very chain, also over two levels and beside a reader of its top node.
+    granted(&[WRITE_TOP, READ_MID, COMMIT_MID]);
+    granted(&[OV_ON_TOP, READ_OV, |d| op::commit(d, "j", "top", "base", false)]);
+    granted(&[
+        RAW_OVER_BASE,
+        |d| d.link(&NodeName::internal("mid"), "backing", ChildRole::Backing, "r"),
+        WRITE_TOP,
+        COMMIT_MID,
+    ]);
+    // Fleecing, by a job and by a user's own node.
+    granted(&[OV_ON_TOP, READ_OV, |d| op::backup(d, "j", "top", "ov", None), WRITE_TOP]);
+    granted(&[
+        OV_ON_TOP,
+        |d| op::copy_before_write(d, "c", "top", "ov"),
+        |d| op::export(d, "e", "c", true),
+        READ_OV,
+    ]);
+    // The source is a filter over the image that the fleecing target lies over.
+    granted(&[
+        OV_ON_BASE,
+        |d| d.remove_node("top"),
+        |d| d.remove_node("mid"),
+        RAW_OVER_BASE,
+        |d| op::backup(d, "j", "r", "ov", None),
+        READ_OV,
+        |d| op::export(d, "e", "r", true),
+    ]);
+    // A writer past the filter is seen by nobody.
+    refused(
+        &[
+            OV_ON_BASE,
+            |d| d.remove_node("top"),
+            |d| d.remove_node("mid"),
+            RAW_OVER_BASE,
+            |d| op::backup(d, "j", "r", "ov", None),
+            READ_OV,
+            WRITE_BASE,
+        ],
+        "base",
+        Actions::V,
+        "k",
+        "x",
+    );
+}
+
+/// A node was shrunk under its overlays, which read zeroes from then on, and for good.
+#[test]
+fn shrinking_takes_data_away_from_every_image_above() {
+    const SHRINK_BASE: Step = |d| op::shrink(d, "k", "base");
+    let e = refused(&[SHRINK_BASE], "mid", Actions::V, "k", "top");
+    assert!(e.to_string().contains("Remove node 'top' first (blockdev-del)"), "{e}");
+    refused(&[|d| d.remove_node("top"), SHRINK_BASE], "base", Actions::V, "k", "mid");
+    // Also through filters, and of what lies below them.
+    let through = |steps| refused(steps, "base", Actions::V, "k", "mid");
+    through(&[|d| d.remove_node("top"), RAW_OVER_BASE, |d| op::shrink(d, "k", "r")]);
+    refused(
+        &[
+            |d| d.remove_node("top"),
+            RAW_OVER_BASE,
+            |d| d.link(&NodeName::internal("mid"), "backing", ChildRole::Backing, "r"),
+            SHRINK_BASE,
+        ],
+        "r",
+        Actions::V,
+        "k",
+        "mid",
+    );
+    // What nothing lies over may be shrunk, and anything may grow that nobody reads.
+    granted(&[|d| op::shrink(d, "k", "top"), |d| op::resize(d, "k", "base")]);
+    granted(&[|d| op::shrink(d, "k", "ov")]);
 }
 
 /// An edge that belongs to nobody is there because of somebody: the refusal says who.

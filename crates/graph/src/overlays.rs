@@ -1,0 +1,157 @@
+//! What a draft knows about overlays: which operations keep them right while they write
+//! what the overlays lie over, and what moves when another overlay is put over a node.
+
+use std::collections::HashMap;
+
+use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Result};
+
+use crate::draft::{State, no_such_node};
+use crate::solver::wishes;
+use crate::{AccessRule, ClaimScope, Draft, OpClaim, Overlays, Stance};
+
+impl State {
+    /// How operations stand to overlays, for the solver.
+    pub(crate) fn stances(
+        &self,
+        number: &dyn Fn(&OpId) -> u32,
+        nodes: &HashMap<&NodeName, usize>,
+    ) -> Vec<Stance> {
+        let mut out: Vec<Stance> = Vec::new();
+        for (op, node) in &self.kept {
+            let (op, node) = (number(op), nodes[node]);
+            if !self.nodes[node].children.iter().any(|c| c.role == ChildRole::Backing) {
+                continue;
+            }
+            match out.iter_mut().find(|s| s.op == op).map(|s| &mut s.overlays) {
+                Some(Overlays::Kept(list)) => list.push(node),
+                Some(Overlays::Robbed) => {}
+                None => out.push(Stance { op, overlays: Overlays::Kept(vec![node]) }),
+            }
+        }
+        for op in &self.robbers {
+            let op = number(op);
+            out.retain(|s| s.op != op);
+            out.push(Stance { op, overlays: Overlays::Robbed });
+        }
+        out
+    }
+}
+
+impl Draft {
+    /// Says that what `op` writes below the image that `node` shows leaves it as it is: a
+    /// commit of that image, or copy-before-write that saves to it. So the image does not
+    /// keep `op` from writing its backing file.
+    ///
+    /// # Errors
+    /// `NotFound`, for the operation.
+    pub fn keep_right(&mut self, op: &OpId, node: &NodeName) -> Result<()> {
+        self.known(op)?;
+        let image = self.content(node);
+        self.state.kept.push((op.clone(), image));
+        Ok(())
+    }
+
+    /// Whether somebody else than `op` reads the node.
+    pub fn is_read_without(&self, op: &OpId, node: &NodeName) -> bool {
+        let mut then = self.state.clone();
+        then.users.retain(|u| u.op != *op);
+        let i = then.index(node);
+        wishes(&then.topology()).is_some_and(|w| w.total[i].needs.contains(Actions::D))
+    }
+
+    /// Says that `op` takes data away for good. So even overlays that nobody reads now may
+    /// keep it from that.
+    ///
+    /// # Errors
+    /// `NotFound`, for the operation.
+    pub fn rob_overlays(&mut self, op: &OpId) -> Result<()> {
+        self.known(op)?;
+        self.state.robbers.push(op.clone());
+        Ok(())
+    }
+
+    /// Puts `overlay` over `node`: users and filters of the node (or of the outermost filter
+    /// interposed on it) go to the overlay, which lies over the node from now on. Other
+    /// overlays stay where they are: their headers name the file of the node, and what it
+    /// holds does not change any more.
+    ///
+    /// # Errors
+    /// `NotFound`; `Busy` when a filter has both an overlay above it, which has to stay, and
+    /// somebody who has to move.
+    pub fn put_over(&mut self, node: &str, overlay: &str) -> Result<()> {
+        let old = self.resolve(node)?;
+        let new = self.resolve(overlay)?;
+        let stays = self.staying(&old)?;
+        let moved: Vec<NodeName> =
+            self.state.nodes.iter().map(|n| n.def.name.clone()).filter(|n| !stays.contains(n)).collect();
+        let moved: Vec<NodeName> = moved.into_iter().filter(|n| !self.state.reaches(&new, n)).collect();
+        for n in self.state.nodes.iter_mut().filter(|n| moved.contains(&n.def.name)) {
+            n.children.iter_mut().filter(|c| c.node == old).for_each(|c| c.node = new.clone());
+        }
+        self.move_users(&old, &new);
+        let image = self.state.node(overlay).ok_or_else(|| no_such_node(overlay))?.def.name.clone();
+        self.set_backing_link(&image, Some(&old))
+    }
+
+    /// The parents of `node` that stay when an overlay is put over it: its overlays, and
+    /// filters that are there for overlays only.
+    fn staying(&self, node: &NodeName) -> Result<Vec<NodeName>> {
+        let mut out = Vec::new();
+        for parent in &self.state.nodes {
+            let name = &parent.def.name;
+            for c in parent.children.iter().filter(|c| c.node == *node) {
+                let filter = c.role == ChildRole::Filtered;
+                if c.role == ChildRole::Backing || filter && self.is_for_overlays(name)? {
+                    out.push(name.clone());
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// Whether everything above a filter reads it as a backing file.
+    fn is_for_overlays(&self, filter: &NodeName) -> Result<bool> {
+        let staying = self.staying(filter)?;
+        let Some(overlay) = staying.first() else { return Ok(false) };
+        let mover = self
+            .state
+            .nodes
+            .iter()
+            .find(|n| !staying.contains(&n.def.name) && n.children.iter().any(|c| c.node == *filter))
+            .map(|n| format!("node '{}'", n.def.name));
+        let user = self.state.users.iter().find(|u| u.node == *filter).map(|u| format!("'{}'", u.op));
+        match mover.or(user) {
+            None => Ok(true),
+            Some(who) => Err(Error::new(
+                ErrorKind::Busy,
+                format!("filter '{filter}' is below the overlay '{overlay}', which has to stay, and below {who}, which has to move"),
+            )
+            .remedy(format!("give '{overlay}' a filter of its own, or link it to the image itself"))),
+        }
+    }
+
+    /// Claims, for a user's copy-before-write node, that nobody else writes the node in which
+    /// it saves old data: they would be lost, or be taken for the data of its point in time.
+    ///
+    /// # Errors
+    /// `AlreadyExists` when it has claimed that already.
+    pub fn guard_target(&mut self, node: &NodeName) -> Result<()> {
+        let target = self
+            .state
+            .node(node)
+            .filter(|n| n.def.rule == AccessRule::CopyBeforeWrite && n.def.owner.is_none())
+            .and_then(|n| n.children.iter().find(|c| c.role == ChildRole::Target))
+            .map(|c| c.node.clone());
+        let Some(target) = target else { return Ok(()) };
+        let op = self.add_driver_op(node)?;
+        self.keep_right(&op, &target)?;
+        self.add_claim(OpClaim {
+            op,
+            node: target,
+            claim: Claim { needs: Actions::NONE, allows: Actions::EVERY - Actions::V },
+            scope: ClaimScope::Node,
+            why: "saves in it what is overwritten elsewhere".into(),
+            pins: true,
+        })
+    }
+}
