@@ -108,7 +108,7 @@ fn the_snapshot_is_what_it_was() {
     for seed in 0..100 {
         Sim::run(seed, |rt| async move {
             let mut random = Random::new(seed);
-            let size = random.between(1, 40) * 30_000;
+            let size = random.between(1, 40) * 30_208;
             let junk = patchwork(&mut random, size + CHUNK);
             let mut w = World::new(&rt, patchwork(&mut random, size), disk(junk), cbw()).await;
             let (guest, reader) = (w.guest().await, w.reader().await);
@@ -298,7 +298,7 @@ fn a_backup_is_what_was_there_at_the_start() {
     for seed in 0..80 {
         Sim::run(seed, |rt| async move {
             let mut random = Random::new(seed);
-            let size = random.between(1, 40) * 30_000;
+            let size = random.between(1, 40) * 30_208;
             let junk = patchwork(&mut random, size);
             let mut w = World::leaves(&rt, patchwork(&mut random, size), disk(junk)).await;
             let guest = attach(&mut w.owner, "guest", "f", Actions::D | Actions::V).await;

@@ -169,6 +169,11 @@ const SHOWN: &[(&str, &str, Shown)] = &[
             commands: &["write -q 0 4M", "discard 0 4M", "flush"],
         },
     ),
+    (
+        "qcow2",
+        "x-backing-may-change",
+        By("crates/dolmen/tests/it/overlays.rs", "an_overlay_may_say_that_its_backing_node_may_change"),
+    ),
     ("file", "locking", By("crates/protocols/tests/it/locks.rs", "force_share_and_locking_off")),
     ("file", "x-beneath", By(FILE_TESTS, "what_cannot_be_opened")),
     ("host_device", "locking", By("crates/protocols/tests/it/locks.rs", "force_share_and_locking_off")),

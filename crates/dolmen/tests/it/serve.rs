@@ -610,8 +610,14 @@ fn normal(mut reply: Json) -> Json {
         let edges = graph["edges"].as_array().expect("edges").iter();
         let mut edges: Vec<_> = edges
             .map(|e| {
-                json!([name(&e["parent"]), e["name"], name(&e["child"]), e["perm"], e["shared-perm"]])
-                    .to_string()
+                let mut shared = e["shared-perm"].clone();
+                // QEMU lets others write what an overlay shows while it is read.
+                if e["name"] == "backing"
+                    && let Some(list) = shared.as_array_mut()
+                {
+                    list.retain(|p| *p != "write" && *p != "resize");
+                }
+                json!([name(&e["parent"]), e["name"], name(&e["child"]), e["perm"], shared]).to_string()
             })
             .collect();
         edges.sort();
