@@ -7,84 +7,15 @@
 //! An instant command guards what it changes by the claims of an operation of its own. It
 //! is asked about ([`reopen::settle`]) and gone again before the draft is published.
 
-use std::path::PathBuf;
-
-use dolmen_graph::{
-    BackingName, ClaimScope, Class, Cx, Draft, OpClaim, OpInfo, Prealloc, create_image, node_filename,
-};
+use dolmen_graph::{BackingName, ClaimScope, Class, Cx, Draft, NodeOpener, OpClaim, OpInfo, Prealloc};
 use dolmen_qmp::QmpError;
-use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Value};
+use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Options, Result};
 
-use crate::jobs::{self, JobStart, Started};
+use crate::jobs::{self, Started};
 use crate::task::Task;
-use crate::{Change, commands, operations, reopen};
+use crate::{Change, commands, images, operations, reopen};
 
 type Done = Result<(), QmpError>;
-
-/// What comes after a proposal: jobs to be set to work if it is published, files to be removed if it is not.
-#[derive(Debug, Default)]
-pub(crate) struct After {
-    /// Jobs in the draft.
-    pub(crate) jobs: Vec<Started>,
-    made: Vec<PathBuf>,
-}
-
-impl After {
-    /// Removes the files that were made for a proposal that has failed.
-    pub(crate) fn undo(self) {
-        for path in self.made {
-            // It was ours a moment ago; one that somebody else has removed meanwhile is gone as well.
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
-/// An overlay in a new file.
-#[derive(Debug)]
-pub struct SnapshotSync {
-    /// The node to be frozen.
-    pub node: String,
-    /// The overlay's file.
-    pub file: String,
-    /// The overlay's node name; made up if there is none.
-    pub overlay: Option<String>,
-    /// Its format.
-    pub format: String,
-    /// The file is there already.
-    pub existing: bool,
-}
-
-impl SnapshotSync {
-    /// Reads the arguments of `blockdev-snapshot-sync`.
-    ///
-    /// # Errors
-    /// When no node is named, or two.
-    pub fn from_options(mut o: Options) -> Result<SnapshotSync> {
-        let out = SnapshotSync {
-            node: device_or_node(&mut o)?,
-            file: o.require_str("snapshot-file")?,
-            overlay: o.take_str("snapshot-node-name")?,
-            format: o.take_str("format")?.unwrap_or_else(|| "qcow2".to_owned()),
-            existing: o.take_enum("mode", &["existing", "absolute-paths"])? == Some("existing"),
-        };
-        o.finish("blockdev-snapshot-sync")?;
-        Ok(out)
-    }
-}
-
-/// A job that opens its target itself, and makes it first unless it exists.
-#[derive(Debug)]
-pub struct Drive {
-    command: &'static str,
-    options: Options,
-}
-
-impl Drive {
-    /// The job of an action `drive-backup`; `None` for other actions.
-    pub fn from_options(command: &str, options: Options) -> Option<Drive> {
-        (command == "drive-backup").then_some(Drive { command: "blockdev-backup", options })
-    }
-}
 
 /// The node that a command means by `device` or `node-name`.
 ///
@@ -99,16 +30,16 @@ pub(crate) fn device_or_node(o: &mut Options) -> Result<String> {
     }
 }
 
-/// Puts a change into a draft. With `dry`, nothing outside the draft may change.
+/// Puts a change into a draft, and the jobs that it starts into `started`. Nothing outside the draft changes: images that
+/// are to be made are stand-ins until the draft is published.
 ///
 /// # Errors
-/// Why it can't be; the draft is then of no more use, and `after` has to be undone.
+/// Why it can't be; the draft is then of no more use.
 pub(crate) async fn propose(
     task: &Task,
     draft: &mut Draft,
     change: Change,
-    after: &mut After,
-    dry: bool,
+    started: &mut Vec<Started>,
 ) -> Done {
     let rt = task.shared.rt.clone();
     let opener = task.opener(&rt);
@@ -131,18 +62,11 @@ pub(crate) async fn propose(
             None => Err(QmpError::generic(format!("Export '{id}' is not found"))),
         },
         Change::JobStart(start) => {
-            after.jobs.push(jobs::start_in_draft(task, draft, start).await?);
+            started.push(jobs::start_in_draft(task, draft, start).await?);
             Ok(())
         }
         Change::Drive(drive) => {
-            let start = propose_drive(task, draft, drive, after, dry).await?;
-            after.jobs.push(jobs::start_in_draft(task, draft, start).await?);
-            Ok(())
-        }
-        Change::DriveMirror(options) => {
-            let drive = Drive { command: "blockdev-mirror", options };
-            let start = propose_drive(task, draft, drive, after, dry).await?;
-            after.jobs.push(jobs::start_in_draft(task, draft, start).await?);
+            started.push(images::propose_drive(task, draft, drive).await?);
             Ok(())
         }
         Change::Snapshot { node, overlay } => {
@@ -150,10 +74,11 @@ pub(crate) async fn propose(
             reopen::settle(draft, &op, &opener).await
         }
         Change::SnapshotSync(sync) => {
-            let op = propose_snapshot_sync(task, draft, sync, after, dry).await?;
+            let op = images::propose_snapshot_sync(&opener, draft, sync).await?;
             reopen::settle(draft, &op, &opener).await
         }
-        Change::ChangeBackingFile { device, image, .. } => {
+        Change::ChangeBackingFile { device, image, file } => {
+            check_backing(&opener, draft, &image, &file).await?;
             let (op, _) = propose_change_backing(draft, &device, &image)?;
             draft.solve()?;
             draft.remove_op(&op);
@@ -169,12 +94,12 @@ pub(crate) async fn propose(
         Change::OperationEnd { id } => operations::propose_end(draft, &id),
         Change::Transaction { actions, .. } => {
             for action in actions {
-                Box::pin(propose(task, draft, action, after, dry)).await?;
+                Box::pin(propose(task, draft, action, started)).await?;
             }
             Ok(())
         }
         Change::Abort => Err(QmpError::generic("Transaction aborted using Abort action")),
-        Change::WhatIf(inner) => Box::pin(propose(task, draft, *inner, after, true)).await,
+        Change::WhatIf(inner) => Box::pin(propose(task, draft, *inner, started)).await,
         // They change nothing in the graph by themselves.
         Change::SetWriteThreshold { node, .. } => match draft.has_node(&node) {
             true => Ok(()),
@@ -192,10 +117,10 @@ pub(crate) async fn propose(
 pub(crate) async fn carry_out(task: &mut Task, change: Change) -> Done {
     let grouped = matches!(change, Change::Transaction { grouped: true, .. });
     let mut draft = task.owner.draft();
-    let mut after = After::default();
+    let mut started = Vec::new();
     let proposed = task.shared.clone();
     // A server may not answer. Dropping the draft on the way out closes what was opened.
-    let made = proposed.unless_quitting(propose(task, &mut draft, change, &mut after, false)).await;
+    let made = proposed.unless_quitting(propose(task, &mut draft, change, &mut started)).await;
     let done = match made {
         Ok(()) => task.owner.commit(draft).await.map(drop).map_err(QmpError::from),
         Err(e) => {
@@ -203,14 +128,11 @@ pub(crate) async fn carry_out(task: &mut Task, change: Change) -> Done {
             Err(e)
         }
     };
-    if done.is_err() {
-        after.undo();
-        return done;
-    }
+    done?;
     if grouped {
-        Started::after_commit(after.jobs, task);
+        Started::after_commit(started, task);
     } else {
-        after.jobs.into_iter().for_each(|job| Started::after_commit(vec![job], task));
+        started.into_iter().for_each(|job| Started::after_commit(vec![job], task));
     }
     task.report_events().map_or(Ok(()), Err)
 }
@@ -239,19 +161,19 @@ fn claim(draft: &mut Draft, op: &OpId, node: &NodeName, needs: Actions, why: &st
     })
 }
 
-fn find(draft: &Draft, name: &str) -> Result<NodeName> {
+pub(crate) fn find(draft: &Draft, name: &str) -> Result<NodeName> {
     draft.node_names().find(|n| n.as_str() == name).cloned().ok_or_else(|| {
         Error::new(ErrorKind::NotFound, format!("Cannot find device='{name}' nor node-name='{name}'"))
             .remedy("query-named-block-nodes lists the nodes there are")
     })
 }
 
-fn invalid(message: impl Into<String>) -> Error {
+pub(crate) fn invalid(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidInput, message)
 }
 
 /// Puts `overlay` over `node`: everybody who used the node uses the overlay from now on.
-fn propose_snapshot(draft: &mut Draft, node: &str, overlay: &str) -> Result<OpId> {
+pub(crate) fn propose_snapshot(draft: &mut Draft, node: &str, overlay: &str) -> Result<OpId> {
     let node = find(draft, node)?;
     let overlay = find(draft, overlay)?;
     let kind = draft.kind(&overlay).filter(|k| k.class == Class::Format);
@@ -286,126 +208,6 @@ fn propose_snapshot(draft: &mut Draft, node: &str, overlay: &str) -> Result<OpId
     Ok(op)
 }
 
-/// Makes an image, unless that is not to happen now. The file goes again if the proposal fails, unless it was
-/// there before.
-async fn make(task: &Task, file: &str, format: &str, options: Options, after: &mut After) -> Result<()> {
-    let path = PathBuf::from(file.strip_prefix("file:").unwrap_or(file));
-    if !path.exists() {
-        after.made.push(path);
-    }
-    create_image(task.config.registry, &task.shared.rt, file, format, options).await
-}
-
-async fn propose_snapshot_sync(
-    task: &Task,
-    draft: &mut Draft,
-    sync: SnapshotSync,
-    after: &mut After,
-    dry: bool,
-) -> Result<OpId> {
-    let node = find(draft, &sync.node)?;
-    if let Some(name) = &sync.overlay
-        && draft.has_node(name)
-    {
-        return Err(Error::new(ErrorKind::AlreadyExists, "New overlay node-name already in use")
-            .remedy("choose another snapshot-node-name"));
-    }
-    if dry && !sync.existing {
-        // There is no file yet, so only the right to put something there can be asked about.
-        let op = command(draft, "blockdev-snapshot-sync", format!("snapshot of '{node}'"))?;
-        claim(draft, &op, &node, Actions::P, "puts an overlay above it")?;
-        return Ok(op);
-    }
-    if !sync.existing {
-        let built = draft.built_node(&node)?;
-        let content = draft.content(&node);
-        let options = Options::new()
-            .with("size", built.size())
-            .with("backing_file", node_filename(&built).as_str())
-            .with("backing_fmt", draft.kind(&content).map_or("raw", |k| k.name));
-        drop(built);
-        // Refused before anything is made, if it is to be refused.
-        let op = command(draft, "blockdev-snapshot-sync", format!("snapshot of '{node}'"))?;
-        claim(draft, &op, &node, Actions::P, "puts an overlay above it")?;
-        draft.solve()?;
-        draft.remove_op(&op);
-        make(task, &sync.file, &sync.format, options, after).await?;
-    }
-    let name = sync.overlay.unwrap_or_else(|| draft.fresh_name().as_str().to_owned());
-    let overlay = open_image(task, draft, &sync.file, &sync.format, &name, Value::Null).await?;
-    propose_snapshot(draft, &node, &overlay)
-}
-
-/// Opens a file as a node that goes with its last user.
-async fn open_image(
-    task: &Task,
-    draft: &mut Draft,
-    file: &str,
-    format: &str,
-    name: &str,
-    backing: Value,
-) -> Result<NodeName> {
-    let rt = task.shared.rt.clone();
-    let leaf =
-        Options::new().with("driver", "file").with("filename", file.strip_prefix("file:").unwrap_or(file));
-    let mut options = Options::new().with("driver", format).with("file", leaf.into_value());
-    let has_backing = task.config.registry.find(format)?.options.iter().any(|o| o.name == "backing");
-    if has_backing {
-        options.set("backing", backing);
-    }
-    if !name.is_empty() && !name.starts_with('#') {
-        options.set("node-name", name);
-    }
-    task.opener(&rt).open(draft, options, false).await
-}
-
-async fn propose_drive(
-    task: &Task,
-    draft: &mut Draft,
-    drive: Drive,
-    after: &mut After,
-    dry: bool,
-) -> Result<JobStart> {
-    let Drive { command, options: mut o } = drive;
-    let device = o.require_str("device")?;
-    let source = find(draft, &device)?;
-    let file = o.require_str("target")?;
-    let existing = o.take_enum("mode", &["existing", "absolute-paths"])? == Some("existing");
-    let content = draft.content(&source);
-    let format = match o.take_str("format")? {
-        Some(f) => f,
-        None => draft.kind(&content).map_or("raw", |k| k.name).to_owned(),
-    };
-    let name = o.take_str("node-name")?.unwrap_or_default();
-    o.take_bool("unmap")?;
-    let sync = match o.get("sync") {
-        Some(Value::Str(s)) => s.clone(),
-        _ => String::new(),
-    };
-    // What the target lies over: what the source lies over, the source, or nothing.
-    let backing = match sync.as_str() {
-        "top" => draft.child(&content, "backing").cloned(),
-        "none" => Some(source.clone()),
-        _ => None,
-    };
-    if !existing && !dry {
-        let mut create = Options::new().with("size", draft.built_node(&source)?.size());
-        if let Some(b) = &backing {
-            create.set("backing_file", node_filename(&draft.built_node(b)?).as_str());
-            create.set("backing_fmt", draft.kind(&draft.content(b)).map_or("raw", |k| k.name));
-        }
-        make(task, &file, &format, create, after).await?;
-    }
-    if dry && !existing {
-        return Err(invalid("the target would have to be made first, so nothing more can be said")
-            .remedy("ask about the blockdev- command with a target that exists"));
-    }
-    let link = backing.map_or(Value::Null, |b| Value::from(b.as_str()));
-    let target = open_image(task, draft, &file, &format, &name, link).await?;
-    let options = o.with("device", source.as_str()).with("target", target.as_str());
-    JobStart::from_options(command, options)?.ok_or_else(|| invalid(format!("'{command}' starts no job")))
-}
-
 /// The operation of `change-backing-file`, and the nodes that are made writable for it.
 fn propose_change_backing(draft: &mut Draft, device: &str, image: &str) -> Result<(OpId, Vec<NodeName>)> {
     find(draft, device)?;
@@ -424,9 +226,21 @@ fn propose_change_backing(draft: &mut Draft, device: &str, image: &str) -> Resul
     Ok((op, opened))
 }
 
+/// A header must not lead back to its own image.
+async fn check_backing(opener: &NodeOpener<'_>, draft: &Draft, image: &str, file: &str) -> Result<()> {
+    let node = draft.built_node(&find(draft, image)?)?;
+    match file.is_empty() {
+        true => Ok(()),
+        false => opener.check_backing(&node, BackingName { name: file, format: None }).await,
+    }
+}
+
 /// `change-backing-file`: the header names another file, nothing else changes.
 pub(crate) async fn change_backing_file(task: &mut Task, device: &str, image: &str, file: &str) -> Done {
     let mut draft = task.owner.draft();
+    let shared = task.shared.clone();
+    let opener = task.opener(&shared.rt);
+    shared.unless_quitting(async { Ok(check_backing(&opener, &draft, image, file).await?) }).await?;
     let (op, opened) = propose_change_backing(&mut draft, device, image)?;
     draft.solve()?;
     draft.mark_started(&op);

@@ -8,7 +8,8 @@ use std::time::Duration;
 use dolmen_qmp::{Request, SocketAddress};
 use dolmen_types::{Error, ErrorKind, Options, Result, Value};
 
-use crate::act::{Drive, SnapshotSync, device_or_node};
+use crate::act::device_or_node;
+use crate::images::{Drive, SnapshotSync};
 use crate::{JobStart, OperationBegin};
 
 /// Clients that connect to the NBD server at one time, unless said otherwise.
@@ -58,8 +59,6 @@ pub enum Change {
     },
     /// Starts a job.
     JobStart(JobStart),
-    /// Starts a mirror to a file that may have to be made first.
-    DriveMirror(Options),
     /// Makes the result of a pending job visible.
     JobFinalize {
         /// Its id.
@@ -175,7 +174,6 @@ impl Change {
                 Change::ExportDel { id: o.require_str("id")?, hard }
             }
             "quit" => Change::Quit,
-            "drive-mirror" => Change::DriveMirror(o),
             "job-finalize" => Change::JobFinalize { id: o.require_str("id")?, block: false },
             "block-job-finalize" => Change::JobFinalize { id: o.require_str("id")?, block: true },
             "blockdev-snapshot" => {
@@ -193,7 +191,10 @@ impl Change {
             "operation-begin" => Change::OperationBegin(OperationBegin::from_options(o)?),
             "operation-end" => Change::OperationEnd { id: o.require_str("id")? },
             "transaction" => transaction(o)?,
-            other => return Ok(JobStart::from_options(other, o)?.map(Change::JobStart)),
+            other => match Drive::from_options(other, o.clone()) {
+                Some(drive) => Change::Drive(drive),
+                None => return Ok(JobStart::from_options(other, o)?.map(Change::JobStart)),
+            },
         }))
     }
 }

@@ -38,21 +38,6 @@ pub struct JobStart {
     pub options: JobOptions,
 }
 
-/// A command that makes an image before its job: `drive-backup`.
-async fn make_image(task: &Task, start: &JobStart) -> Result<(), QmpError> {
-    let any: &dyn std::any::Any = &*start.work;
-    let Some(backup) = any.downcast_ref::<Backup>() else { return Ok(()) };
-    let draft = task.owner.draft();
-    let Some(image) = backup.new_image(&draft) else { return Ok(()) };
-    let opener = NodeOpener {
-        registry: task.config.registry,
-        policy: task.config.policy,
-        names: crate::image_name,
-        rt: &task.shared.rt,
-    };
-    task.shared.unless_quitting(async { Ok(image.make(&draft, &opener).await?) }).await
-}
-
 /// Reads the arguments of a kind of job that are not those of every job.
 type Read = fn(&mut Options) -> Result<Box<dyn Work>>;
 
@@ -60,7 +45,6 @@ type Read = fn(&mut Options) -> Result<Box<dyn Work>>;
 const STARTS: &[(&str, Read)] = &[
     ("block-stream", |o| Ok(Box::new(Stream::from_options(o)?))),
     ("blockdev-backup", |o| Ok(Box::new(Backup::from_options(o)?))),
-    ("drive-backup", |o| Ok(Box::new(Backup::of_drive(o)?))),
     ("blockdev-create", |o| Ok(Box::new(Create::from_options(o)?))),
     ("blockdev-prefetch", |o| Ok(Box::new(Prefetch::from_options(o)?))),
     ("block-commit", |o| Ok(Box::new(Commit::from_options(o)?))),
@@ -166,7 +150,6 @@ impl Started {
 /// Starts a job by itself.
 pub(crate) async fn start(task: &mut Task, start: JobStart) -> Result<(), QmpError> {
     let (kind, options) = (start.work.kind(), start.options.clone());
-    make_image(task, &start).await?;
     let mut draft = task.owner.draft();
     let mut refusal = None;
     let started = match begin(task, &mut draft, start, &mut refusal).await {

@@ -20,9 +20,9 @@
 mod act;
 mod change;
 mod commands;
-mod drive_mirror;
 mod export;
 mod handle;
+mod images;
 mod jobs;
 mod monitor;
 mod names;
@@ -33,10 +33,10 @@ mod socket;
 mod stats;
 mod task;
 
-pub use act::{Drive, SnapshotSync};
 pub use change::{Change, ExportAdd, NbdServerStart};
 pub use dolmen_graph::node_filename;
 pub use handle::{Config, Control, Log};
+pub use images::{Drive, SnapshotSync};
 pub use jobs::JobStart;
 pub use monitor::{MonitorOptions, serve_monitor};
 pub use names::image_name;

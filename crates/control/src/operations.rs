@@ -7,7 +7,7 @@ use dolmen_rt::Instant;
 use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Value};
 use serde_json::{Value as Json, json};
 
-use crate::act::{self, After};
+use crate::act;
 use crate::task::Task;
 use crate::{Change, query};
 
@@ -178,9 +178,9 @@ pub(crate) fn list(graph: &Graph, ops: &[OpInfo], claims: &[OpClaim], now: Insta
 /// The reply of `what-if`: the graph that a command would leave, or why it would be refused.
 pub(crate) async fn what_if(task: &Task, change: Change) -> Json {
     let mut draft = task.owner.draft();
-    let mut after = After::default();
+    let mut started = Vec::new();
     let shared = task.shared.clone();
-    let proposed = shared.unless_quitting(act::propose(task, &mut draft, change, &mut after, true)).await;
+    let proposed = shared.unless_quitting(act::propose(task, &mut draft, change, &mut started)).await;
     let seen = proposed.and_then(|()| {
         draft.sweep();
         Ok(draft.preview()?)

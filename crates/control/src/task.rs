@@ -15,7 +15,7 @@ use serde_json::{Value as Json, json};
 
 use crate::export::{Export, stop_server};
 use crate::handle::{Config, Job, Published, Shared};
-use crate::{Change, act, commands, drive_mirror, jobs, operations, reopen};
+use crate::{Change, act, commands, jobs, operations, reopen};
 
 /// How long the last replies may take to leave, once everything is closed. A client
 /// that does not read must not keep the program alive.
@@ -173,7 +173,6 @@ impl Task {
                 Err(e) => Err(e),
             },
             Change::JobStart(start) => jobs::start(self, start).await,
-            Change::DriveMirror(o) => drive_mirror::start(self, o).await,
             Change::JobFinalize { id, block } => jobs::finalize(self, &id, block).await,
             Change::ChangeBackingFile { device, image, file } => {
                 act::change_backing_file(self, &device, &image, &file).await

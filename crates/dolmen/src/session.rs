@@ -11,8 +11,8 @@
 use std::sync::Arc;
 
 use dolmen_graph::{
-    ChainStatus, Graph, GraphEvent, GraphOwner, Implicit, Node, NodeOpener, OpInfo, OpenPolicy, PROBE_BYTES,
-    Prealloc, Registry, UserEdge, chain_status,
+    BackingName, ChainStatus, Graph, GraphEvent, GraphOwner, Implicit, NewImage, Node, NodeOpener, OpInfo,
+    OpenPolicy, PROBE_BYTES, Prealloc, Registry, UserEdge, chain_status,
 };
 use dolmen_rt::{IoVec, Memory, Rt};
 use dolmen_types::{
@@ -111,14 +111,14 @@ impl Session {
         self.open_image(options, claim, true).await
     }
 
+    fn opener<'a>(&self, rt: &'a Rt) -> NodeOpener<'a> {
+        NodeOpener { registry: self.registry, policy: self.policy, names: spec::protocol_options, rt }
+    }
+
     async fn open_image(&mut self, options: Options, claim: Claim, copying: bool) -> Result<Image> {
         let mut draft = self.owner.draft();
-        let opener = NodeOpener {
-            registry: self.registry,
-            policy: self.policy,
-            names: spec::protocol_options,
-            rt: &self.rt,
-        };
+        let rt = self.rt.clone();
+        let opener = self.opener(&rt);
         let node = opener.open(&mut draft, options, false).await?;
         let op = OpId::internal(format!("#image{}", self.opened));
         let writes = claim.needs.contains(Actions::V);
@@ -218,14 +218,25 @@ impl Session {
         self.owner.close().await
     }
 
-    /// Makes a new image of `format` in the file `filename`, which is replaced if it
-    /// exists, unless somebody uses it. `options` are the format's and the file
-    /// driver's create options, with `size`.
+    /// Makes a new image of `format` in the file, device or export that `filename` names. A file is replaced if it
+    /// exists, unless somebody uses it. `options` are the format's and the file driver's create options, with
+    /// `size`. Nothing is touched before everything has been checked; a file that this call has made is removed if it
+    /// fails.
     ///
     /// # Errors
-    /// `Unsupported` when the format can't be created; `Locked`; what the drivers say.
+    /// As [`dolmen_graph::create_image`].
     pub async fn create(&mut self, filename: &str, format: &str, options: Options) -> Result<()> {
-        dolmen_graph::create_image(self.registry, &self.rt, filename, format, options).await
+        let rt = self.rt.clone();
+        let image = NewImage { file: spec::file(filename)?, format: Some(format.to_owned()), options };
+        dolmen_graph::create_image(&self.opener(&rt), image).await
+    }
+
+    /// Makes sure that an image does not become its own backing file, directly or by way of others.
+    ///
+    /// # Errors
+    /// `InvalidInput` when it would.
+    pub async fn check_backing(&self, image: &Image, to: BackingName<'_>) -> Result<()> {
+        self.opener(&self.rt).check_backing(&image.node(), to).await
     }
 }
 

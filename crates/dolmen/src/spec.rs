@@ -6,7 +6,7 @@
 //! nothing is opened here (a name is only asked whether it is a block device), so nothing
 //! here needs to trust anybody.
 
-use dolmen_graph::{Class, Registry, has_protocol, protocol_name};
+use dolmen_graph::{Class, Registry, has_protocol, path_options, protocol_name};
 use dolmen_qmp::keyval;
 use dolmen_types::{Error, ErrorKind, Options, Result, Value};
 
@@ -94,15 +94,16 @@ pub fn image(registry: Registry, name: &str, format: Option<&str>) -> Result<Opt
     }
 }
 
-/// The options of what a name leads to, without a format.
-fn file(name: &str) -> Result<Options> {
-    if has_protocol(name) {
-        return protocol_options(name);
+/// The options of what a name leads to, without a format: a file or device of this host, or what a protocol names.
+///
+/// # Errors
+/// As [`protocol_options`].
+pub fn file(name: &str) -> Result<Options> {
+    match name.strip_prefix("file:") {
+        Some(path) => Ok(path_options(path)),
+        None if has_protocol(name) => protocol_options(name),
+        None => Ok(path_options(name)),
     }
-    use std::os::unix::fs::FileTypeExt;
-    let device = std::fs::metadata(name).is_ok_and(|m| m.file_type().is_block_device());
-    let driver = if device { "host_device" } else { "file" };
-    Ok(Options::new().with("driver", driver).with("filename", name))
 }
 
 /// The options of an option string (`--image-opts`).

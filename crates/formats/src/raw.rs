@@ -12,8 +12,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use dolmen_graph::{
-    AccessRule, ChildDef, ChildSpec, Class, Common, CreateCx, Cx, Description, Driver, DriverKind, Extent,
-    Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prealloc, Prepared, Request, Where,
+    AccessRule, BackingName, ChildDef, ChildSpec, Class, Common, CreateCx, Creation, Cx, Description, Driver,
+    DriverKind, Extent, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prealloc,
+    Prepared, Request, Where,
 };
 use dolmen_rt::{IoVec, LocalFuture};
 use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, Result, Span};
@@ -139,24 +140,46 @@ impl Opener for Open {
     }
 }
 
-/// Makes a raw image: gives the file its size.
-fn create(cx: CreateCx<'_>, mut options: Options) -> LocalFuture<'_, Result<()>> {
-    Box::pin(async move {
-        let size = options
-            .take_size("size")?
-            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "Image creation needs a size parameter"))?;
-        let prealloc = match options.take_enum("preallocation", &["off", "falloc", "full"])? {
-            Some("falloc") => Prealloc::Falloc,
-            Some("full") => Prealloc::Full,
-            _ => Prealloc::Off,
-        };
-        options.finish("format 'raw'")?;
-        let size = size
-            .checked_next_multiple_of(512)
-            .filter(|s| *s <= Span::MAX_END)
-            .ok_or_else(|| Error::new(ErrorKind::Limit, "the size is too large"))?;
-        cx.resize()?.resize(size, prealloc).await
-    })
+/// A raw image to be made: a file of its size.
+struct NewRaw {
+    size: u64,
+    prealloc: Prealloc,
+}
+
+fn create(mut options: Options) -> Result<Box<dyn Creation>> {
+    let size = options
+        .take_size("size")?
+        .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "Image creation needs a size parameter"))?;
+    let prealloc = match options.take_enum("preallocation", &["off", "falloc", "full"])? {
+        Some("falloc") => Prealloc::Falloc,
+        Some("full") => Prealloc::Full,
+        _ => Prealloc::Off,
+    };
+    options.finish("format 'raw'")?;
+    let size = size
+        .checked_next_multiple_of(512)
+        .filter(|s| *s <= Span::MAX_END)
+        .ok_or_else(|| Error::new(ErrorKind::Limit, "the size is too large"))?;
+    Ok(Box::new(NewRaw { size, prealloc }))
+}
+
+impl Creation for NewRaw {
+    fn room(&self) -> u64 {
+        self.size
+    }
+
+    fn backing(&self) -> Option<BackingName<'_>> {
+        None
+    }
+
+    fn make<'a>(&'a self, cx: CreateCx<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async move {
+            if cx.fixed {
+                return Ok(());
+            }
+            cx.resize()?.resize(self.size, self.prealloc).await
+        })
+    }
 }
 
 /// The driver of a raw node.

@@ -7,12 +7,15 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use dolmen_rt::{Instant, Rt};
 use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Result, Value};
 
+use crate::create::Pending;
 use crate::notice::{NoticeSink, Notices};
+use crate::place::FileId;
 use crate::solver::solve_unchecked;
 use crate::{
     AccessRule, ChildEdge, Cx, Driver, DriverKind, Grants, Graph, Node, NodeChange, NodeFlags, NodeState,
@@ -275,6 +278,10 @@ pub struct Draft {
     /// The operations that there were then; others are just being tried.
     ops_before: BTreeSet<OpId>,
     pub(crate) prepared: Vec<Box<dyn Prepared>>,
+    /// Images that are made when the draft is published; until then stand-ins are in their places.
+    pub(crate) new_images: Vec<Pending>,
+    /// Files that have been made for it.
+    pub(crate) made: Vec<(PathBuf, FileId)>,
     now: Instant,
 }
 
@@ -283,6 +290,10 @@ impl Drop for Draft {
         // Later preparations may build on earlier ones.
         while let Some(p) = self.prepared.pop() {
             drop(p);
+        }
+        // Only of a commit that was cut short: one that fails removes them where nobody has to wait for it.
+        while let Some((path, id)) = self.made.pop() {
+            crate::place::remove(&path, id);
         }
     }
 }
@@ -299,6 +310,8 @@ impl Draft {
             held_before,
             ops_before,
             prepared: Vec::new(),
+            new_images: Vec::new(),
+            made: Vec::new(),
             now,
         }
     }
@@ -332,6 +345,11 @@ impl Draft {
     /// Registry row of a node.
     pub fn kind(&self, name: &str) -> Option<&'static DriverKind> {
         self.state.node(name).map(|n| n.def.kind)
+    }
+
+    /// The options that a node was opened with.
+    pub(crate) fn options_of(&self, name: &NodeName) -> Value {
+        self.state.node(name).map_or(Value::Null, |n| n.def.options.clone())
     }
 
     /// A child of a node by the option's name.
@@ -996,6 +1014,7 @@ impl Draft {
     pub(crate) fn commit_prepared(&mut self) {
         self.published.clear();
         self.built.take();
+        self.made.clear();
         for p in self.prepared.drain(..) {
             p.commit();
         }

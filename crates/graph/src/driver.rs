@@ -244,6 +244,8 @@ pub enum Where {
 pub struct Description {
     /// File name or URL of a leaf; of a format, nothing.
     pub filename: Option<String>,
+    /// Which file of this host a leaf has open: see [`FileId`](crate::FileId).
+    pub file: Option<crate::FileId>,
     /// A leaf that asked for `auto-read-only` could only be opened for reading.
     pub read_only: bool,
     /// Bytes of disk space used, where known.

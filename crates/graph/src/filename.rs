@@ -4,9 +4,9 @@
 
 use std::sync::Arc;
 
-use dolmen_types::Value;
+use dolmen_types::{ChildRole, Error, ErrorKind, Result, Value};
 
-use crate::{Class, Description, Node, join};
+use crate::{Class, Description, Node, has_protocol, join};
 
 fn describe(node: &Arc<Node>) -> Description {
     node.driver.describe(node)
@@ -41,23 +41,64 @@ const USE_OPTIONS: &[&str] = &[
 /// Filters that jobs have put in are left out: they are gone when somebody opens the text, and most of them
 /// can't be opened at all.
 pub fn node_filename(node: &Arc<Node>) -> String {
-    let node = without_jobs(node);
-    match plain_name(node) {
+    let node = Style::Shown.skip(node);
+    match Style::Shown.plain_name(node) {
         Some(name) => name,
-        None => format!("json:{}", ascii(&definition(node).to_string())),
+        None => Style::Shown.json(node),
     }
 }
 
-/// The node itself, or the one that the nameless filters of jobs stand on.
-fn without_jobs(node: &Arc<Node>) -> &Arc<Node> {
-    let mut at = node;
-    while at.anonymous
-        && at.owner.is_some()
-        && let Some(below) = at.filtered()
-    {
-        at = below;
+/// The name and the format under which the header of the image in `file` is to name `node` as its backing file.
+///
+/// A header outlives the graph, so it names images only. Filters are left out, whoever has put them in: they are gone, or
+/// can't be opened, when somebody opens the image, and none of them changes what is read. A window of a raw image does:
+/// it stays, as `json:`. A name that would lead elsewhere from the image's directory becomes absolute.
+///
+/// # Errors
+/// `Unsupported` for a node that shows what no name leads to (a point in time).
+pub fn header_name(node: &Arc<Node>, file: &str) -> Result<(String, &'static str)> {
+    let image = Style::Header.skip(node);
+    if let Some(view) = view_in(image) {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("node '{}' shows a point in time that is gone when its image is opened again", view.name),
+        )
+        .remedy("copy it into an image of its own, and name that one"));
     }
-    at
+    let kind = image.driver.kind();
+    // What holds no format is a raw disk to whoever opens it.
+    let format = if kind.class == Class::Protocol { "raw" } else { kind.name };
+    let name = match Style::Header.plain_name(image) {
+        // Seen from the image, or from here: the same file.
+        Some(name) if !has_protocol(&name) && join(file, &name) != name => absolute(&name),
+        Some(name) => name,
+        None => Style::Header.json(image),
+    };
+    Ok((name, format))
+}
+
+fn absolute(name: &str) -> String {
+    let path = std::path::absolute(name).ok();
+    path.and_then(|p| p.to_str().map(str::to_owned)).unwrap_or_else(|| name.to_owned())
+}
+
+/// The node beneath filters that shows more than its image.
+fn view_in(node: &Arc<Node>) -> Option<&Arc<Node>> {
+    let reads = |c: &&crate::ChildEdge| c.role == ChildRole::Data;
+    let here = node.driver.kind().class == Class::Filter && node.children.iter().any(|c| reads(&c));
+    if here {
+        return Some(node);
+    }
+    node.children.iter().filter(|c| c.role != ChildRole::Target).find_map(|c| view_in(&c.node))
+}
+
+/// What a name is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Style {
+    /// To be shown, or to open the node again as it is.
+    Shown,
+    /// To be written into an image.
+    Header,
 }
 
 /// JSON text with everything that is not ASCII as `\uXXXX`: only strings have such characters.
@@ -69,49 +110,91 @@ fn ascii(text: &str) -> String {
     text.chars().map(escape).collect()
 }
 
-/// The file name, if it is enough to find the image (and the driver, by looking at it).
-fn plain_name(node: &Arc<Node>) -> Option<String> {
-    let allowed: &[&str] = match node.driver.kind().class {
-        Class::Protocol => return describe(node).filename,
-        Class::Format => &["driver", "file"],
-        // Most filters have no name but their options.
-        Class::Filter => return describe(node).filename,
-    };
-    let Value::Map(options) = &node.options else { return None };
-    let says_more =
-        options.iter().any(|(k, _)| !allowed.contains(&k.as_str()) && !is_use(k) && !says_the_same(node, k));
-    match node.child("file") {
-        Some(file) if !says_more => plain_name(without_jobs(&file.node)),
-        _ => None,
+impl Style {
+    /// The node itself, or the one that filters which are left out stand on.
+    fn skip(self, node: &Arc<Node>) -> &Arc<Node> {
+        let mut at = node;
+        loop {
+            let left_out = match self {
+                Style::Shown => at.anonymous && at.owner.is_some(),
+                Style::Header => at.driver.kind().class == Class::Filter,
+            };
+            match at.filtered().filter(|_| left_out) {
+                Some(below) => at = below,
+                None => return at,
+            }
+        }
+    }
+
+    fn json(self, node: &Arc<Node>) -> String {
+        format!("json:{}", ascii(&self.definition(node).to_string()))
+    }
+
+    /// The file name, if it is enough to find the image (and the driver, by looking at it).
+    fn plain_name(self, node: &Arc<Node>) -> Option<String> {
+        let allowed: &[&str] = match node.driver.kind().class {
+            Class::Protocol => return leaf_name(node),
+            Class::Format => &["driver", "file"],
+            // Most filters have no name but their options.
+            Class::Filter => return describe(node).filename,
+        };
+        let Value::Map(options) = &node.options else { return None };
+        let says_more = options
+            .iter()
+            .any(|(k, _)| !allowed.contains(&k.as_str()) && !is_use(k) && !self.says_the_same(node, k));
+        match node.child("file") {
+            Some(file) if !says_more => self.plain_name(self.skip(&file.node)),
+            _ => None,
+        }
+    }
+
+    /// Whether an option names the backing file that the image names as well (or both say that there is none).
+    fn says_the_same(self, node: &Arc<Node>, option: &str) -> bool {
+        if option != "backing" {
+            return false;
+        }
+        let named = describe(node).backing.map(|(name, _)| join(&own_file(node), &name));
+        let is = node.backing().map(|b| {
+            let image = self.skip(b);
+            self.plain_name(image).unwrap_or_else(|| self.json(image))
+        });
+        named == is
+    }
+
+    /// The options that matter, with children spelled out; keys in alphabetical order, so
+    /// that equal definitions are equal texts.
+    fn definition(self, node: &Arc<Node>) -> Value {
+        let mut keys: Vec<(String, Value)> = vec![("driver".into(), node.driver.kind().name.into())];
+        if let Value::Map(options) = &node.options {
+            for (k, v) in options {
+                let value = match (node.child(k), v) {
+                    (Some(c), _) => self.definition(self.skip(&c.node)),
+                    // In a header it means the same file for whoever opens it, wherever that is.
+                    (None, Value::Str(name)) if k == "filename" && self == Style::Header => {
+                        absolute(name.strip_prefix("file:").unwrap_or(name)).into()
+                    }
+                    (None, v) => v.clone(),
+                };
+                if k != "driver" && !is_use(k) && !self.says_the_same(node, k) {
+                    keys.push((k.clone(), value));
+                }
+            }
+        }
+        keys.sort_by(|a, b| a.0.cmp(&b.0));
+        Value::Map(keys)
     }
 }
 
-/// Whether an option names the backing file that the image names as well (or both say that there is none).
-fn says_the_same(node: &Arc<Node>, option: &str) -> bool {
-    let named = describe(node).backing.map(|(name, _)| join(&own_file(node), &name));
-    option == "backing" && named == node.backing().map(node_filename)
+/// The name of a leaf. One whose first part has a colon must not be taken for a protocol's.
+fn leaf_name(node: &Arc<Node>) -> Option<String> {
+    let d = describe(node);
+    d.filename.map(|name| match d.file.is_some() && has_protocol(&name) {
+        true => format!("./{name}"),
+        false => name,
+    })
 }
 
 /// Whether an option says how a node is used rather than what it is: a name needs no such options.
 pub fn is_use(name: &str) -> bool {
     USE_OPTIONS.contains(&name) || name.starts_with("x-")
-}
-
-/// The options that matter, with children spelled out; keys in alphabetical order, so
-/// that equal definitions are equal texts.
-fn definition(node: &Arc<Node>) -> Value {
-    let mut keys: Vec<(String, Value)> = vec![("driver".into(), node.driver.kind().name.into())];
-    if let Value::Map(options) = &node.options {
-        for (k, v) in options {
-            let value = match node.child(k) {
-                Some(c) => definition(without_jobs(&c.node)),
-                None => v.clone(),
-            };
-            if k != "driver" && !is_use(k) && !says_the_same(node, k) {
-                keys.push((k.clone(), value));
-            }
-        }
-    }
-    keys.sort_by(|a, b| a.0.cmp(&b.0));
-    Value::Map(keys)
 }

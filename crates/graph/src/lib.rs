@@ -100,28 +100,31 @@ mod explain;
 mod filename;
 mod io;
 mod late;
+mod loops;
 mod node;
 mod notice;
 mod open;
 mod overlays;
 mod owner;
+mod place;
 mod range_lock;
 mod registry;
 mod reopen;
 mod solver;
+mod stand_in;
 mod status;
 mod user;
 
 pub use access::{AccessRule, NodeFacts};
 pub use count::{Counters, Counts, Tally};
-pub use create::create_image;
+pub use create::{ImageMaker, NewImage, check_room, create_image};
 pub use draft::{ClaimScope, Draft, NodeDef, OpClaim, OpInfo};
 pub use driver::{
     BackingName, Class, Description, Driver, Extent, Limits, NodeChange, Op, Plan, Prealloc, Prepared,
     Request, SELF, SnapshotInfo, Where, no_backing,
 };
 pub use epoch::{Epochs, Lease, Stamp};
-pub use filename::{is_use, node_filename, own_file};
+pub use filename::{header_name, is_use, node_filename, own_file};
 pub use io::{Access, Cx, Io, Read, Resize, Write, WriteUnchanged};
 pub use node::{ChildEdge, DetectZeroes, Graph, Node, NodeFlags, NodeState};
 pub use notice::{Notice, Notices};
@@ -130,10 +133,11 @@ pub use open::{
     protocol_name,
 };
 pub use owner::{GraphEvent, GraphOwner};
+pub use place::{FileId, path_options};
 pub use range_lock::{RangeGuard, RangeLock};
 pub use registry::{
-    ChildDef, ChildSpec, Common, CreateCx, CreateFn, DriverKind, Foreign, ImplicitChild, OpenCx, Opened,
-    Opener, Parsed, Registry, common_options,
+    ChildDef, ChildSpec, Common, CreateCx, CreateFn, Creation, DriverKind, Foreign, ImplicitChild, OpenCx,
+    Opened, Opener, Parsed, Registry, common_options,
 };
 pub use solver::{
     EdgeRef, Grants, Overlays, Refusal, Stance, TopoClaim, TopoNode, TopoUser, Topology, solve,

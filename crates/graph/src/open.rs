@@ -181,6 +181,18 @@ impl Opener<'_> {
         Ok(name)
     }
 
+    /// The options of what holds an image that a user names by a file name, or by a protocol.
+    ///
+    /// # Errors
+    /// What the parser of names says.
+    pub async fn file_options(&self, name: &str) -> Result<Options> {
+        match name.strip_prefix("file:") {
+            Some(path) => Ok(crate::place::path_options_in(self.rt, path).await),
+            None if has_protocol(name) => (self.names)(name),
+            None => Ok(crate::place::path_options_in(self.rt, name).await),
+        }
+    }
+
     /// Opens what an image names, if the policy permits it.
     async fn implicit(
         &self,
@@ -191,7 +203,7 @@ impl Opener<'_> {
         depth: usize,
     ) -> Result<()> {
         let image = draft.image_filename(name).unwrap_or_default();
-        let mut options = self.permit(&image, &child)?;
+        let mut options = self.permit(&image, &child).await?;
         if !options.has("read-only") {
             options.set("read-only", child.role == ChildRole::Backing || common.flags.read_only);
         }
@@ -204,14 +216,8 @@ impl Opener<'_> {
     }
 
     /// The options for what an image names, or a refusal that says how to permit it.
-    fn permit(&self, image: &str, child: &ImplicitChild) -> Result<Options> {
-        let refuse = |why: &str| {
-            Error::new(
-                ErrorKind::PermissionDenied,
-                format!("image '{image}' names the {} file '{}', {why}", child.child, child.filename),
-            )
-            .remedy(format!("if you trust the image: {}", self.policy.permit_with))
-        };
+    pub(crate) async fn permit(&self, image: &str, child: &ImplicitChild) -> Result<Options> {
+        let refuse = |why: &str| self.refuse(image, child, why);
         let plain = !has_protocol(&child.filename);
         // An image that is not a file of this host has no directory here.
         let local = !image.is_empty() && !image.contains("://");
@@ -237,18 +243,27 @@ impl Opener<'_> {
             }
             Implicit::Anything => {}
         }
-        // Otherwise an image could have a file read through any driver there is.
-        if let Some(format) = &child.format
-            && self.registry.find(format).is_ok_and(|k| k.class == crate::Class::Protocol)
-        {
-            return Err(refuse(&format!("as '{format}', which is not an image format")));
-        }
+        self.named_by(image, child).await
+    }
+
+    fn refuse(&self, image: &str, child: &ImplicitChild, why: &str) -> Error {
+        Error::new(
+            ErrorKind::PermissionDenied,
+            format!("image '{image}' names the {} file '{}', {why}", child.child, child.filename),
+        )
+        .remedy(format!("if you trust the image: {}", self.policy.permit_with))
+    }
+
+    /// The options for what an image names.
+    pub(crate) async fn named_by(&self, image: &str, child: &ImplicitChild) -> Result<Options> {
+        let plain = !has_protocol(&child.filename);
+        let local = !image.contains("://");
         let full = join(image, &child.filename);
         let (file, filename) = if plain && !local && has_protocol(&full) {
             // Beside an image on a server: on the same server.
             ((self.names)(&full)?, full)
         } else if plain {
-            let mut file = Options::new().with("driver", "file").with("filename", full.as_str());
+            let mut file = crate::place::path_options_in(self.rt, &full).await;
             if self.policy.implicit == Implicit::Beneath {
                 file.set("x-beneath", directory(image));
             }
@@ -256,6 +271,19 @@ impl Opener<'_> {
         } else {
             ((self.names)(&child.filename)?, child.filename.clone())
         };
+        let protocol = |name: &str| self.registry.find(name).is_ok_and(|k| k.class == crate::Class::Protocol);
+        if let Some(format) = child.format.as_ref().filter(|f| protocol(f)) {
+            // A disk without a format may be recorded under the driver of what holds it. Any other driver is refused:
+            // an image could have a file read through whatever there is.
+            if !matches!(file.get("driver"), Some(Value::Str(d)) if d == format) {
+                return Err(self.refuse(
+                    image,
+                    child,
+                    &format!("as '{format}', which is not an image format"),
+                ));
+            }
+            return Ok(Options::new().with("driver", "raw").with("file", file.into_value()));
+        }
         // A `json:` definition may be of a whole node, with its format.
         let is_format = file.get("driver").is_none_or(|d| match d {
             Value::Str(d) => self.registry.find(d).is_ok_and(|k| k.class != crate::Class::Protocol),
@@ -279,7 +307,12 @@ impl Opener<'_> {
     }
 
     /// Finds out the format of `file` or `filename`, and leaves an open `file` child.
-    async fn probe(&self, draft: &mut Draft, options: &mut Options, inherited: Inherited) -> Result<String> {
+    pub(crate) async fn probe(
+        &self,
+        draft: &mut Draft,
+        options: &mut Options,
+        inherited: Inherited,
+    ) -> Result<String> {
         let file = match options.take("file") {
             Some(Value::Str(name)) => draft.resolve(&name)?,
             Some(Value::Map(m)) => {
@@ -309,7 +342,7 @@ impl Opener<'_> {
             )
             .remedy(format!("name the format (driver, or -f), or permit guessing: {}", self.policy.probe_with)));
         }
-        let (format, filename) = {
+        let format = {
             let node = draft.built_node(&file)?;
             let filename = node.driver.describe(&node).filename.unwrap_or_default();
             let len = node.size().min(PROBE_BYTES);
@@ -320,9 +353,8 @@ impl Opener<'_> {
                 io.read(Span::new(0, len), &memory.iovec(), Default::default()).await?;
                 header.copy_from_slice(&memory.to_vec());
             }
-            (self.registry.probe(&header, &filename)?, filename)
+            self.registry.probe(&header, &filename)?
         };
-        let _ = filename;
         options.set("file", file.as_str());
         if format == "raw" {
             // The guess must stay true: a guest must not be able to turn a raw disk into

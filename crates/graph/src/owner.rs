@@ -117,7 +117,8 @@ impl GraphOwner {
         Draft::new(self.state.clone(), self.current.generation, self.current.nodes.to_vec(), self.rt.now())
     }
 
-    /// Publishes a draft. If it fails, the old graph is in place and unchanged.
+    /// Publishes a draft. If it fails, the old graph is in place and unchanged, and files that were made for the draft
+    /// are gone again.
     ///
     /// # Errors
     /// The solver's; what a driver's preparation says; `TimedOut` when a request did not
@@ -129,8 +130,24 @@ impl GraphOwner {
         }
         // Nodes whose closing was cut short by a caller who lost patience.
         self.retire().await;
+        let published = self.publish(&mut draft).await;
+        if published.is_err() {
+            draft.unmake(&self.rt).await;
+        }
+        drop(draft);
+        published?;
+        self.retire().await;
+        Ok(self.current.clone())
+    }
+
+    async fn publish(&mut self, draft: &mut Draft) -> Result<()> {
         draft.sweep();
-        let grants = draft.prepare(&self.rt).await?;
+        let mut grants = draft.prepare(&self.rt).await?;
+        if !draft.new_images.is_empty() {
+            // Everything that can be refused has been: from here on files change.
+            Box::pin(draft.make_images(&self.rt)).await?;
+            grants = draft.prepare(&self.rt).await?;
+        }
         let built = draft.build(&grants);
         if let Some(n) = draft.state.nodes.iter().find(|n| !built.contains_key(&n.def.name)) {
             return Err(Error::new(
@@ -185,10 +202,8 @@ impl GraphOwner {
         draft.commit_prepared();
         gone.iter().for_each(|e| e.detach());
         drop(gates);
-        drop(draft);
         self.retiring.extend(retired);
-        self.retire().await;
-        Ok(self.current.clone())
+        Ok(())
     }
 
     /// The nodes that hold what has been written and that later flushes do not reach, because a

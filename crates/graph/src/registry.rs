@@ -12,7 +12,8 @@ use dolmen_types::{ChildRole, Error, ErrorKind, NodeName, OptionSpec, OptionType
 use std::sync::Arc;
 
 use crate::{
-    AccessRule, ChildEdge, Class, DetectZeroes, Driver, Io, NodeFlags, Prepared, Read, Resize, Write,
+    AccessRule, BackingName, ChildEdge, Class, DetectZeroes, Driver, Io, NodeFlags, Prepared, Read, Resize,
+    Write,
 };
 
 /// A driver's registry row.
@@ -35,12 +36,26 @@ pub struct DriverKind {
     /// How sure it is that these are the first bytes of an image of its format: 0 not at
     /// all, 100 certain. `None` for drivers that are never probed.
     pub probe: Option<fn(header: &[u8], filename: &str) -> u8>,
-    /// Makes a new image.
+    /// Understands the options for making an image, if it can make any. Pure.
     pub create: Option<CreateFn>,
 }
 
-/// Makes a new image; see [`DriverKind::create`].
-pub type CreateFn = for<'a> fn(CreateCx<'a>, Options) -> LocalFuture<'a, Result<()>>;
+/// See [`DriverKind::create`].
+pub type CreateFn = fn(Options) -> Result<Box<dyn Creation>>;
+
+/// An image to be made whose options have been understood: whatever could be wrong with them has been refused, and
+/// nothing has been touched.
+pub trait Creation {
+    /// Bytes that a file of fixed length must have at least for the image to be made in it.
+    fn room(&self) -> u64;
+    /// The backing file that the image will name.
+    fn backing(&self) -> Option<BackingName<'_>>;
+    /// Makes it: a protocol a file that is not there yet, a format an image in [`CreateCx::file`].
+    ///
+    /// # Errors
+    /// Input and output, and for a protocol `AlreadyExists`: nothing of the options any more.
+    fn make<'a>(&'a self, cx: CreateCx<'a>) -> LocalFuture<'a, Result<()>>;
+}
 
 impl std::fmt::Debug for DriverKind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -204,6 +219,8 @@ impl<'a> OpenCx<'a> {
 pub struct CreateCx<'a> {
     /// The file, with every access; `None` for protocol drivers.
     pub file: Option<&'a ChildEdge>,
+    /// The file keeps its length: it is a device, or belongs to a server.
+    pub fixed: bool,
     /// The runtime.
     pub rt: &'a Rt,
 }

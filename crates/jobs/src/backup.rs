@@ -36,7 +36,6 @@ use dolmen_types::{
 };
 
 use crate::gone::end_of_point;
-use crate::image::{Below, NewImage};
 use crate::{BeginCx, Details, Ending, JobCx, Kind, OnError, SettleCx, Side, Work, nothing_to_change};
 
 /// Parts in flight unless the user wants more or fewer.
@@ -88,17 +87,7 @@ pub struct Backup {
     workers: u64,
     max_chunk: u64,
     min_cluster: u64,
-    /// Of `drive-backup`: the target is a file, to be opened by the job.
-    drive: Option<Drive>,
     stand: RefCell<Option<Stand>>,
-}
-
-/// What `drive-backup` says of its target.
-#[derive(Clone, Debug)]
-struct Drive {
-    format: Option<String>,
-    /// Make the file, rather than use one that is there.
-    make: bool,
 }
 
 fn invalid(text: impl Into<String>) -> Error {
@@ -171,57 +160,8 @@ impl Backup {
             workers,
             max_chunk,
             min_cluster,
-            drive: None,
             stand: RefCell::new(None),
         })
-    }
-
-    /// Reads the options of `drive-backup`: `target` is a file name.
-    ///
-    /// # Errors
-    /// As [`Backup::from_options`].
-    pub fn of_drive(o: &mut Options) -> Result<Backup> {
-        let make = o.take_enum("mode", &["existing", "absolute-paths"])? != Some("existing");
-        let format = o.take_str("format")?;
-        let drive = Some(Drive { format, make });
-        Ok(Backup { drive, ..Backup::from_options(o)? })
-    }
-
-    /// The image that has to be made before the job begins, if one has.
-    pub fn new_image(&self, draft: &Draft) -> Option<NewImage> {
-        let drive = self.drive.as_ref().filter(|d| d.make)?;
-        let source = draft.images(&self.device).first().and_then(|n| draft.kind(n)).map_or("raw", |k| k.name);
-        Some(NewImage {
-            device: self.device.clone(),
-            filename: self.target.clone(),
-            format: drive.format.clone().unwrap_or_else(|| source.to_owned()),
-            below: match self.sync {
-                Sync::Full => Below::None,
-                Sync::Top => Below::Backing,
-                Sync::None => Below::Source,
-            },
-        })
-    }
-
-    /// Opens the target of `drive-backup` into the draft.
-    async fn open_target(&self, drive: &Drive, cx: &mut BeginCx<'_>) -> Result<NodeName> {
-        let image = self.new_image(cx.draft);
-        let file = Options::new().with("driver", "file").with("filename", self.target.as_str());
-        let mut options = Options::new().with("file", file.into_value()).with("discard", "unmap");
-        if let Some(format) = image.as_ref().map(|i| &i.format).or(drive.format.as_ref()) {
-            options.set("driver", format.as_str());
-        }
-        if image.is_some_and(|i| i.format != "raw") {
-            // A new image lies over nodes that are open already.
-            let images = cx.draft.images(&self.device);
-            let below = match self.sync {
-                Sync::Full => None,
-                Sync::Top => images.get(1),
-                Sync::None => images.first(),
-            };
-            options.set("backing", below.map_or(Value::Null, |n| Value::from(n.as_str())));
-        }
-        cx.opener.open(cx.draft, options, false).await
     }
 
     fn stand(&self) -> Result<Stand> {
@@ -252,13 +192,10 @@ impl Backup {
         Ok(())
     }
 
-    async fn begin(&self, mut cx: BeginCx<'_>) -> Result<()> {
+    async fn begin(&self, cx: BeginCx<'_>) -> Result<()> {
         use Actions as A;
         let source = self.known(cx.draft, &self.device)?;
-        let target = match &self.drive {
-            None => self.known(cx.draft, &self.target)?,
-            Some(drive) => self.open_target(drive, &mut cx).await?,
-        };
+        let target = self.known(cx.draft, &self.target)?;
         let draft = cx.draft;
         let fleecing = self.fleecing.as_ref().map(|f| self.known(draft, f)).transpose()?;
         let (source_node, target_node) = (draft.built_node(&source)?, draft.built_node(&target)?);

@@ -26,7 +26,9 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
 use dolmen_copy::{CopyOptions, Engine, Failure, Hooks, Moved, Pass, Route, Tracker};
-use dolmen_graph::{AccessRule, BackingName, Class, Cx, Draft, NodeDef, NodeFlags, Prealloc};
+use dolmen_graph::{
+    AccessRule, BackingName, Class, Cx, Draft, NodeDef, NodeFlags, Prealloc, header_name, own_file,
+};
 use dolmen_rt::{LocalFuture, Rt};
 use dolmen_types::{
     Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Span, Value, WriteFlags,
@@ -72,8 +74,8 @@ struct Begun {
     active: bool,
     /// Nodes that have the top node as their backing file.
     overlays: Vec<NodeName>,
-    /// What is written into their headers.
-    backing: Option<(String, Option<String>)>,
+    /// What is written into their headers: the name, if the user gives one, and the format.
+    backing: Option<(Option<String>, Option<String>)>,
     /// Nodes that were read-only before.
     was_read_only: Vec<NodeName>,
     /// The size that `base` has to get.
@@ -176,11 +178,7 @@ impl Commit {
         for o in &overlays {
             shown_past_end |= size(d, o)? > top_size;
         }
-        let backing = match &self.backing_file {
-            _ if active => None,
-            Some(name) => Some((name.clone(), self.format_word(d, &base))),
-            None => d.filename(&base).map(|name| (name, self.format_word(d, &base))),
-        };
+        let backing = (!active).then(|| (self.backing_file.clone(), self.format_word(d, &base)));
         let mut was_read_only = d.set_read_only(&base, false)?;
         if !active {
             for o in &overlays {
@@ -327,10 +325,16 @@ impl Commit {
     /// both chains are right.
     async fn finish(&self, cx: &SettleCx<'_>, b: &Begun) -> Result<()> {
         flush(&cx.edge(1)?, cx.rt).await?;
-        let Some((name, format)) = &b.backing else { return Ok(()) };
+        let Some((given, format)) = &b.backing else { return Ok(()) };
+        let graph = cx.owner.graph();
+        let base = graph.node(&b.base).ok_or_else(|| invalid(format!("node '{}' is gone", b.base)))?;
         for overlay in &b.overlays {
-            let Some(node) = cx.owner.graph().node(overlay) else { continue };
-            let to = BackingName { name, format: format.as_deref() };
+            let Some(node) = graph.node(overlay) else { continue };
+            let name = match given {
+                Some(name) => name.clone(),
+                None => header_name(base, &own_file(node))?.0,
+            };
+            let to = BackingName { name: &name, format: format.as_deref() };
             node.driver.set_backing(Cx { node, rt: cx.rt }, Some(to)).await?;
         }
         Ok(())
@@ -428,7 +432,16 @@ impl Work for Commit {
     }
 
     fn begin<'a>(&'a self, cx: BeginCx<'a>) -> LocalFuture<'a, Result<()>> {
-        Box::pin(async move { self.put(cx.op, cx.draft) })
+        Box::pin(async move {
+            if let Some(name) = &self.backing_file {
+                let (top, _) = self.images(cx.draft)?;
+                for o in cx.draft.overlays(&top) {
+                    let to = BackingName { name, format: None };
+                    cx.opener.check_backing(&cx.draft.built_node(&o)?, to).await?;
+                }
+            }
+            self.put(cx.op, cx.draft)
+        })
     }
 
     fn run<'a>(&'a self, cx: &'a JobCx) -> LocalFuture<'a, Result<()>> {

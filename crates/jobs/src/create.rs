@@ -6,24 +6,43 @@
 
 use std::cell::{Cell, RefCell};
 
-use dolmen_graph::{ChildEdge, ClaimScope, Class, CreateCx, Draft, DriverKind, OpClaim};
+use dolmen_graph::{
+    ChildEdge, ClaimScope, Class, CreateCx, Creation, Draft, ImageMaker, NewImage, NodeOpener, OpClaim,
+    OpenPolicy, Registry, check_room,
+};
 use dolmen_rt::LocalFuture;
 use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Value};
 
 use crate::stream::known;
 use crate::{BeginCx, Details, Ending, JobCx, Kind, SettleCx, Work, nothing_to_change};
 
+/// What opens files by name, once the job runs.
+type Names = (Registry, OpenPolicy, fn(&str) -> Result<Options>);
+
+/// What is to be made, once the job has begun.
+enum Plan {
+    /// A file.
+    File(NewImage, Names),
+    /// An image in the node that the job has an edge to.
+    Image(Box<dyn Creation>),
+}
+
 /// The work of a create job.
-#[derive(Debug)]
 pub struct Create {
     driver: String,
     /// What the driver gets, without `driver` and `file`.
     options: RefCell<Options>,
     /// The node to be filled: its name, or its definition.
     file: RefCell<Option<Value>>,
-    kind: Cell<Option<&'static DriverKind>>,
+    plan: Cell<Option<Plan>>,
     /// It has failed before it began.
     failed: RefCell<Option<Error>>,
+}
+
+impl std::fmt::Debug for Create {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Create({}, {:?})", self.driver, self.options)
+    }
 }
 
 impl Create {
@@ -39,7 +58,7 @@ impl Create {
             driver,
             options: RefCell::new(options),
             file: RefCell::new(file),
-            kind: Cell::new(None),
+            plan: Cell::new(None),
             failed: RefCell::new(None),
         })
     }
@@ -51,23 +70,36 @@ impl Create {
             driver: String::new(),
             options: RefCell::default(),
             file: RefCell::default(),
-            kind: Cell::new(None),
+            plan: Cell::new(None),
             failed: RefCell::new(Some(error)),
         }
     }
 
+    /// Finds out all that could be wrong, with nothing touched.
     async fn begin(&self, cx: BeginCx<'_>) -> Result<()> {
         if self.failed.borrow().is_some() {
             return Ok(());
         }
         let kind = cx.opener.registry.find(&self.driver)?;
-        self.kind.set(Some(kind));
         let file = self.file.borrow().clone();
+        let options = self.options.borrow().clone();
         // What has no way to make images, or (raw) nothing of its own to be made.
-        if kind.create.is_none() || (kind.class != Class::Protocol && file.is_none()) {
-            return Err(unsupported());
-        }
-        let Some(file) = file else { return Ok(()) };
+        let parse = kind.create.ok_or_else(unsupported)?;
+        let Some(file) = file else {
+            if kind.class != Class::Protocol {
+                return Err(unsupported());
+            }
+            let mut node = Options::new().with("driver", kind.name);
+            if let Some(name) = options.get("filename") {
+                node.set("filename", name.clone());
+            }
+            let image = NewImage { file: node, format: None, options };
+            ImageMaker::check(cx.opener, image.clone()).await?;
+            let names = (cx.opener.registry, cx.opener.policy, cx.opener.names);
+            self.plan.set(Some(Plan::File(image, names)));
+            return Ok(());
+        };
+        let creation = parse(options)?;
         let node: NodeName = match file {
             Value::Str(name) => known(cx.draft, &name, &name)?,
             definition => {
@@ -75,6 +107,15 @@ impl Create {
                 cx.opener.open(cx.draft, options, false).await?
             }
         };
+        let built = cx.draft.built_node(&node)?;
+        if is_fixed(&built) {
+            check_room(built.size(), creation.room())?;
+        }
+        if let Some(to) = creation.backing() {
+            cx.opener.check_backing(&built, to).await?;
+        }
+        drop(built);
+        self.plan.set(Some(Plan::Image(creation)));
         use Actions as A;
         cx.draft.add_user(cx.op, &node, Claim { needs: A::D | A::V | A::S, allows: A::EVERY })?;
         cx.draft.add_claim(OpClaim {
@@ -91,21 +132,30 @@ impl Create {
         if let Some(e) = self.failed.take() {
             return Err(e);
         }
-        let kind = self.kind.get().ok_or_else(unsupported)?;
-        let create = kind.create.ok_or_else(unsupported)?;
-        let options = self.options.take();
-        if self.file.borrow().is_none() {
-            return create(CreateCx { file: None, rt: cx.rt() }, options).await;
+        match self.plan.take().ok_or_else(unsupported)? {
+            Plan::File(image, (registry, policy, names)) => {
+                let opener = NodeOpener { registry, policy, names, rt: cx.rt() };
+                dolmen_graph::create_image(&opener, image).await
+            }
+            Plan::Image(creation) => {
+                let token = cx.edge(0).begin().await?;
+                let edge = ChildEdge {
+                    name: "file",
+                    role: ChildRole::Metadata,
+                    node: token.node().clone(),
+                    claim: cx.edge(0).claim(),
+                };
+                let fixed = is_fixed(&edge.node);
+                creation.make(CreateCx { file: Some(&edge), fixed, rt: cx.rt() }).await
+            }
         }
-        let token = cx.edge(0).begin().await?;
-        let edge = ChildEdge {
-            name: "file",
-            role: ChildRole::Metadata,
-            node: token.node().clone(),
-            claim: cx.edge(0).claim(),
-        };
-        create(CreateCx { file: Some(&edge), rt: cx.rt() }, options).await
     }
+}
+
+/// Whether a node keeps its length: a device, or the export of a server.
+fn is_fixed(node: &dolmen_graph::Node) -> bool {
+    let kind = node.driver.kind();
+    kind.class == Class::Protocol && kind.create.is_none()
 }
 
 fn unsupported() -> Error {

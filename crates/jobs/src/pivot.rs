@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use dolmen_graph::{BackingName, Class, Cx, Draft, Graph, Node, node_filename};
+use dolmen_graph::{BackingName, Class, Cx, Draft, Graph, Node, header_name, own_file};
 use dolmen_rt::Rt;
 use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Result};
 
@@ -56,7 +56,6 @@ impl Overlays {
     /// Has every overlay of `replaced` name `by`.
     pub(crate) async fn rename(&self, graph: &Graph, rt: &Rt, replaced: &str, by: &str) -> Result<()> {
         let (Some(old), Some(new)) = (graph.node(replaced), graph.node(by)) else { return Ok(()) };
-        let (name, format) = (node_filename(content(new)), content(new).driver.kind().name);
         for node in &graph.nodes {
             let is_over = node.backing().is_some_and(|b| Arc::ptr_eq(&content(b).state, &content(old).state));
             if !is_over || Arc::ptr_eq(&node.state, &new.state) {
@@ -72,6 +71,7 @@ impl Overlays {
                 )
                 .remedy("remove that node or make it writable (blockdev-reopen), then start the job again"));
             }
+            let (name, format) = header_name(new, &own_file(node))?;
             let before = node.driver.describe(node).backing;
             let to = BackingName { name: &name, format: Some(format) };
             node.driver.set_backing(Cx { node, rt }, Some(to)).await?;

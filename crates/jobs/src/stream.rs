@@ -23,7 +23,7 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use dolmen_graph::{BackingName, ClaimScope, Class, Cx, Draft, Node, OpClaim, node_filename};
+use dolmen_graph::{BackingName, ClaimScope, Class, Cx, Draft, Node, OpClaim, header_name, own_file};
 use dolmen_rt::LocalFuture;
 use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, ResultExt, Span};
 
@@ -163,6 +163,10 @@ impl Stream {
 
     async fn begin(&self, cx: BeginCx<'_>) -> Result<()> {
         let mut plan = self.choose(cx.draft)?;
+        if let Some(name) = &self.backing_file {
+            let to = BackingName { name, format: None };
+            cx.opener.check_backing(&cx.draft.built_node(&plan.top)?, to).await?;
+        }
         if cx.draft.is_read_only(&plan.top) {
             plan.made_writable = cx.draft.set_read_only(&plan.top, false)?;
         }
@@ -268,7 +272,11 @@ impl Work for Stream {
                 return Ok(());
             }
             let base = bottom.backing().map(content);
-            let name = base.map(|b| self.backing_file.clone().unwrap_or_else(|| node_filename(b)));
+            let name = match (base, &self.backing_file) {
+                (Some(_), Some(given)) => Some(given.clone()),
+                (Some(b), None) => Some(header_name(b, &own_file(&top))?.0),
+                (None, _) => None,
+            };
             let format = base.map(|b| match b.driver.kind() {
                 k if k.class == Class::Protocol && self.mask_protocol => "raw",
                 k => k.name,

@@ -67,7 +67,7 @@ pub async fn create(rt: &Rt, kind: &DriverKind, leaf: Leaf, options: Options) ->
     let harness = Harness::on_leaf(rt, leaf, Actions::DATA).await?;
     let claim = harness.edge.claim();
     let file = ChildEdge { name: "file", role: ChildRole::Metadata, node: harness.top(), claim };
-    create(CreateCx { file: Some(&file), rt }, options).await?;
+    create(options)?.make(CreateCx { file: Some(&file), fixed: false, rt }).await?;
     harness.close().await
 }
 

@@ -117,8 +117,7 @@ pub(crate) fn run(persona: Persona, a: Create) -> Outcome {
             out!("{}", formatting(&filename, &a.format, &options));
             cli::flush();
         }
-        let path = filename.strip_prefix("file:").unwrap_or(&filename);
-        session.create(path, &a.format, options).await.map_err(|e| {
+        session.create(&filename, &a.format, options).await.map_err(|e| {
             let lock = e.lock_text();
             let f = Failure::from(e);
             Failure { message: format!("{filename}: {}", lock.as_deref().unwrap_or(&f.message)), ..f }
@@ -228,7 +227,8 @@ async fn backing_size(
         return Ok(None);
     }
     // A name in an image is relative to the image.
-    let full = dolmen::graph::join(filename, &backing);
+    let image = filename.strip_prefix("file:").unwrap_or(filename);
+    let full = dolmen::graph::join(image, &backing);
     let source = Source {
         name: &full,
         format: Some(&format),

@@ -2,6 +2,7 @@
 
 use clap::Parser;
 use dolmen::formats::qcow2::change_backing;
+use dolmen::graph::BackingName;
 use dolmen::types::{Actions, Claim, ErrorKind};
 
 use super::check::file_of;
@@ -92,6 +93,10 @@ pub(crate) fn run(persona: Persona, a: Rebase) -> Outcome {
         }
         if format != "qcow2" {
             return Err(failed("Operation not supported".into()));
+        }
+        if let Some(name) = &backing {
+            let to = BackingName { name, format: a.backing_format.as_deref() };
+            session.check_backing(&image, to).await?;
         }
         if a.progress && !a.quiet {
             cli::say(format_args!("    (0.00/100%)\r"));

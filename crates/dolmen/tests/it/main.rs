@@ -23,6 +23,7 @@ mod main_job;
 mod mirror;
 mod monitor;
 mod nbd;
+mod new_images;
 mod options;
 mod overlays;
 mod reopen;

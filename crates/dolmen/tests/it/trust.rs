@@ -86,7 +86,9 @@ fn a_raw_disk_stays_raw() {
 fn a_chain_that_bites_its_tail_ends() {
     let b = Bench::new();
     overlay(&b, "a", "b", "qcow2");
-    overlay(&b, "b", "a", "qcow2");
+    // No command makes a loop, but files can be renamed.
+    overlay(&b, "c", "a", "qcow2");
+    std::fs::rename(b.path("c"), b.path("b")).expect("renamed");
     for program in ["dolmen", "ours/qemu-img"] {
         let args = ["img", "info", "-f", "qcow2", "--backing-chain", "a"];
         let args = if program == "dolmen" { &args[..] } else { &args[1..] };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dolmen_graph::{CreateCx, Io, NodeState, Prealloc, Read, Write};
+use dolmen_graph::{BackingName, CreateCx, Creation, Io, NodeState, Prealloc, Read, Write};
 use dolmen_rt::LocalFuture;
 use dolmen_types::{Error, ErrorKind, OptionSpec, OptionType, Options, Result, Span, WriteFlags};
 
@@ -170,22 +170,46 @@ impl Plan {
     }
 }
 
-/// Makes an image in an empty file. See `DriverKind::create`.
-pub(super) fn create(cx: CreateCx<'_>, options: Options) -> LocalFuture<'_, Result<()>> {
-    Box::pin(async move {
-        let wanted = understand(options)?;
-        write_image(cx, &wanted).await?;
-        if wanted.prealloc != Prealloc::Off {
-            preallocate(cx, &wanted).await?;
-        }
-        Ok(())
-    })
+/// An image to be made in a file that is empty, or whose old content counts for nothing.
+struct NewQcow2 {
+    wanted: Wanted,
+    plan: Plan,
+    /// The first cluster, which a long name of a backing file may not fit into.
+    header: Vec<u8>,
 }
 
-async fn write_image(cx: CreateCx<'_>, w: &Wanted) -> Result<()> {
+/// See `DriverKind::create`.
+pub(super) fn create(options: Options) -> Result<Box<dyn Creation>> {
+    let wanted = understand(options)?;
+    let plan = Plan::new(wanted.geo, wanted.size);
+    let header = header(&wanted, &plan)?;
+    Ok(Box::new(NewQcow2 { wanted, plan, header }))
+}
+
+impl Creation for NewQcow2 {
+    fn room(&self) -> u64 {
+        self.plan.clusters() << self.wanted.geo.cluster_bits
+    }
+
+    fn backing(&self) -> Option<BackingName<'_>> {
+        let (name, format) = self.wanted.backing.as_ref()?;
+        Some(BackingName { name, format: format.as_deref() })
+    }
+
+    fn make<'a>(&'a self, cx: CreateCx<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async move {
+            self.write(cx).await?;
+            if self.wanted.prealloc != Prealloc::Off {
+                preallocate(cx, &self.wanted).await?;
+            }
+            Ok(())
+        })
+    }
+}
+
+fn header(w: &Wanted, plan: &Plan) -> Result<Vec<u8>> {
     let geo = w.geo;
     let bits = geo.cluster_bits;
-    let plan = Plan::new(geo, w.size);
     let mut header = Header {
         version: geo.version,
         cluster_bits: bits,
@@ -209,32 +233,40 @@ async fn write_image(cx: CreateCx<'_>, w: &Wanted) -> Result<()> {
     if let Some((name, format)) = &w.backing {
         header.set_backing(Some(name), format.as_deref())?;
     }
-    let header = encode_with_names(&mut header)?;
-    let io = cx.write()?;
-    let end = plan.clusters() << bits;
-    if io.size() < end {
-        cx.resize()?.resize(end, Prealloc::Off).await?;
-    }
-    let mut reftable = vec![0u8; (plan.reftable << bits) as usize];
-    for b in 0..plan.blocks {
-        let at = (1 + plan.reftable + b) << bits;
-        put64(&mut reftable, b as usize * 8, at);
-        let mut block = vec![0u8; geo.cluster_len()];
-        let base = b * geo.refblock_entries();
-        for i in 0..geo.refblock_entries().min(plan.clusters().saturating_sub(base)) {
-            refcount_set(&mut block, geo.refcount_order, i as usize, 1);
+    encode_with_names(&mut header)
+}
+
+impl NewQcow2 {
+    async fn write(&self, cx: CreateCx<'_>) -> Result<()> {
+        let NewQcow2 { wanted, plan, header } = self;
+        let geo = wanted.geo;
+        let bits = geo.cluster_bits;
+        let io = cx.write()?;
+        let end = plan.clusters() << bits;
+        if io.size() < end {
+            cx.resize()?.resize(end, Prealloc::Off).await?;
         }
-        io.write_bytes(at, &block, WriteFlags::NONE).await?;
+        let mut reftable = vec![0u8; (plan.reftable << bits) as usize];
+        for b in 0..plan.blocks {
+            let at = (1 + plan.reftable + b) << bits;
+            put64(&mut reftable, b as usize * 8, at);
+            let mut block = vec![0u8; geo.cluster_len()];
+            let base = b * geo.refblock_entries();
+            for i in 0..geo.refblock_entries().min(plan.clusters().saturating_sub(base)) {
+                refcount_set(&mut block, geo.refcount_order, i as usize, 1);
+            }
+            io.write_bytes(at, &block, WriteFlags::NONE).await?;
+        }
+        io.write_bytes(1 << bits, &reftable, WriteFlags::NONE).await?;
+        let l1_at = (1 + plan.reftable + plan.blocks) << bits;
+        if plan.l1 > 0 {
+            io.write_zeroes(Span::new(l1_at, plan.l1 << bits), WriteFlags::NONE).await?;
+        }
+        io.flush().await?;
+        // Last, so that a file with a header is a complete image.
+        io.write_bytes(0, header, WriteFlags::NONE).await?;
+        io.flush().await
     }
-    io.write_bytes(1 << bits, &reftable, WriteFlags::NONE).await?;
-    let l1_at = (1 + plan.reftable + plan.blocks) << bits;
-    if plan.l1 > 0 {
-        io.write_zeroes(Span::new(l1_at, plan.l1 << bits), WriteFlags::NONE).await?;
-    }
-    io.flush().await?;
-    // Last, so that a file with a header is a complete image.
-    io.write_bytes(0, &header, WriteFlags::NONE).await?;
-    io.flush().await
 }
 
 /// Encodes a header with the table of feature names, or without where that does not fit the cluster.

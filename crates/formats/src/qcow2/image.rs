@@ -25,7 +25,7 @@ impl<'a> File<'a> {
     }
 
     fn cx(&self) -> CreateCx<'a> {
-        CreateCx { file: Some(self.edge), rt: self.rt }
+        CreateCx { file: Some(self.edge), fixed: false, rt: self.rt }
     }
 
     /// For reading.

@@ -358,7 +358,7 @@ fn hostile_changes_never_panic_and_never_take_much() {
             drop(user);
             let _ = h.close().await;
             let (h, edge) = crate::support::edge_to(&rt, &disk).await;
-            let cx = dolmen_graph::CreateCx { file: Some(&edge), rt: &rt };
+            let cx = dolmen_graph::CreateCx { file: Some(&edge), fixed: false, rt: &rt };
             let io = (cx.read().unwrap(), cx.write().unwrap(), cx.resize().unwrap());
             let repaired = dolmen_formats::qcow2::check_and_repair(io.0, io.1, io.2, Repair::All).await;
             if let Ok(first) = repaired {

@@ -32,7 +32,11 @@ pub(crate) async fn create(rt: &Rt, options: Options) -> Result<MemoryDisk> {
     let disk = MemoryDisk::new(Image::new(0));
     let (h, edge) = edge_to(rt, &disk).await;
     let create = QCOW2.create.expect("qcow2 can be created");
-    let result = create(CreateCx { file: Some(&edge), rt }, options).await;
+    let cx = CreateCx { file: Some(&edge), fixed: false, rt };
+    let result = match create(options) {
+        Ok(creation) => creation.make(cx).await,
+        Err(e) => Err(e),
+    };
     drop(edge);
     h.close().await?;
     result.map(|()| disk)
@@ -111,7 +115,7 @@ pub(crate) fn guest_view(files: &Files, path: &Path) -> Vec<u8> {
 /// The result of Dolmen's own check.
 pub(crate) async fn own_check(rt: &Rt, disk: &MemoryDisk) -> dolmen_formats::qcow2::CheckResult {
     let (h, edge) = edge_to(rt, disk).await;
-    let cx = CreateCx { file: Some(&edge), rt };
+    let cx = CreateCx { file: Some(&edge), fixed: false, rt };
     let r = dolmen_formats::qcow2::check(cx.read().unwrap()).await.unwrap();
     drop(edge);
     h.close().await.unwrap();
@@ -125,7 +129,7 @@ pub(crate) async fn own_repair(
     repair: dolmen_formats::qcow2::Repair,
 ) -> dolmen_formats::qcow2::CheckResult {
     let (h, edge) = edge_to(rt, disk).await;
-    let cx = CreateCx { file: Some(&edge), rt };
+    let cx = CreateCx { file: Some(&edge), fixed: false, rt };
     let io = (cx.read().unwrap(), cx.write().unwrap(), cx.resize().unwrap());
     let r = dolmen_formats::qcow2::check_and_repair(io.0, io.1, io.2, repair).await.unwrap();
     drop(edge);

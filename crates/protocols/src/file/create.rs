@@ -1,60 +1,70 @@
 //! Making a new file.
 
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 
-use dolmen_graph::{CreateCx, Prealloc};
-use dolmen_rt::sys::{self, FileKind, OpenHow};
-use dolmen_rt::{File, Guard, Hold, LocalFuture, carry};
-use dolmen_types::{Actions, Options, Result, ResultExt};
+use dolmen_graph::{BackingName, CreateCx, Creation, Prealloc};
+use dolmen_rt::sys::{self, OpenHow};
+use dolmen_rt::{CoreIo, File, LocalFuture};
+use dolmen_types::{Options, Result, ResultExt};
 
 use super::driver::grow;
-use super::lock::{Locks, Stance};
-use super::options::{check_kind, no_files, plain};
+use super::options::{no_files, plain};
 
-/// Letting go of the locks lets others in.
-struct Held(Arc<Locks>);
+/// A file to be made. One that is there already is opened and emptied like any other node instead, so that nobody who
+/// uses it is robbed of its content.
+struct NewFile {
+    filename: String,
+    size: u64,
+    prealloc: Prealloc,
+}
 
-impl Hold for Held {
-    fn leave(&mut self) -> Guard {
-        self.0.clone()
+pub(super) fn create(mut options: Options) -> Result<Box<dyn Creation>> {
+    let filename = plain(options.require_str("filename")?);
+    let size = options.take_size("size")?.unwrap_or(0);
+    let prealloc = match options.take_enum("preallocation", &["off", "falloc", "full"])? {
+        None | Some("off") => Prealloc::Off,
+        Some("falloc") => Prealloc::Falloc,
+        Some(_) => Prealloc::Full,
+    };
+    options.finish("driver 'file'")?;
+    Ok(Box::new(NewFile { filename, size, prealloc }))
+}
+
+impl Creation for NewFile {
+    fn room(&self) -> u64 {
+        self.size
+    }
+
+    fn backing(&self) -> Option<BackingName<'_>> {
+        None
+    }
+
+    fn make<'a>(&'a self, cx: CreateCx<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let io = cx.rt.io().ok_or_else(no_files)?;
+            if cx.file.is_some() {
+                return cx.resize()?.resize(self.size, self.prealloc).await;
+            }
+            self.make(io).await.context(|| format!("Could not create '{}'", self.filename))
+        })
     }
 }
 
-/// Makes the file, or empties an existing one. It is locked before it is truncated: an image that somebody uses stays
-/// whole.
-pub(super) fn create<'a>(cx: CreateCx<'a>, mut options: Options) -> LocalFuture<'a, Result<()>> {
-    Box::pin(async move {
-        let filename = plain(options.require_str("filename")?);
-        let size = options.take_size("size")?.unwrap_or(0);
-        let prealloc = match options.take_enum("preallocation", &["off", "falloc", "full"])? {
-            None | Some("off") => Prealloc::Off,
-            Some("falloc") => Prealloc::Falloc,
-            Some(_) => Prealloc::Full,
-        };
-        options.finish("driver 'file'")?;
-        let context = || format!("Could not create '{filename}'");
-        let io = cx.rt.io().ok_or_else(no_files)?;
-        let path = filename.clone();
-        let (file, facts) = io
+impl NewFile {
+    async fn make(&self, io: &CoreIo) -> Result<()> {
+        let path = PathBuf::from(&self.filename);
+        let file = io
             .blocking(move || {
-                let fd = sys::open(Path::new(&path), OpenHow { write: true, direct: false, create: true })?;
-                let facts = sys::facts(&fd)?;
-                check_kind(FileKind::Regular, facts.kind)?;
-                Ok((File::from_fd(fd), facts))
+                let how = OpenHow { write: true, direct: false, create: true };
+                sys::open(Path::new(&path), how).map(File::from_fd)
             })
-            .await
-            .map_err(|e: dolmen_types::Error| e.context(context()))?;
-        let can_lock = sys::byte_is_locked(&file, super::lock::FIRST_NEED).is_ok();
-        let locks = Arc::new(Locks::new(file.clone(), facts.id, filename.clone(), can_lock));
-        let stance = Stance { needs: Actions::V | Actions::S, denies: Actions::S };
-        let held = locks.prepare(cx.rt, &filename, stance).await.context(context)?;
-        held.commit();
-        let write = async {
-            io.truncate(&file, 0).await?;
-            grow(io, &file, 0, size, prealloc).await
-        };
-        // Locked as long as the kernel works on it, also if nobody waits any more.
-        carry(write, Held(locks)).await.context(context)
-    })
+            .await?;
+        let grown = grow(io, &file, 0, self.size, self.prealloc).await;
+        if grown.is_err() {
+            // A moment ago it was not there.
+            let path = PathBuf::from(&self.filename);
+            io.blocking(move || drop(std::fs::remove_file(path))).await;
+        }
+        grown
+    }
 }

@@ -593,6 +593,7 @@ impl Driver for FileDriver {
     fn describe(&self, _: &Node) -> Description {
         Description {
             filename: Some(self.filename.clone()),
+            file: Some(self.locks.file_id()),
             read_only: self.read_only,
             actual_size: sys::facts(&self.file).ok().map(|f| f.allocated),
             // Nothing to tell, but clients look for the object.

@@ -190,13 +190,15 @@ impl Locks {
                     return Ok(Some((LOCKED[(byte - first) as usize], needed)));
                 }
             }
-            for (i, action) in LOCKED.into_iter().enumerate() {
-                let i = i as u64;
-                if wanted.needs.contains(action.into()) && sys::byte_is_locked(self.file(), FIRST_DENY + i)? {
+            // What is needed comes first: that is what the refusal should be about.
+            let actions = || LOCKED.into_iter().zip(0..);
+            for (action, i) in actions().filter(|(a, _)| wanted.needs.contains((*a).into())) {
+                if sys::byte_is_locked(self.file(), FIRST_DENY + i)? {
                     return Ok(Some((action, true)));
                 }
-                if wanted.denies.contains(action.into()) && sys::byte_is_locked(self.file(), FIRST_NEED + i)?
-                {
+            }
+            for (action, i) in actions().filter(|(a, _)| wanted.denies.contains((*a).into())) {
+                if sys::byte_is_locked(self.file(), FIRST_NEED + i)? {
                     return Ok(Some((action, false)));
                 }
             }

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use dolmen_graph::{CreateCx, Registry};
+use dolmen_graph::{Implicit, NewImage, NodeOpener, OpenPolicy, Registry, create_image};
 use dolmen_rt::Config;
 use dolmen_rt::sys::{LockHolder, lock_holders};
 use dolmen_types::{Actions, ErrorKind, Options};
@@ -391,7 +391,7 @@ fn helper_take_and_hold() {
     .unwrap();
 }
 
-/// A file that is in use is not emptied.
+/// A file that is in use is not emptied, and whatever is wrong is found before the file is touched.
 #[test]
 fn creating_over_an_image_in_use() {
     on_both(async |mut w| {
@@ -399,16 +399,25 @@ fn creating_over_an_image_in_use() {
         std::fs::write(&path, b"precious").unwrap();
         w.open(file(&path)).await.unwrap();
         let edge = w.attach("disk", D, D).await.unwrap();
-        let kind = Registry::new(dolmen_protocols::DRIVERS).find("file").unwrap();
-        let create = kind.create.unwrap();
-        let options = || Options::new().with("filename", path.to_str().unwrap()).with("size", "64k");
         let rt = w.rt.clone();
-        let e = create(CreateCx { file: None, rt: &rt }, options()).await.unwrap_err();
+        let policy = OpenPolicy { implicit: Implicit::Deny, probe: false, permit_with: "", probe_with: "" };
+        let registry = Registry::new(dolmen_protocols::DRIVERS);
+        let opener = NodeOpener { registry, policy, names: dolmen_graph::protocol_name, rt: &rt };
+        let image = |options: Options| NewImage {
+            file: Options::new().with("driver", "file").with("filename", path.to_str().unwrap()),
+            format: None,
+            options,
+        };
+        let sized = || Options::new().with("size", "64k");
+        let e = create_image(&opener, image(sized())).await.unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Locked, "{e}");
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
         w.detach(&edge).await;
         w.owner.close().await.unwrap();
-        create(CreateCx { file: None, rt: &rt }, options()).await.unwrap();
+        let e = create_image(&opener, image(sized().with("nonsense", 1u64))).await.unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::InvalidInput, "{e}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        create_image(&opener, image(sized())).await.unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), vec![0; 65536]);
         assert_eq!(bytes(&path), []);
     });

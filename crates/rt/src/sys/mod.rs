@@ -5,7 +5,7 @@ mod open;
 
 pub use lock::{LockHolder, LockRange, byte_is_locked, lock_byte, lock_holders, unlock_byte};
 pub(crate) use open::fd_id;
-pub use open::{FileFacts, FileKind, OpenHow, facts, open, open_beneath};
+pub use open::{FileFacts, FileKind, OpenHow, check_writable_dir, facts, open, open_beneath};
 
 use std::os::fd::RawFd;
 use std::path::Path;

@@ -16,7 +16,7 @@ pub struct OpenHow {
     pub write: bool,
     /// Past the page cache (`O_DIRECT`).
     pub direct: bool,
-    /// Made if it does not exist; never truncated.
+    /// Made; an error if it exists already.
     pub create: bool,
 }
 
@@ -93,6 +93,20 @@ pub fn open_beneath(dir: &Path, name: &Path, how: OpenHow) -> Result<OwnedFd> {
     own(fd as i32)
 }
 
+/// Makes sure that entries can be made in a directory.
+///
+/// # Errors
+/// The system's.
+pub fn check_writable_dir(dir: &Path) -> Result<()> {
+    let c = c_path(dir)?;
+    // SAFETY: a valid C string.
+    let r = unsafe { libc::faccessat(libc::AT_FDCWD, c.as_ptr(), libc::W_OK | libc::X_OK, libc::AT_EACCESS) };
+    if r != 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    Ok(())
+}
+
 fn flags(how: OpenHow) -> i32 {
     // O_NONBLOCK: a FIFO must not stop us here; `facts` tells the caller what it is.
     let mut f = libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY;
@@ -101,7 +115,7 @@ fn flags(how: OpenHow) -> i32 {
         f |= libc::O_DIRECT;
     }
     if how.create {
-        f |= libc::O_CREAT;
+        f |= libc::O_CREAT | libc::O_EXCL;
     }
     f
 }
