@@ -39,8 +39,8 @@ fn a_window_without_a_size_grows_with_its_file() {
         let disk = MemoryDisk::new(Image::from_bytes(&[1; 4096]));
         let h = open(&rt, &disk, node("raw", "leaf").with("offset", 1024u64)).await.unwrap();
         assert_eq!(h.user().size(), 3072);
-        h.user().resize(5000).await.unwrap();
-        assert_eq!((h.user().size(), disk.image().size()), (5000, 6024));
+        h.user().resize(5120).await.unwrap();
+        assert_eq!((h.user().size(), disk.image().size()), (5120, 6144));
         h.close().await.unwrap();
     });
 }

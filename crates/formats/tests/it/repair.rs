@@ -208,7 +208,7 @@ async fn repair(rt: &dolmen_rt::Rt, leaf: Leaf, what: Repair) -> Result<CheckRes
     let h = Harness::open(rt, REGISTRY, vec![leaf], node("raw", "leaf"), EVERYTHING).await.unwrap();
     let claim = Claim { needs: EVERYTHING, allows: EVERYTHING };
     let edge = dolmen_graph::ChildEdge { name: "file", role: ChildRole::Metadata, node: h.top(), claim };
-    let cx = CreateCx { file: Some(&edge), rt };
+    let cx = CreateCx { file: Some(&edge), fixed: false, rt };
     let io = (cx.read().unwrap(), cx.write().unwrap(), cx.resize().unwrap());
     let r = dolmen_formats::qcow2::check_and_repair(io.0, io.1, io.2, what).await;
     drop(edge);

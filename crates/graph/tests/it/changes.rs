@@ -697,19 +697,19 @@ fn claims_that_do_not_pin_go_with_their_node() {
     });
 }
 
-/// With blocks of 512 bytes, writing the last block of a disk of 1000 bytes would make it
+/// With blocks of 4096 bytes, writing the last block of a disk of 5000 bytes would make it
 /// longer: only those may who may resize it.
 #[test]
 fn a_node_that_ends_in_a_block_is_written_by_those_who_may_resize_it() {
     Sim::run(1, |rt| async move {
         let mut owner = GraphOwner::new(rt.clone());
         let disk = |size| {
-            let config = dolmen_sim::DiskConfig { request_alignment: 512, ..Default::default() };
+            let config = dolmen_sim::DiskConfig { request_alignment: 4096, ..Default::default() };
             SimDisk::new(dolmen_sim::Image::new(size), config)
         };
         let mut d = owner.draft();
-        op::add(&mut d, "odd", disk(1000), None, &[]).unwrap();
-        op::add(&mut d, "even", disk(1024), None, &[]).unwrap();
+        op::add(&mut d, "odd", disk(5000), None, &[]).unwrap();
+        op::add(&mut d, "even", disk(8192), None, &[]).unwrap();
         owner.commit(d).await.unwrap();
         let mut d = owner.draft();
         op::export(&mut d, "r", "odd", false).unwrap();

@@ -228,7 +228,20 @@ impl Opener for OpenFmt {
     }
 }
 
-static ROWS: [&DriverKind; 3] = [&FILE, &FMT, &RAW_ROW];
+/// Another way to read a file.
+static OTHER: DriverKind = DriverKind {
+    name: "other",
+    class: Class::Protocol,
+    help: "another protocol",
+    options: &[],
+    create_options: &[],
+    maps: false,
+    parse: parse_file,
+    probe: None,
+    create: None,
+};
+
+static ROWS: [&DriverKind; 4] = [&FILE, &FMT, &RAW_ROW, &OTHER];
 static REGISTRY: Registry = Registry::new(&ROWS);
 
 const fn policy(implicit: Implicit, probe: bool) -> OpenPolicy {
@@ -361,8 +374,11 @@ fn formats_are_not_guessed_unless_asked() {
     open(policy(Implicit::Beneath, true), fmt("/d/top")).unwrap();
     assert_eq!(opened().last().unwrap(), "fmt read-only", "guessed from the content");
     // A format that is a protocol would read the file through any driver.
-    let e = refused(policy(Implicit::Anything, true), &image(Some(("base", Some("file")))));
-    assert!(e.to_string().ends_with("as 'file', which is not an image format"), "{e}");
+    let e = refused(policy(Implicit::Anything, true), &image(Some(("base", Some("other")))));
+    assert!(e.to_string().ends_with("as 'other', which is not an image format"), "{e}");
+    // That of the file itself says that it has no format.
+    write_file("/d/top", &image(Some(("base", Some("file")))));
+    open(policy(Implicit::Anything, true), fmt("/d/top")).unwrap();
     // The same for the caller's own node.
     let guess = |probe| {
         open(policy(Implicit::Deny, probe), Options::new().with("file", file("/d/base").into_value()))

@@ -324,9 +324,10 @@ fn random_stacks_move_the_right_bytes() {
             let mut expected = Counts::default();
             for step in 0..30 {
                 let token = e.begin().await.unwrap();
-                assert_eq!(token.size(), model.len() as u64);
-                let offset = random.below(token.size());
-                let len = random.between(1, token.size() - offset);
+                let size = model.len() as u64;
+                assert_eq!(token.size(), size.next_multiple_of(512));
+                let offset = random.below(size);
+                let len = random.between(1, size - offset);
                 let span = token.check(offset, len).unwrap();
                 let range = offset as usize..(offset + len) as usize;
                 let kind = random.below(4);
