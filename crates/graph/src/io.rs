@@ -252,7 +252,7 @@ impl<'g, A> Io<'g, A> {
     /// # Errors
     /// What reading the node's metadata says.
     pub async fn status(&self, span: Span) -> Result<Extent> {
-        self.node.driver.status(Cx { node: self.node, rt: self.rt }, span).await
+        status(self.node, self.rt, span).await
     }
 
     /// Tells the node (a `blkdebug` below, if there is one) that its parent has come
@@ -418,7 +418,6 @@ fn walk<'g>(
         }
         match plan {
             Plan::Forward { child, at, len, request: next } => {
-                debug_assert!(len > 0 || span.is_empty(), "a plan makes progress");
                 debug_assert_eq!(next.kind(), request.kind(), "a plan keeps the kind");
                 if let Some(l) = lease {
                     leases.push(l);
@@ -566,6 +565,7 @@ async fn pieces<'a>(
     data: Option<&'a IoVec>,
     make: impl Fn(Span, usize, Request) -> Piece<'a>,
 ) -> Result<()> {
+    in_bounds(node, span)?;
     let mut rest = span;
     let mut visits = Visits { at: Place::of(rt.lane(), request.kind()), known: 0 };
     while !rest.is_empty() {
@@ -599,10 +599,58 @@ async fn pieces<'a>(
                 len
             }
         };
-        debug_assert!(len > 0, "a plan makes progress");
+        if len == 0 {
+            return Err(broken_contract(node, "planned to do nothing for a request"));
+        }
         rest = rest.skip(len);
     }
     Ok(())
+}
+
+/// A driver on the way of a request to `node` answered what it must not. Going on would be an endless loop.
+#[cold]
+fn broken_contract(node: &Node, what: &str) -> Error {
+    let driver = node.driver.kind().name;
+    Error::new(ErrorKind::Io, format!("driver '{driver}' of node '{}', or one below it, {what}", node.name))
+        .remedy("this is a mistake in Dolmen: please report it")
+}
+
+/// What a driver says about the start of a span; never more than was asked for, and something if it was.
+///
+/// # Errors
+/// What the driver says; `OutOfBounds` when there is no such range.
+pub(crate) async fn status(node: &Node, rt: &Rt, span: Span) -> Result<Extent> {
+    in_bounds(node, span)?;
+    let mut e = node.driver.status(Cx { node, rt }, span).await?;
+    if e.len == 0 && !span.is_empty() {
+        return Err(broken_contract(node, "knows nothing about a range that was asked for"));
+    }
+    e.len = e.len.min(span.len());
+    Ok(e)
+}
+
+/// Makes sure that a request stays within its node. Leaves judge for themselves: they may grow.
+#[inline]
+fn in_bounds(node: &Node, span: Span) -> Result<()> {
+    let answering = node.answering();
+    if answering.children.is_empty() || span.end() <= node.size() || span.is_empty() {
+        return Ok(());
+    }
+    Err(out_of_bounds(node, span))
+}
+
+#[cold]
+pub(crate) fn out_of_bounds(node: &Node, span: Span) -> Error {
+    Error::new(
+        ErrorKind::OutOfBounds,
+        format!(
+            "offset {} with {} bytes lies beyond the end of node '{}' ({} bytes)",
+            span.offset(),
+            span.len(),
+            node.name,
+            node.size()
+        ),
+    )
 }
 
 async fn run_piece(driver: &dyn Driver, cx: Cx<'_>, piece: Piece<'_>) -> Result<()> {

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use dolmen_rt::Rt;
 use dolmen_types::{Result, Span};
 
-use crate::{Cx, Extent, Node, SELF, Where};
+use crate::io::status;
+use crate::{Node, SELF, Where};
 
 /// The state of the first `len` bytes of a span, seen from the top of a chain.
 #[derive(Clone, Debug)]
@@ -45,13 +46,6 @@ enum Layer {
     Below(Option<Arc<Node>>, u64),
 }
 
-async fn ask(node: &Node, rt: &Rt, span: Span) -> Result<Extent> {
-    let mut e = node.driver.status(Cx { node, rt }, span).await?;
-    debug_assert!(e.len > 0 || span.is_empty(), "a status makes progress");
-    e.len = e.len.min(span.len());
-    Ok(e)
-}
-
 /// Goes through filters to the node that owns the allocation. Returns the length that the
 /// answer holds for.
 async fn layer(top: &Arc<Node>, rt: &Rt, mut span: Span) -> Result<(u64, Layer)> {
@@ -59,7 +53,7 @@ async fn layer(top: &Arc<Node>, rt: &Rt, mut span: Span) -> Result<(u64, Layer)>
     // Set once a `raw` or format said where its data are: from then on only "is it
     // zero?" is of interest.
     loop {
-        let e = ask(&node, rt, span).await?;
+        let e = status(&node, rt, span).await?;
         span = span.prefix(e.len);
         match e.place {
             Where::Through { child, at } => {

@@ -6,7 +6,9 @@
 //!
 //! [`Memory`] is the owner's view and can be borrowed as a slice while nobody else holds
 //! it; [`Buf`] is a shared window of it that can only be copied from and to, because
-//! the kernel, a device or a guest may change the bytes at any time. A `Buf` may also
+//! another core, the kernel, a device or a guest may change the bytes at any time: the
+//! copies are made as if by atomic accesses to single bytes (`shared_memory`), so that a
+//! race gives any mixture of old and new bytes, but is no undefined behaviour. A `Buf` may also
 //! stand for memory that Dolmen does not own (a guest's), kept alive by its owner.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -16,6 +18,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
+
+use crate::shared_memory;
 
 /// Alignment of all buffers that Dolmen allocates: enough for O_DIRECT on any device.
 pub(crate) const ALIGN: usize = 4096;
@@ -34,9 +38,9 @@ struct Region {
     owner: Owner,
 }
 
-// SAFETY: a Region is an address range that stays valid while the Region lives. Its
-// bytes are reached either through `Memory` with exclusive ownership, or by raw copies
-// that tolerate concurrent changes.
+// SAFETY: a Region is an address range that stays valid while the Region lives, and may be
+// freed on any thread. Its bytes are reached either through `Memory` with exclusive
+// ownership, or as by relaxed atomics (`shared_memory`).
 unsafe impl Send for Region {}
 // SAFETY: as above.
 unsafe impl Sync for Region {}
@@ -129,7 +133,7 @@ pub struct Buf {
 
 // SAFETY: see `Region`; the pointer lies inside the region that the Buf keeps alive.
 unsafe impl Send for Buf {}
-// SAFETY: as above.
+// SAFETY: as above; all that `&Buf` permits are accesses as by relaxed atomics.
 unsafe impl Sync for Buf {}
 
 impl Buf {
@@ -137,7 +141,8 @@ impl Buf {
     ///
     /// # Safety
     /// `ptr .. ptr + len` must be valid for reads and writes until `keep_alive` is
-    /// dropped, and nobody may hold Rust references to it.
+    /// dropped, and nobody may hold Rust references to it, or access it otherwise than
+    /// with atomics, the kernel's calls, or from outside of this program.
     pub unsafe fn foreign(ptr: NonNull<u8>, len: usize, keep_alive: Box<dyn Any + Send + Sync>) -> Buf {
         let region = Arc::new(Region { ptr, len, owner: Owner::Foreign(keep_alive) });
         Buf { ptr, len, region }
@@ -172,9 +177,12 @@ impl Buf {
     #[track_caller]
     pub fn copy_to_slice(&self, offset: usize, out: &mut [u8]) {
         assert!(offset <= self.len && out.len() <= self.len - offset, "read outside of the buffer");
-        // SAFETY: source is inside the live region (checked), destination is a fresh
-        // exclusive borrow that cannot overlap memory nobody may borrow.
-        unsafe { std::ptr::copy(self.ptr.as_ptr().add(offset), out.as_mut_ptr(), out.len()) }
+        // SAFETY: the source is inside the live region (checked), which nobody borrows while a
+        // Buf exists (see `Memory::bytes`); the destination is an exclusive borrow, so they
+        // do not overlap.
+        unsafe {
+            shared_memory::copy_out(self.ptr.as_ptr().add(offset), out);
+        }
     }
 
     /// Copies bytes in, starting `offset` bytes into the window.
@@ -184,15 +192,17 @@ impl Buf {
     #[track_caller]
     pub fn copy_from_slice(&self, offset: usize, from: &[u8]) {
         assert!(offset <= self.len && from.len() <= self.len - offset, "write outside of the buffer");
-        // SAFETY: destination is inside the live region (checked); it is never borrowed
-        // as a slice while a Buf exists (see `Memory::bytes`).
-        unsafe { std::ptr::copy(from.as_ptr(), self.ptr.as_ptr().add(offset), from.len()) }
+        // SAFETY: the destination is inside the live region (checked), which nobody borrows while
+        // a Buf exists (see `Memory::bytes`); the source is borrowed, so they do not overlap.
+        unsafe {
+            shared_memory::copy_in(from, self.ptr.as_ptr().add(offset));
+        }
     }
 
     /// Sets every byte.
     pub fn fill(&self, byte: u8) {
-        // SAFETY: the whole window is inside the live region.
-        unsafe { std::ptr::write_bytes(self.ptr.as_ptr(), byte, self.len) }
+        // SAFETY: the whole window is inside the live region, which nobody borrows.
+        unsafe { shared_memory::fill(self.ptr.as_ptr(), byte, self.len) }
     }
 
     /// Whether address and length are multiples of `align`, as direct I/O wants them.
@@ -202,14 +212,8 @@ impl Buf {
 
     /// Whether every byte is zero at the time of the look.
     pub fn is_zero(&self) -> bool {
-        let (words, tail) = (self.len / 8, self.len % 8);
-        (0..words).all(|i| {
-            // SAFETY: 8 bytes at i * 8 lie inside the window; unaligned reads are allowed.
-            unsafe { self.ptr.as_ptr().add(i * 8).cast::<u64>().read_unaligned() == 0 }
-        }) && (0..tail).all(|i| {
-            // SAFETY: inside the window.
-            unsafe { self.ptr.as_ptr().add(words * 8 + i).read() == 0 }
-        })
+        // SAFETY: the whole window is inside the live region, which nobody borrows.
+        unsafe { shared_memory::is_zero(self.ptr.as_ptr(), self.len) }
     }
 
     /// Copies the content into a vector.
@@ -340,9 +344,9 @@ impl IoVec {
         for s in from.segments() {
             let mut done = 0;
             for d in self.slice(at, s.len()).segments() {
-                // SAFETY: both windows have d.len() bytes from these addresses; `copy`
-                // allows them to overlap.
-                unsafe { std::ptr::copy(s.as_ptr().add(done), d.as_ptr(), d.len()) }
+                // SAFETY: both windows have d.len() bytes from these addresses, which nobody
+                // borrows; `copy` allows them to overlap.
+                unsafe { shared_memory::copy(s.as_ptr().add(done), d.as_ptr(), d.len()) }
                 done += d.len();
             }
             at += s.len();
@@ -395,6 +399,20 @@ mod tests {
         assert_eq!(c.to_vec(), b"hello-World");
         assert!(!c.iovec().is_zero());
         assert_eq!(a.share().as_ptr() as usize % ALIGN, 0);
+    }
+
+    /// The story: safe code could write through shared windows on two threads at once with plain stores. Miri says so.
+    #[test]
+    fn windows_may_race() {
+        let m = Memory::zeroed(1000);
+        let (a, b, c) = (m.share(), m.iovec(), m.share());
+        std::thread::scope(|s| {
+            s.spawn(move || a.fill(1));
+            s.spawn(move || b.copy_from_slice(0, &[2; 1000]));
+            s.spawn(move || (c.is_zero(), c.to_vec()));
+        });
+        let mut m = m;
+        assert!(m.bytes().expect("nobody else has it").iter().all(|b| matches!(b, 1 | 2)));
     }
 
     #[test]

@@ -24,6 +24,7 @@ mod mailbox;
 mod net;
 mod op;
 mod ring;
+mod shared_memory;
 mod signal;
 mod stats;
 pub mod sys;

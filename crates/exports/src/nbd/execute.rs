@@ -1,5 +1,7 @@
 //! One request, from a permitted command to a reply.
 
+use std::time::Duration;
+
 use dolmen_graph::{Token, chain_status};
 use dolmen_nbd::consts::{STATE_HOLE, STATE_ZERO};
 use dolmen_nbd::{Command, Errno, Extent, limits};
@@ -18,6 +20,10 @@ pub(crate) const CACHE_STEP: u64 = 1 << 20;
 const CACHE_MOST: u64 = 32 << 20;
 /// Pieces that a sparse read is cut into; what is left goes out as data.
 const SPARSE_PIECES_MAX: usize = 16;
+/// Questions about a block status for which one token is held.
+pub(crate) const STATUS_STEP: usize = 64;
+/// After this time a block status is answered with what is known.
+const STATUS_TIME: Duration = Duration::from_millis(100);
 /// A hole shorter than this goes out as data.
 const SPARSE_HOLE_MIN: u64 = 16 * 1024;
 
@@ -143,7 +149,7 @@ async fn run(
         }
         Command::BlockStatus { one } => {
             let span = token.check(offset, len.into())?;
-            status(&token, rt, span, one).await.map(Body::Status)
+            status(conn, token, span, one).await.map(Body::Status)
         }
         Command::Cache => {
             let span = token.check(offset, len.into())?.prefix(CACHE_MOST);
@@ -194,21 +200,38 @@ async fn sparse_read(token: &Token, rt: &Rt, span: Span, buffer: &Memory) -> Res
     Ok(Body::Sparse { start: span.offset(), pieces })
 }
 
-/// `base:allocation` of a range, or of as much as fits a reply.
-async fn status(token: &Token, rt: &Rt, span: Span, one: bool) -> Result<Vec<Extent>> {
+/// `base:allocation` of a range, or of as much as fits a reply and is known soon: a client asks again for the rest. The token goes back
+/// after every [`STATUS_STEP`] questions; if a change of the graph waits for it then, the reply is what is known.
+async fn status(conn: &Conn, mut token: Token, span: Span, one: bool) -> Result<Vec<Extent>> {
+    let rt = &conn.rt;
+    let began = rt.now();
+    let most = if one { 1 } else { limits::MAX_EXTENTS_SENT };
     let mut out: Vec<Extent> = Vec::new();
     let mut rest = span;
-    while !rest.is_empty() {
-        let s = chain_status(token.node(), rt, rest, None).await?;
-        let len = u32::try_from(s.len.clamp(1, rest.len())).expect("a request has at most 4 GiB");
-        let flags = if s.data { 0 } else { STATE_HOLE } | if s.zero { STATE_ZERO } else { 0 };
-        let full = out.len() == if one { 1 } else { limits::MAX_EXTENTS_SENT };
-        match out.last_mut() {
-            Some(last) if last.flags == flags => last.len += len,
-            Some(_) if full => break,
-            _ => out.push(Extent { len, flags }),
+    loop {
+        for _ in 0..STATUS_STEP {
+            if rest.is_empty() {
+                return Ok(out);
+            }
+            let s = chain_status(token.node(), rt, rest, None).await?;
+            let len = u32::try_from(s.len.clamp(1, rest.len())).expect("a request has at most 4 GiB");
+            let flags = if s.data { 0 } else { STATE_HOLE } | if s.zero { STATE_ZERO } else { 0 };
+            let full = out.len() == most;
+            match out.last_mut() {
+                Some(last) if last.flags == flags => last.len += len,
+                Some(_) if full => return Ok(out),
+                _ => out.push(Extent { len, flags }),
+            }
+            rest = rest.skip(len.into());
+            if rt.now().since(began) >= STATUS_TIME {
+                return Ok(out);
+            }
         }
-        rest = rest.skip(len.into());
+        drop(token);
+        rt.yield_now().await;
+        token = match conn.export.config.edge.try_begin() {
+            Ok(Some(token)) if token.check(rest.offset(), rest.len()).is_ok() => token,
+            Ok(_) | Err(_) => return Ok(out),
+        };
     }
-    Ok(out)
 }

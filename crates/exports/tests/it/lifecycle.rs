@@ -7,7 +7,7 @@ use dolmen_nbd::consts::{STATE_HOLE, STATE_ZERO, cmd};
 use dolmen_nbd::{CommandFlags, Extent, Request};
 use dolmen_types::ErrorKind;
 
-use crate::memory::{Memory, SLOW_SECTOR};
+use crate::memory::{Memory, SLOW_SECTOR, SLOW_STATUS};
 use crate::rig::{Rig, pattern, run, run_with};
 use crate::wire::{Client, connect};
 
@@ -116,6 +116,37 @@ fn large_reads_have_holes_and_status_is_exact() {
             assert_eq!(c.answer(0).extents, [hole(8192)]);
             c.send(cmd::BLOCK_STATUS, CommandFlags::REQ_ONE, 5, 0, 8 << 20);
             assert_eq!(c.answer(0).extents, [hole(1 << 20)]);
+        })
+        .await;
+    });
+}
+
+/// The story: one question about 4 GiB of a fragmented disk walked all of it, however long that took, and no change of
+/// the graph could be made meanwhile.
+#[test]
+fn a_block_status_that_takes_long_is_answered_in_parts() {
+    run(async |rig| {
+        const BLOCKS: u64 = 128;
+        let edge = rig.export("faulty", 8 << 20, true).await;
+        for i in 0..BLOCKS / 2 {
+            rig.poke(&edge, SLOW_STATUS + i * 8192, &pattern(4096, 1)).await;
+        }
+        let socket = rig.socket();
+        rig.beside(move || {
+            let mut c = Client::negotiate(&socket, "faulty", true);
+            let (mut at, end, mut seen, mut answers) = (SLOW_STATUS, SLOW_STATUS + BLOCKS * 4096, 0, 0);
+            while at < end {
+                c.send(cmd::BLOCK_STATUS, NONE, 4, at, (end - at) as u32);
+                for e in c.answer(0).extents {
+                    assert_eq!((e.len, e.flags == 0), (4096, seen % 2 == 0));
+                    seen += 1;
+                    at += u64::from(e.len);
+                }
+                answers += 1;
+            }
+            assert_eq!(seen, BLOCKS);
+            // 128 answers of 5 ms each, at most 100 ms for one reply.
+            assert!(answers >= 6, "{answers} replies");
         })
         .await;
     });

@@ -71,6 +71,9 @@ pub(crate) const BAD_SECTOR: u64 = 3 << 20;
 /// With `faults`, reads that begin here take a while.
 pub(crate) const SLOW_SECTOR: u64 = 2 << 20;
 
+/// With `faults`, where data lie from here on is found out slowly.
+pub(crate) const SLOW_STATUS: u64 = 4 << 20;
+
 fn sub(span: Span) -> impl Iterator<Item = (u64, usize, usize, usize)> {
     let start = span.offset();
     span.blocks(BLOCK).map(move |b| {
@@ -190,8 +193,11 @@ impl Driver for Memory {
             result
         })
     }
-    fn status<'a>(&'a self, _: Cx<'a>, span: Span) -> LocalFuture<'a, Result<Extent>> {
+    fn status<'a>(&'a self, cx: Cx<'a>, span: Span) -> LocalFuture<'a, Result<Extent>> {
         Box::pin(async move {
+            if self.faults && span.offset() >= SLOW_STATUS {
+                cx.rt.sleep(std::time::Duration::from_millis(5)).await;
+            }
             let s = self.state.lock().unwrap();
             let has = |block: u64| s.blocks.contains_key(&block);
             let first = span.offset() / BLOCK;

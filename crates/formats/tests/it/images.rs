@@ -2,7 +2,7 @@
 
 use dolmen_formats::qcow2::Repair;
 use dolmen_sim::{Random, Sim};
-use dolmen_types::{ErrorKind, Options, ReadFlags};
+use dolmen_types::{ErrorKind, Options, ReadFlags, Span, WriteFlags};
 
 use crate::support::{
     EVERYTHING, Files, REGISTRY, assert_clean, create, guest_view, must, node, open, own_check, own_repair,
@@ -369,5 +369,36 @@ fn hostile_changes_never_panic_and_never_take_much() {
             drop(edge);
             h.close().await.unwrap();
         }
+    });
+}
+
+/// The story: a write far beyond the end of the disk reached the driver, which took the missing entry of its L1 table for damage and
+/// marked a good image corrupt.
+#[test]
+fn a_request_beyond_the_end_is_no_damage() {
+    Sim::run(1, |rt| async move {
+        let disk = create(&rt, Options::new().with("size", 1u64 << 20)).await.unwrap();
+        let h = open(&rt, &disk, None).await.unwrap();
+        let token = h.edge.begin().await.unwrap();
+        let memory = dolmen_rt::Memory::zeroed(4096);
+        let v = memory.iovec();
+        for at in [(1 << 20) - 512, 1 << 20, 1 << 40] {
+            let span = Span::new(at, 4096);
+            let write = token.write(&rt).unwrap();
+            let answers = [
+                write.write(span, &v, WriteFlags::NONE).await,
+                write.write_zeroes(span, WriteFlags::NONE).await,
+                write.discard(span, WriteFlags::NONE).await,
+                token.read(&rt).unwrap().read(span, &v, ReadFlags::NONE).await,
+                token.read(&rt).unwrap().status(span).await.map(drop),
+            ];
+            for a in answers {
+                assert_eq!(a.unwrap_err().kind(), ErrorKind::OutOfBounds);
+            }
+        }
+        drop(token);
+        h.user().write(0, &[1; 512], WriteFlags::NONE).await.unwrap();
+        h.close().await.unwrap();
+        assert_eq!(own_check(&rt, &disk).await.corruptions, 0);
     });
 }

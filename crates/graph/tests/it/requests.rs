@@ -56,6 +56,8 @@ enum Layer {
     Slice { offset: u64, size: u64 },
     /// A mapping of clusters, as a format has. Holes get a place when they are written.
     Mapping(Mapping),
+    /// Breaks its contract: answers for no byte at all.
+    Idle { size: u64, plan: Plan },
 }
 
 #[derive(Debug)]
@@ -170,7 +172,7 @@ impl Driver for Layer {
     }
     fn size(&self, _: &Node) -> u64 {
         match self {
-            Layer::Null { size } | Layer::Slice { size, .. } => *size,
+            Layer::Null { size } | Layer::Slice { size, .. } | Layer::Idle { size, .. } => *size,
             Layer::Mapping(m) => m.size,
         }
     }
@@ -180,7 +182,7 @@ impl Driver for Layer {
     fn access_rule(&self) -> AccessRule {
         match self {
             Layer::Null { .. } => AccessRule::Leaf,
-            Layer::Slice { .. } => AccessRule::Slice,
+            Layer::Slice { .. } | Layer::Idle { .. } => AccessRule::Slice,
             Layer::Mapping(_) => AccessRule::Format,
         }
     }
@@ -191,6 +193,7 @@ impl Driver for Layer {
             (Layer::Slice { offset, .. }, _) => {
                 Plan::Forward { child: 0, at: span.offset() + offset, len: span.len(), request }
             }
+            (Layer::Idle { plan, .. }, _) => *plan,
             (Layer::Mapping(_), Request::Flush | Request::Resize) => Plan::Slow,
             (Layer::Mapping(m), _) => m.plan(request, span),
         }
@@ -198,11 +201,12 @@ impl Driver for Layer {
     fn run<'a>(&'a self, cx: Cx<'a>, op: Op<'a>) -> LocalFuture<'a, Result<()>> {
         match self {
             Layer::Mapping(m) => Box::pin(m.run(cx, op)),
-            Layer::Null { .. } | Layer::Slice { .. } => panic!("never slow"),
+            Layer::Null { .. } | Layer::Slice { .. } | Layer::Idle { .. } => panic!("never slow"),
         }
     }
     fn status<'a>(&'a self, _: Cx<'a>, span: Span) -> LocalFuture<'a, Result<Extent>> {
-        Box::pin(async move { Ok(Extent { len: span.len(), place: Where::Unallocated }) })
+        let len = if matches!(self, Layer::Idle { .. }) { 0 } else { span.len() };
+        Box::pin(async move { Ok(Extent { len, place: Where::Unallocated }) })
     }
     fn event(&self, _: &Node, _: BlkEvent) -> Result<()> {
         Ok(())
@@ -712,5 +716,64 @@ fn a_dropped_write_keeps_its_place() {
         assert!(state.epochs.over(freed), "it has landed");
         drop(token);
         assert_eq!(e.in_flight(), 0);
+    });
+}
+
+/// The story: that a plan and a status make progress was asserted in debug builds only. In a release build a driver's
+/// mistake was an endless loop without an await, which stopped everything.
+#[test]
+fn a_driver_that_answers_for_nothing_is_an_error() {
+    let forward = Plan::Forward { child: 0, at: 0, len: 0, request: Request::Read(ReadFlags::NONE) };
+    for plan in [forward, Plan::Zeroes { len: 0 }, Plan::Done { len: 0 }] {
+        Sim::run(1, move |rt| async move {
+            let mut owner = GraphOwner::new(rt.clone());
+            let mut d = owner.draft();
+            op::add(&mut d, "null", Layer::Null { size: 4096 }, None, &[]).unwrap();
+            let children = [("file", ChildRole::Data, "null")];
+            op::add(&mut d, "idle", Layer::Idle { size: 4096, plan }, None, &children).unwrap();
+            op::export(&mut d, "e", "idle", false).unwrap();
+            owner.commit(d).await.unwrap();
+            let token = edge(&owner, "e").begin().await.unwrap();
+            let memory = Memory::zeroed(512);
+            let io = token.read(&rt).unwrap();
+            let span = Span::new(0, 512);
+            let e = io.read(span, &memory.iovec(), ReadFlags::NONE).await.unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Io);
+            assert!(e.to_string().contains("node 'idle'"), "{e}");
+            let e = io.status(span).await.unwrap_err();
+            assert!(e.to_string().contains("knows nothing"), "{e}");
+            assert!(dolmen_graph::chain_status(token.node(), &rt, span, None).await.is_err());
+        });
+    }
+}
+
+/// Who asks for more than there is gets an error, whatever lies below would make of it.
+#[test]
+fn requests_stay_within_their_node() {
+    Sim::run(1, |rt| async move {
+        let mut owner = GraphOwner::new(rt.clone());
+        let mut d = owner.draft();
+        op::add(&mut d, "disk", MemoryDisk::new(Image::new(8192)), None, &[]).unwrap();
+        let children = [("file", ChildRole::Data, "disk")];
+        op::add(&mut d, "slice", Layer::Slice { offset: 512, size: 4096 }, None, &children).unwrap();
+        op::export(&mut d, "e", "slice", true).unwrap();
+        owner.commit(d).await.unwrap();
+        let token = edge(&owner, "e").begin().await.unwrap();
+        let memory = Memory::zeroed(1024);
+        let v = memory.iovec();
+        for at in [4096 - 512, 4096, 1 << 50] {
+            let span = Span::new(at, 1024);
+            let (read, write) = (token.read(&rt).unwrap(), token.write(&rt).unwrap());
+            let answers = [
+                read.read(span, &v, ReadFlags::NONE).await,
+                read.status(span).await.map(drop),
+                write.write(span, &v, WriteFlags::NONE).await,
+                write.write_zeroes(span, WriteFlags::NONE).await,
+                write.discard(span, WriteFlags::NONE).await,
+            ];
+            for a in answers {
+                assert_eq!(a.unwrap_err().kind(), ErrorKind::OutOfBounds);
+            }
+        }
     });
 }
