@@ -45,7 +45,7 @@ pub fn protocol_options(name: &str) -> Result<Options> {
     {
         return legacy_nbd(rest);
     }
-    protocol_name(&name.replacen("nbd+tcp://", "nbd://", 1))
+    protocol_name(name)
 }
 
 /// `unix:PATH[:exportname=NAME]` and `HOST:PORT[:exportname=NAME]`.
@@ -58,6 +58,8 @@ fn legacy_nbd(rest: &str) -> Result<Options> {
                 Error::new(ErrorKind::InvalidInput, format!("'nbd:{rest}' has no port"))
                     .remedy("write nbd:HOST:PORT, nbd:unix:PATH or nbd://HOST/EXPORT")
             })?;
+            // An IPv6 address stands in brackets.
+            let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
             Options::new().with("type", "inet").with("host", host).with("port", port)
         }
     };
@@ -158,6 +160,10 @@ mod tests {
             (
                 "nbd:localhost:10809",
                 r#"{"driver": "nbd", "server": {"type": "inet", "host": "localhost", "port": "10809"}, "export": ""}"#,
+            ),
+            (
+                "nbd:[::1]:5:exportname=e",
+                r#"{"driver": "nbd", "server": {"type": "inet", "host": "::1", "port": "5"}, "export": "e"}"#,
             ),
             (
                 "nbd+unix:///e?socket=/tmp/s",

@@ -113,6 +113,7 @@ mod reopen;
 mod solver;
 mod stand_in;
 mod status;
+mod uri;
 mod user;
 
 pub use access::{AccessRule, NodeFacts};

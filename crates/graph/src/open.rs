@@ -466,24 +466,8 @@ pub fn protocol_name(name: &str) -> Result<Options> {
     if let Some(path) = name.strip_prefix("file:") {
         return Ok(Options::new().with("driver", "file").with("filename", path));
     }
-    if let Some(rest) = name.strip_prefix("nbd+unix://") {
-        let (export, query) = rest.split_once('?').unwrap_or((rest, ""));
-        if let Some(path) = query.strip_prefix("socket=") {
-            let server = Options::new().with("type", "unix").with("path", path);
-            return Ok(Options::new()
-                .with("driver", "nbd")
-                .with("server", server.into_value())
-                .with("export", export.trim_start_matches('/')));
-        }
-    }
-    if let Some(rest) = name.strip_prefix("nbd://") {
-        let (address, export) = rest.split_once('/').unwrap_or((rest, ""));
-        let (host, port) = address.rsplit_once(':').unwrap_or((address, "10809"));
-        let server = Options::new().with("type", "inet").with("host", host).with("port", port);
-        return Ok(Options::new()
-            .with("driver", "nbd")
-            .with("server", server.into_value())
-            .with("export", export));
+    if let Some(options) = crate::uri::nbd_uri(name) {
+        return options;
     }
     let protocol = name.split(':').next().unwrap_or(name);
     Err(Error::new(ErrorKind::Unsupported, format!("Unknown protocol '{protocol}'")).remedy(format!(

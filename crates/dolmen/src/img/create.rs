@@ -233,7 +233,8 @@ async fn backing_size(
         name: &full,
         format: Some(&format),
         image_opts: false,
-        force_share: false,
+        // Only its size is looked at, which may be done while a guest writes it.
+        force_share: true,
         read_only: true,
         cache: CacheMode::default(),
     };

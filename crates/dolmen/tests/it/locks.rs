@@ -88,3 +88,14 @@ fn the_other_side_refuses_what_we_hold() {
     b.ok("ours/qemu-img", &["info", "a.qcow2"]);
     drop(holder);
 }
+
+/// `create -b` only looks at the size of the backing image: that is no reason to refuse one that a guest writes.
+#[test]
+fn an_overlay_of_an_image_in_use_can_be_made() {
+    let Some(b) = Bench::with_peers() else { return };
+    b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "a.qcow2", "4M"]);
+    for holder in ["qemu-io", "ours/qemu-io"] {
+        let _holder = Holder::start(&b, holder, &["a.qcow2"]);
+        b.same_words("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "o.qcow2"]);
+    }
+}

@@ -57,14 +57,21 @@ impl Address {
         self.0.clone()
     }
 
-    /// The export as a URL.
+    /// The export as a URI, as QEMU writes it: only what would end its part is encoded.
     pub(super) fn url(&self, export: &str) -> String {
+        let export = encode(export);
         match &self.0 {
-            Addr::Unix(path) => format!("nbd+unix:///{export}?socket={}", path.display()),
+            Addr::Unix(path) => {
+                format!("nbd+unix:///{export}?socket={}", encode(&path.display().to_string()))
+            }
             Addr::Inet { host, port } if host.contains(':') => format!("nbd://[{host}]:{port}/{export}"),
             Addr::Inet { host, port } => format!("nbd://{host}:{port}/{export}"),
         }
     }
+}
+
+fn encode(text: &str) -> String {
+    text.replace('%', "%25").replace('?', "%3F").replace('#', "%23").replace('&', "%26")
 }
 
 impl fmt::Display for Address {
@@ -81,7 +88,9 @@ mod tests {
     fn addresses() {
         let unix = Options::new().with("type", "unix").with("path", "/s");
         let mut o = Options::new().with("server", unix.into_value());
-        assert_eq!(Address::take(&mut o).unwrap().url("e"), "nbd+unix:///e?socket=/s");
+        let address = Address::take(&mut o).unwrap();
+        assert_eq!(address.url("e"), "nbd+unix:///e?socket=/s");
+        assert_eq!(address.url("50% of a b?"), "nbd+unix:///50%25 of a b%3F?socket=/s");
         let mut o =
             Options::new().with("server.type", "inet").with("server.host", "::1").with("server.port", "7");
         assert_eq!(Address::take(&mut o).unwrap().url(""), "nbd://[::1]:7/");
