@@ -57,7 +57,7 @@ fn a_copy_under_load_is_the_same_in_the_end() {
     for seed in 0..120 {
         Sim::run(seed, |rt| async move {
             let mut random = Random::new(seed);
-            let size = random.between(1, 60) * 9000;
+            let size = random.between(1, 60) * 9216;
             let old = patchwork(&mut random, size);
             let mut w = World::new(&rt, patchwork(&mut random, size), old).await;
             let options = options(&mut random);

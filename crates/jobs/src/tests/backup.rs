@@ -138,7 +138,7 @@ fn the_copy_is_what_was_there_at_the_start() {
     for seed in 0..60 {
         Rig::run(seed, move |mut rig| async move {
             let mut random = Random::new(seed);
-            let size = random.between(1, 30) * 50_000;
+            let size = random.between(1, 30) * 50_176;
             let w = World::new(&mut rig, &mut random, size, 500_000).await;
             let nodes = rig.owner.graph().nodes.len();
             let mut o = options("t").with("on-target-error", *random.pick(&["ignore", "stop"]));

@@ -211,7 +211,7 @@ fn nothing_acknowledged_is_missing_after_the_pivot() {
         Rig::run(seed, move |rig| async move {
             let mut random = Random::new(seed);
             let rt = rig.rt.clone();
-            let size = random.between(3, 60) * 9000;
+            let size = random.between(3, 60) * 9216;
             let old = patchwork(&mut random, size);
             let new = patchwork(&mut random, size);
             let mut w = World::new(rig, new.clone(), old).await;
@@ -296,7 +296,7 @@ fn a_target_that_fails_at_the_last_moment_is_not_pivoted_to() {
         Rig::run(seed, move |rig| async move {
             let mut random = Random::new(seed);
             let rt = rig.rt.clone();
-            let size = 300_000;
+            let size = 299_520;
             let image = patchwork(&mut random, size);
             let mut w = World::new(rig, image.clone(), Image::new(size)).await;
             let stop = Rc::new(Cell::new(false));
