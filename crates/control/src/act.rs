@@ -13,7 +13,7 @@ use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Options, Re
 
 use crate::jobs::{self, Started};
 use crate::task::Task;
-use crate::{Change, commands, images, operations, reopen};
+use crate::{Change, commands, images, operations, overlay, reopen};
 
 type Done = Result<(), QmpError>;
 
@@ -70,6 +70,7 @@ pub(crate) async fn propose(
             Ok(())
         }
         Change::Snapshot { node, overlay } => {
+            overlay::check(&opener, draft, &node, &overlay).await?;
             let op = propose_snapshot(draft, &node, &overlay)?;
             reopen::settle(draft, &op, &opener).await
         }

@@ -11,6 +11,7 @@ use dolmen_types::{Error, ErrorKind, NodeName, OpId, Options, Result, Value};
 use crate::JobStart;
 use crate::act::{device_or_node, find, invalid, propose_snapshot};
 use crate::jobs::{self, Started};
+use crate::overlay;
 use crate::task::Task;
 
 /// An overlay in a file.
@@ -206,7 +207,10 @@ pub(crate) async fn propose_snapshot_sync(
         options.set("node-name", name);
     }
     let overlay = if sync.existing {
-        opener.open(draft, options.with("driver", sync.format).with("file", file.into_value()), false).await?
+        let options = options.with("driver", sync.format).with("file", file.into_value());
+        let overlay = opener.open(draft, options, false).await?;
+        overlay::check(opener, draft, node.as_str(), overlay.as_str()).await?;
+        overlay
     } else {
         let size = draft.built_node(&node)?.size();
         let made = made_over(draft, size, Some(&node), &file)?;

@@ -27,6 +27,7 @@ mod jobs;
 mod monitor;
 mod names;
 mod operations;
+mod overlay;
 mod query;
 mod reopen;
 mod socket;

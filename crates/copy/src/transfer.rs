@@ -1,6 +1,6 @@
 //! Moving one part: what it is on the source, and getting it to the target.
 
-use dolmen_graph::{Io, Node, Read, Write, chain_status};
+use dolmen_graph::{Io, Node, Read, Write, chain_status, content as content_of};
 use dolmen_rt::Rt;
 use dolmen_types::{Error, ReadFlags, Span, WriteFlags};
 use std::sync::Arc;
@@ -131,11 +131,14 @@ async fn zero(to: Io<'_, Write>, target: &Arc<Node>, span: Span, how: How) -> do
     let mut rest = span;
     // What has to be written, up to where `rest` begins.
     let mut start = span.offset();
+    let image = content_of(target);
+    // An image that names a backing file is opened over it some day, even if it lies over nothing now.
+    let nothing_below = image.backing().is_none() && image.driver.describe(image).backing.is_none();
     while !rest.is_empty() {
         let (known, len) = match chain_status(target, to.rt(), rest, None).await {
             // Only what the target's own layer says: its backing file may be the very node
             // that is about to be overwritten.
-            Ok(s) => (s.zero && s.depth == 0, s.len.clamp(1, rest.len())),
+            Ok(s) => (s.zero && s.depth == 0 && (s.present || nothing_below), s.len.clamp(1, rest.len())),
             Err(_) => (false, rest.len()),
         };
         if known {

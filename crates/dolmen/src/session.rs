@@ -262,7 +262,7 @@ impl Image {
 
     /// Size in bytes.
     pub fn size(&self) -> u64 {
-        self.edge.node().size()
+        self.edge.size()
     }
 
     /// The runtime of the image's session.

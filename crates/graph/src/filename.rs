@@ -198,3 +198,8 @@ fn leaf_name(node: &Arc<Node>) -> Option<String> {
 pub fn is_use(name: &str) -> bool {
     USE_OPTIONS.contains(&name) || name.starts_with("x-")
 }
+
+/// What a node is, in options that open it again: equal for nodes that were defined alike.
+pub(crate) fn definition(node: &Arc<Node>) -> Value {
+    Style::Header.definition(node)
+}

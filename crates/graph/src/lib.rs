@@ -110,6 +110,7 @@ mod place;
 mod range_lock;
 mod registry;
 mod reopen;
+mod same;
 mod solver;
 mod stand_in;
 mod status;
@@ -140,8 +141,9 @@ pub use registry::{
     ChildDef, ChildSpec, Common, CreateCx, CreateFn, Creation, DriverKind, Foreign, ImplicitChild, OpenCx,
     Opened, Opener, Parsed, Registry, common_options,
 };
+pub use same::{content, same_chain, same_image};
 pub use solver::{
     EdgeRef, Grants, Overlays, Refusal, Stance, TopoClaim, TopoNode, TopoUser, Topology, solve,
 };
-pub use status::{ChainStatus, chain_status, own_status};
+pub use status::{ChainStatus, chain_status, first_allocated, own_status};
 pub use user::{Token, UserEdge};

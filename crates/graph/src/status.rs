@@ -191,6 +191,22 @@ pub async fn chain_status(top: &Arc<Node>, rt: &Rt, span: Span, base: Option<&No
     }
 }
 
+/// Where the layer of `node` itself (through the filters above it) holds anything first.
+///
+/// # Errors
+/// What reading metadata says.
+pub async fn first_allocated(node: &Arc<Node>, rt: &Rt) -> Result<Option<u64>> {
+    let mut rest = Span::new(0, node.size());
+    while !rest.is_empty() {
+        let (allocated, len) = own_status(node, rt, rest).await?;
+        if allocated {
+            return Ok(Some(rest.offset()));
+        }
+        rest = rest.skip(len.clamp(1, rest.len()));
+    }
+    Ok(None)
+}
+
 /// Whether the start of `span` is allocated in the layer of `node` itself (through the
 /// filters above it), and for how many bytes that holds.
 ///

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, O
 
 use arc_swap::ArcSwap;
 use dolmen_rt::{Instant, Rt};
-use dolmen_types::{Claim, Error, ErrorKind, OpId, OpKind, Result, Span};
+use dolmen_types::{Actions, Claim, Error, ErrorKind, OpId, OpKind, Result, Span};
 use event_listener::Event;
 
 use crate::{Counters, Io, Node, Read, Resize, Write, WriteUnchanged};
@@ -20,6 +20,8 @@ use crate::{Counters, Io, Node, Read, Resize, Write, WriteUnchanged};
 pub(crate) struct Binding {
     pub(crate) node: Arc<Node>,
     pub(crate) claim: Claim,
+    /// The size that the user relies on, where it is not to see any other (see [`UserEdge::size`]).
+    pub(crate) size: Option<u64>,
 }
 
 /// A user's edge into the graph, shared by the owner of the graph and the user.
@@ -47,7 +49,7 @@ impl UserEdge {
     pub(crate) fn new(op: OpId, node: Arc<Node>, claim: Claim) -> Arc<UserEdge> {
         Arc::new(UserEdge {
             op,
-            binding: ArcSwap::from_pointee(Binding { node, claim }),
+            binding: ArcSwap::from_pointee(Binding { node, claim, size: None }),
             in_flight: AtomicUsize::new(0),
             given_up: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
@@ -73,6 +75,14 @@ impl UserEdge {
     /// What was granted.
     pub fn claim(&self) -> Claim {
         self.binding.load().claim
+    }
+
+    /// How large the disk is for this user, in bytes. A user who does not allow others to resize its node goes on
+    /// seeing the size that it had when it comes to a node of another size: an image that a job has put in place of
+    /// the one before may be longer, and what lies there was never on this user's disk.
+    pub fn size(&self) -> u64 {
+        let binding = self.binding.load();
+        binding.size.unwrap_or_else(|| binding.node.size())
     }
 
     /// Requests that hold a token now, or were given up while the storage still works on them.
@@ -179,7 +189,14 @@ impl UserEdge {
     }
 
     pub(crate) fn rebind(&self, node: Arc<Node>, claim: Claim) {
-        self.binding.store(Arc::new(Binding { node, claim }));
+        let size = {
+            let now = self.binding.load();
+            // A node that was inactive has been another process's, which may have resized it.
+            let keeps =
+                !claim.allows.contains(Actions::S) && !now.node.flags.inactive && !node.flags.inactive;
+            keeps.then(|| now.size.unwrap_or_else(|| now.node.size())).filter(|s| *s != node.size())
+        };
+        self.binding.store(Arc::new(Binding { node, claim, size }));
     }
 
     /// Opens the gate, unless the edge is gone.
@@ -216,9 +233,9 @@ impl Token {
         &self.binding.node
     }
 
-    /// Size of the node in bytes.
+    /// Size of the disk in bytes: see [`UserEdge::size`].
     pub fn size(&self) -> u64 {
-        self.binding.node.size()
+        self.binding.size.unwrap_or_else(|| self.binding.node.size())
     }
 
     /// Checks that a range lies within the node.
@@ -227,7 +244,7 @@ impl Token {
     /// `OutOfBounds`.
     pub fn check(&self, offset: u64, len: u64) -> Result<Span> {
         match Span::checked(offset, len) {
-            Some(span) if span.end() <= self.size() => Ok(span),
+            Some(span) if span.end() <= self.size().min(self.binding.node.size()) => Ok(span),
             _ => Err(Error::new(
                 ErrorKind::OutOfBounds,
                 format!(

@@ -29,8 +29,11 @@ use dolmen_copy::{
     COPY_BEFORE_WRITE, CopyBeforeWrite, CopyOptions, Engine, Failure, Hooks, Moved, OnCbwError, Pass,
     PointInTime, Route, SNAPSHOT_ACCESS, SnapshotAccess, Tracker, chunk_size,
 };
-use dolmen_graph::{ClaimScope, Cx, Draft, Driver, DriverKind, Node, NodeDef, NodeFlags, OpClaim};
-use dolmen_rt::LocalFuture;
+use dolmen_graph::{
+    ClaimScope, Cx, Draft, Driver, DriverKind, Node, NodeDef, NodeFlags, OpClaim, content, first_allocated,
+    same_chain,
+};
+use dolmen_rt::{LocalFuture, Rt};
 use dolmen_types::{
     Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, ResultExt, Span, Value,
 };
@@ -192,6 +195,32 @@ impl Backup {
         Ok(())
     }
 
+    /// The target of sync=top gets what the source itself holds: it must hold nothing else, and lie over the same
+    /// images, if it lies over any yet.
+    async fn check_overlay(&self, source: &Arc<Node>, target: &Arc<Node>, rt: &Rt) -> Result<()> {
+        let (below, image) = (content(source).backing(), content(target));
+        let takes_backing = image.driver.kind().options.iter().any(|o| o.name == "backing");
+        // Without a backing file, everything is copied.
+        if below.is_none() || !takes_backing {
+            return Ok(());
+        }
+        if image.backing().is_some() && !same_chain(below, image.backing()) {
+            return Err(invalid(format!(
+                "target '{}' lies over other images than '{}' does, and gets only what '{}' itself holds",
+                self.target, self.device, self.device
+            ))
+            .remedy("link the target to the source's backing file, or copy with sync=full"));
+        }
+        if let Some(at) = first_allocated(target, rt).await? {
+            return Err(invalid(format!(
+                "target '{}' holds data of its own (at byte {at}), which would show where '{}' holds none",
+                self.target, self.device
+            ))
+            .remedy("use a new image as the target, or copy with sync=full"));
+        }
+        Ok(())
+    }
+
     async fn begin(&self, cx: BeginCx<'_>) -> Result<()> {
         use Actions as A;
         let source = self.known(cx.draft, &self.device)?;
@@ -216,6 +245,9 @@ impl Backup {
         }
         let size = source_node.size();
         let images = draft.images(&source);
+        if self.sync == Sync::Top {
+            self.check_overlay(&source_node, &target_node, cx.rt).await?;
+        }
         drop((source_node, target_node));
 
         let base = images.get(1).filter(|_| self.sync == Sync::Top);
@@ -466,6 +498,10 @@ impl Work for Backup {
         // The filters go with the operation, and nobody saves any more what is overwritten.
         let stand = self.stand()?;
         end_of_point(draft, op, &stand.source, &stand.saved_in)
+    }
+
+    fn may_complete(&self) -> Result<()> {
+        Ok(())
     }
 
     fn change(&self, _: Options) -> Result<()> {

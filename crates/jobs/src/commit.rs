@@ -19,8 +19,9 @@
 //! with `base` as its target, which the user completes.
 //!
 //! `base` and the files that hold its data are made writable for the duration. It grows if it is smaller
-//! than `top`. If it is larger, and an overlay of `top` is larger than `top`, what lies behind the end of
-//! `top` read as zeroes in that overlay; so it is zeroed in `base`.
+//! than `top`. If it is larger, it stays so: users who came to `top` go on seeing the size of `top`, and whoever comes
+//! later sees all of `base`. If an overlay of `top` is larger than `top`, what lies behind the end of `top` read as
+//! zeroes in that overlay; so it is zeroed in `base`.
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
@@ -190,8 +191,7 @@ impl Commit {
             backing,
             was_read_only,
             grow_to: (base_size < top_size).then_some(top_size),
-            tail: (!active && shown_past_end && base_size > top_size)
-                .then(|| Span::from_range(top_size, base_size)),
+            tail: (shown_past_end && base_size > top_size).then(|| Span::from_range(top_size, base_size)),
             top,
             base,
             overlays,
@@ -307,14 +307,9 @@ impl Commit {
                 break;
             }
         }
-        let Some(tail) = b.tail else { return Ok(()) };
         loop {
             cx.checkpoint().await?;
-            let zeroed = async {
-                let token = cx.edge(1).begin().await?;
-                token.write(cx.rt())?.write_zeroes(tail, WriteFlags::MAY_UNMAP).await
-            };
-            match zeroed.await {
+            match zero_tail(cx.edge(1), cx.rt(), b).await {
                 Ok(()) => return Ok(()),
                 Err(e) => drop(cx.failed(Side::Target, self.on_error, e).await?),
             }
@@ -339,6 +334,13 @@ impl Commit {
         }
         Ok(())
     }
+}
+
+/// Zeroes what an overlay of `top` would come to see behind the end of `top`.
+async fn zero_tail(base: &Arc<dolmen_graph::UserEdge>, rt: &Rt, b: &Begun) -> Result<()> {
+    let Some(tail) = b.tail else { return Ok(()) };
+    let token = base.begin().await?;
+    token.write(rt)?.write_zeroes(tail, WriteFlags::MAY_UNMAP).await
 }
 
 async fn flush(edge: &Arc<dolmen_graph::UserEdge>, rt: &Rt) -> Result<()> {
@@ -462,6 +464,9 @@ impl Work for Commit {
             let b = self.begun()?;
             if b.active {
                 let route = Route::Edges { source: cx.edge(0)?, target: cx.edge(1)? };
+                if self.core.pivots() {
+                    zero_tail(&cx.edge(1)?, cx.rt, &b).await?;
+                }
                 self.core.settle(cx.rt, route).await?;
                 if self.core.pivots() {
                     self.pivot.rename(cx.owner.graph(), cx.rt, &b.top, &b.base).await?;
@@ -496,6 +501,10 @@ impl Work for Commit {
             draft.restore_read_only(&b.was_read_only);
         }
         self.pivot.restore(draft);
+        Ok(())
+    }
+
+    fn may_complete(&self) -> Result<()> {
         Ok(())
     }
 

@@ -192,6 +192,10 @@ impl Work for Create {
         Ok(())
     }
 
+    fn may_complete(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn change(&self, _: Options) -> Result<()> {
         Err(nothing_to_change())
     }

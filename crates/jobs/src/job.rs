@@ -424,6 +424,7 @@ impl Job {
         if self.cancelled.get() || self.wish.get() == Wish::Keep {
             return Err(refused(format!("The active block job '{}' cannot be completed", self.id())));
         }
+        self.work.may_complete()?;
         self.wish.set(Wish::Complete);
         self.changed();
         Ok(())

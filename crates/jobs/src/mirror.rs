@@ -16,9 +16,12 @@
 //! Neither may be resized. At the end the parents of the source move (P).
 
 use dolmen_copy::Route;
-use dolmen_graph::{AccessRule, Draft, NodeDef, NodeFlags, UserEdge};
-use dolmen_rt::LocalFuture;
+use dolmen_graph::{
+    AccessRule, Draft, Node, NodeDef, NodeFlags, UserEdge, content, first_allocated, same_chain,
+};
+use dolmen_rt::{LocalFuture, Rt};
 use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Value};
+use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
 use crate::claims::{claim, known};
@@ -36,6 +39,13 @@ pub struct Mirror {
     filter_name: Option<NodeName>,
     core: Core,
     overlays: Overlays,
+    /// Where the target held data of its own at the start, unless it gets everything.
+    had_data: Cell<Option<u64>>,
+    /// The target had no backing file at the start.
+    over_nothing: Cell<bool>,
+    /// What the source lay over at the start. The job claims that it does not change, so a target over the same
+    /// images is right even if the source itself needs them no more (a stream).
+    below: RefCell<Option<Arc<Node>>>,
 }
 
 impl Mirror {
@@ -51,6 +61,9 @@ impl Mirror {
             filter_name: filter_name(o)?,
             core: Core::new(CoreOptions::take(o)?),
             overlays: Overlays::default(),
+            had_data: Cell::new(None),
+            over_nothing: Cell::new(false),
+            below: RefCell::new(None),
         })
     }
 
@@ -65,7 +78,7 @@ impl Mirror {
         if source == target || d.content(&source) == d.content(&target) {
             return Err(invalid("Can't mirror node into itself").remedy("name another node as the target"));
         }
-        let everything = !matches!(self.core.options.sync, Sync::None);
+        let everything = *self.core.sync() != Sync::None;
         if everything && d.chain(&target).contains(&d.content(&source)) {
             return Err(invalid(format!(
                 "target '{target}' lies over '{source}', which it would be a copy of"
@@ -103,30 +116,94 @@ impl Mirror {
         self.overlays.put(op, d, &replaced)
     }
 
-    /// Makes sure that the target shows what it has not been given: a copy of less than everything needs
-    /// something to lie over.
-    fn shows_all(&self, graph: &dolmen_graph::Graph) -> Result<()> {
-        let below = |name: &str| {
-            let mut at = graph.node(name)?;
-            while let (None, Some(next)) = (at.backing(), at.filtered()) {
-                at = next;
+    /// Makes sure that the target reads like the source, so that it may take its place: what the mirror has not
+    /// given it has to come from the same images below.
+    fn reads_alike(&self, source: &Arc<Node>, target: &Arc<Node>) -> Result<()> {
+        let (own, below) = (content(source), content(target).backing());
+        let name = &self.target;
+        let why = match &*self.core.sync() {
+            Sync::Full if self.over_nothing.get() && below.is_some() => {
+                format!(
+                    "target '{name}' has got a backing file since the mirror began, which shows where the mirror wrote nothing \
+                     because the source reads as zeroes"
+                )
             }
-            at.backing()
+            Sync::Full | Sync::Above(_) => return Ok(()),
+            Sync::Top if below.is_none() => format!(
+                "target '{name}' has no backing file, and this mirror has not given it all data of '{}': what is missing \
+                 would read as zeroes",
+                self.source
+            ),
+            Sync::Top
+                if same_chain(own.backing(), below) || same_chain(self.below.borrow().as_ref(), below) =>
+            {
+                return Ok(());
+            }
+            Sync::Top => format!(
+                "target '{name}' lies over other images than '{}' does, and this mirror has given it only what '{}' itself holds",
+                self.source, self.source
+            ),
+            Sync::None if self.had_data.get().is_some() => format!(
+                "target '{name}' held data of its own when the mirror began, and this mirror has given it only what was written since"
+            ),
+            Sync::None if below.is_none() => format!(
+                "target '{name}' has no backing file, and this mirror has not given it all data of '{}': what is missing \
+                 would read as zeroes",
+                self.source
+            ),
+            Sync::None if below.is_some_and(|b| Arc::ptr_eq(&content(b).state, &own.state)) => return Ok(()),
+            Sync::None => format!(
+                "target '{name}' does not lie over '{}', and this mirror has given it only what was written since it began",
+                self.source
+            ),
         };
-        let missing = match self.core.options.sync {
-            Sync::Full | Sync::Above(_) => false,
-            Sync::Top => below(&self.source).is_some() && below(&self.target).is_none(),
-            Sync::None => below(&self.target).is_none(),
-        };
-        if !missing {
-            return Ok(());
-        }
-        Err(invalid(format!(
-            "target '{}' has no backing file, and this mirror has not given it all data of '{}': what is missing \
-             would read as zeroes",
-            self.target, self.source
+        Err(invalid(why).remedy(
+            "keep the copy and the source as they are (block-job-cancel), link the right backing file to the target first \
+             (blockdev-snapshot), or mirror with sync=full",
         ))
-        .remedy("link a backing file to the target first (blockdev-snapshot, blockdev-reopen), or mirror with sync=full"))
+    }
+
+    /// [`Mirror::reads_alike`] for the nodes as they are now.
+    fn check_pivot(&self, edge: &UserEdge) -> Result<()> {
+        let filter = self.filter_node(&edge.node())?;
+        let child = |name: &str| filter.child(name).map(|c| &c.node);
+        match (child("file"), child("target")) {
+            (Some(source), Some(target)) => self.reads_alike(source, target),
+            _ => Err(invalid("the filter of the mirror has lost a child")),
+        }
+    }
+
+    /// The job's filter, at or below a node.
+    fn filter_node(&self, top: &Arc<Node>) -> Result<Arc<Node>> {
+        let driver: Arc<dyn dolmen_graph::Driver> = self.core.filter()?;
+        std::iter::successors(Some(top), |n| n.filtered())
+            .find(|n| Arc::ptr_eq(&n.driver, &driver))
+            .cloned()
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, "the filter of the mirror is gone"))
+    }
+
+    /// What is known about the target before anything is written to it.
+    async fn look_at_target(&self, d: &Draft, rt: &Rt) -> Result<()> {
+        let (source, target) = (known(d, &self.source)?, known(d, &self.target)?);
+        let (source, target) = (d.built_node(&source)?, d.built_node(&target)?);
+        if *self.core.sync() == Sync::Top && content(&source).backing().is_none() {
+            // What it does not hold reads as zeroes, and the target has to learn that as well.
+            self.core.copy_everything();
+        }
+        self.below.replace(content(&source).backing().cloned());
+        self.over_nothing.set(content(&target).backing().is_none());
+        let takes_backing = content(&target).driver.kind().options.iter().any(|o| o.name == "backing");
+        if takes_backing && *self.core.sync() != Sync::Full {
+            self.had_data.set(first_allocated(&target, rt).await?);
+        }
+        if let Some(at) = self.had_data.get().filter(|_| *self.core.sync() == Sync::Top) {
+            return Err(invalid(format!(
+                "target '{}' holds data of its own (at byte {at}), which would show where '{}' holds none",
+                self.target, self.source
+            ))
+            .remedy("use a new image as the target, or mirror with sync=full"));
+        }
+        Ok(())
     }
 
     /// The node that is to be replaced, which must show the source's data.
@@ -184,24 +261,24 @@ impl Work for Mirror {
     }
 
     fn begin<'a>(&'a self, cx: BeginCx<'a>) -> LocalFuture<'a, Result<()>> {
-        Box::pin(async move { self.put(cx.op, cx.draft) })
+        Box::pin(async move {
+            self.look_at_target(cx.draft, cx.rt).await?;
+            self.put(cx.op, cx.draft)
+        })
     }
 
     fn run<'a>(&'a self, cx: &'a JobCx) -> LocalFuture<'a, Result<()>> {
         Box::pin(async move {
             {
                 let token = cx.edge(0).begin().await?;
-                let filter = self.core.filter()?;
-                let node = std::iter::successors(Some(token.node()), |n| n.filtered()).find(|n| {
-                    let here: Arc<dyn dolmen_graph::Driver> = filter.clone();
-                    Arc::ptr_eq(&n.driver, &here)
-                });
-                let target = node.and_then(|n| n.child("target")).map(|c| c.node.size());
+                let node = self.filter_node(token.node())?;
+                let target = node.child("target").map(|c| c.node.size());
                 if target != Some(token.size()) {
                     return Err(invalid("Source and target image have different sizes")
                         .remedy("resize the target to the size of the source (block_resize)"));
                 }
             }
+            self.core.begin_with(cx.edge(0));
             self.core.run(cx, self.route(cx.edge(0).clone())?).await
         })
     }
@@ -209,7 +286,8 @@ impl Work for Mirror {
     fn settle<'a>(&'a self, cx: SettleCx<'a>) -> LocalFuture<'a, Result<()>> {
         Box::pin(async move {
             if self.core.pivots() {
-                self.shows_all(cx.owner.graph())?;
+                // Links may have changed since the user was answered.
+                self.check_pivot(&*cx.edge(0)?)?;
             }
             self.core.settle(cx.rt, self.route(cx.edge(0)?)?).await?;
             if self.core.pivots() {
@@ -228,6 +306,7 @@ impl Work for Mirror {
                 }
             }
             Ending::Abort => {
+                self.below.take();
                 self.core.abort();
                 self.overlays.undo(draft);
             }
@@ -236,6 +315,13 @@ impl Work for Mirror {
         draft.remove_op(op);
         self.overlays.restore(draft);
         Ok(())
+    }
+
+    fn may_complete(&self) -> Result<()> {
+        match self.core.edge() {
+            Some(edge) => self.check_pivot(&edge),
+            None => Ok(()),
+        }
     }
 
     fn change(&self, options: Options) -> Result<()> {

@@ -17,12 +17,12 @@
 //! hardly shrunk for some seconds, writes block from then on, if the user permits it: then the end is only a
 //! matter of copying what is dirty now.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, Ref, RefCell};
 use std::sync::Arc;
 use std::time::Duration;
 
 use dolmen_copy::{CopyMap, CopyOptions, Engine, Failure, Hooks, Moved, Pass, Route, Tracker};
-use dolmen_graph::{AccessRule, Node, chain_status, own_status};
+use dolmen_graph::{AccessRule, Node, UserEdge, chain_status, own_status};
 use dolmen_rt::{Instant, LocalFuture, Rt};
 use dolmen_types::{Error, ErrorKind, NodeName, Options, Result, Span};
 use futures_lite::future::or;
@@ -166,12 +166,20 @@ pub(crate) struct Core {
     filter: RefCell<Option<Arc<MirrorFilter>>>,
     /// What the user wanted in the end.
     wish: Cell<Wish>,
+    /// The job's edge to its filter, once it runs.
+    edge: RefCell<Option<Arc<UserEdge>>>,
 }
 
 impl Core {
     pub(crate) fn new(options: CoreOptions) -> Core {
         let sync = RefCell::new(options.sync.clone());
-        Core { options, sync, filter: RefCell::new(None), wish: Cell::new(Wish::Nothing) }
+        Core {
+            options,
+            sync,
+            filter: RefCell::new(None),
+            wish: Cell::new(Wish::Nothing),
+            edge: RefCell::new(None),
+        }
     }
 
     /// Makes the filter, for a source of `size` bytes and a target with clusters of `cluster` bytes (0: none).
@@ -190,6 +198,26 @@ impl Core {
     /// Copies only what the layers above `base` hold.
     pub(crate) fn only_above(&self, base: &NodeName) {
         *self.sync.borrow_mut() = Sync::Above(base.clone());
+    }
+
+    /// Copies everything, whatever was asked for.
+    pub(crate) fn copy_everything(&self) {
+        *self.sync.borrow_mut() = Sync::Full;
+    }
+
+    /// What the target gets at the start.
+    pub(crate) fn sync(&self) -> Ref<'_, Sync> {
+        self.sync.borrow()
+    }
+
+    /// The job runs, and this is its edge to the filter.
+    pub(crate) fn begin_with(&self, edge: &Arc<UserEdge>) {
+        *self.edge.borrow_mut() = Some(edge.clone());
+    }
+
+    /// The job's edge to the filter.
+    pub(crate) fn edge(&self) -> Option<Arc<UserEdge>> {
+        self.edge.borrow().clone()
     }
 
     pub(crate) fn filter(&self) -> Result<Arc<MirrorFilter>> {

@@ -156,6 +156,10 @@ impl Work for Prefetch {
         Ok(())
     }
 
+    fn may_complete(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn change(&self, _: Options) -> Result<()> {
         Err(nothing_to_change())
     }

@@ -301,6 +301,10 @@ impl Work for Stream {
         Ok(())
     }
 
+    fn may_complete(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn change(&self, _: Options) -> Result<()> {
         Err(nothing_to_change())
     }

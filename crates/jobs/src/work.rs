@@ -162,6 +162,12 @@ pub trait Work: fmt::Debug + std::any::Any {
     /// Why the job, and its group, fail. An aborted job must not fail.
     fn end(&self, op: &OpId, draft: &mut Draft, ending: Ending) -> Result<()>;
 
+    /// Whether a ready job may be completed as things are. Answers from memory.
+    ///
+    /// # Errors
+    /// Why its result would be wrong; the job stays ready.
+    fn may_complete(&self) -> Result<()>;
+
     /// Changes options while the job runs.
     ///
     /// # Errors

@@ -181,7 +181,7 @@ impl User {
 
     /// Size in bytes.
     pub fn size(&self) -> u64 {
-        self.edge.node().size()
+        self.edge.size()
     }
 
     /// Reads.

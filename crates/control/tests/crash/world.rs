@@ -355,6 +355,10 @@ impl Work for Attach {
         Ok(())
     }
 
+    fn may_complete(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn change(&self, _: Options) -> Result<()> {
         Err(nothing_to_change())
     }

@@ -26,6 +26,8 @@ const WRITE_ZEROES: u16 = 6;
 pub(crate) struct Client {
     stream: UnixStream,
     cookie: u64,
+    /// Of the disk, as the server said.
+    pub(crate) size: u64,
 }
 
 impl Client {
@@ -42,7 +44,8 @@ impl Client {
         stream.write_all(&hello)?;
         let mut disk = [0; 8 + 2 + 124];
         stream.read_exact(&mut disk)?;
-        Ok(Client { stream, cookie: 0 })
+        let size = u64::from_be_bytes(disk[..8].try_into().expect("eight bytes"));
+        Ok(Client { stream, cookie: 0, size })
     }
 
     fn request(&mut self, what: u16, at: u64, len: u32, data: &[u8], into: &mut [u8]) -> Result<()> {

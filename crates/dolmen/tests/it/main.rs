@@ -26,6 +26,7 @@ mod nbd;
 mod new_images;
 mod options;
 mod overlays;
+mod pivots;
 mod reopen;
 mod repair;
 mod serve;

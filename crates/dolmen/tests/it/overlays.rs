@@ -238,7 +238,10 @@ fn a_node_with_overlays_gets_a_snapshot() {
 #[test]
 fn a_filter_below_an_overlay_stays_at_a_snapshot() {
     let mut s = Scene::new();
-    overlay(&mut s, "new", "");
+    overlay(&mut s, "new", "top");
+    let mut unlinked = qcow2(&s, "new", Json::Null);
+    unlinked["file"] = "new-f".into();
+    s.ok("blockdev-reopen", json!({"options": [unlinked]}));
     s.ok("blockdev-add", json!({"driver": "raw", "node-name": "r", "file": "top"}));
     overlay(&mut s, "x", "top");
     s.ok(

@@ -89,7 +89,7 @@ impl Export {
         ExportInfo {
             name: self.config.name.clone(),
             description: self.config.description.clone(),
-            size: node.size(),
+            size: self.config.edge.size(),
             flags,
             min_block: 1,
             preferred_block: facts.request_alignment.clamp(PREFERRED_BLOCK, 1 << 20),

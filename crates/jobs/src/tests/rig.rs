@@ -123,6 +123,10 @@ impl Work for Reading {
         Ok(())
     }
 
+    fn may_complete(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn change(&self, _: Options) -> Result<()> {
         Err(nothing_to_change())
     }

@@ -1,0 +1,272 @@
+//! What may become the overlay of a node, be the target of a copy of one layer, or take a node's place: clients must
+//! see the data that they saw before, now and after a restart.
+
+use serde_json::{Value as Json, json};
+
+use crate::daemon::{Daemon, Monitor, eventually, serve};
+use crate::load::Client;
+use crate::peer::Bench;
+
+/// A daemon, and images in a directory beside it.
+struct World {
+    b: Bench,
+    d: Daemon,
+    m: Monitor,
+}
+
+impl World {
+    /// `top` over `base`, 4 MiB, with ones in the first MiB of `base` and twos in the first 64 KiB of `top`; nodes of
+    /// both, and an export `e` of `top`.
+    fn new() -> World {
+        let b = Bench::new();
+        let mut d = Daemon::start(|_| serve(), &[]);
+        let mut m = d.monitor();
+        m.ok("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": d.path("n.sock")}}}));
+        let mut w = World { b, d, m };
+        w.image("base", None, "4M", Some("write -P 1 0 1M"));
+        w.image("top", Some("base"), "4M", Some("write -P 2 0 64k"));
+        w.add("base", "base", Json::Null, true);
+        w.add("top", "top", json!("base"), false);
+        let export = json!({"type": "nbd", "id": "e", "node-name": "top", "name": "e", "writable": true});
+        w.m.ok("block-export-add", export);
+        w
+    }
+
+    fn image(&self, name: &str, backing: Option<&str>, size: &str, write: Option<&str>) {
+        self.b.ok("dolmen", &["img", "create", "-q", "-f", "qcow2", name, size]);
+        if let Some(write) = write {
+            self.b.ok("dolmen", &["io", "-f", "qcow2", "-c", write, name]);
+        }
+        if let Some(b) = backing {
+            self.b.ok("dolmen", &["img", "rebase", "-u", "-f", "qcow2", "-b", b, "-F", "qcow2", name]);
+        }
+    }
+
+    fn add(&mut self, node: &str, file: &str, backing: Json, read_only: bool) {
+        let file = json!({"driver": "file", "filename": self.b.path(file), "read-only": read_only});
+        let node = json!({"driver": "qcow2", "node-name": node, "backing": backing, "file": file,
+                          "read-only": read_only});
+        self.m.ok("blockdev-add", node);
+    }
+
+    fn refused(&mut self, name: &str, arguments: Json, why: &str) {
+        let reply = self.m.ask(&json!({"execute": name, "arguments": arguments}));
+        let desc = reply["error"]["desc"].as_str().unwrap_or_else(|| panic!("{name} was accepted: {reply}"));
+        assert!(desc.contains(why), "{desc}");
+        assert!(reply["error"]["data"]["remedy"].is_string(), "{reply}");
+    }
+
+    fn until(&mut self, id: &str, status: &str) {
+        eventually(status, || {
+            let jobs = self.m.ok("query-jobs", json!({}));
+            let is = |j: &Json| j["id"] == id && j["status"] == status;
+            assert!(!jobs.as_array().expect("a list").iter().any(|j| j["error"].is_string()), "{jobs}");
+            jobs.as_array().expect("a list").iter().any(is).then_some(())
+        });
+    }
+
+    /// A mirror that is ready.
+    fn mirror(&mut self, target: &str, sync: &str) {
+        self.m.ok("blockdev-mirror", mirror(target, sync));
+        self.until("m", "ready");
+    }
+
+    /// A mirror whose end is refused, and that is then given up with the copy as it is.
+    fn is_kept(&mut self, target: &str, sync: &str, why: &str) {
+        self.mirror(target, sync);
+        self.refused("job-complete", json!({"id": "m"}), why);
+        self.m.ok("block-job-cancel", json!({"device": "m"}));
+        self.until("m", "concluded");
+        self.m.ok("job-dismiss", json!({"id": "m"}));
+        self.holds(&[(0, 2), (64, 1), (1024, 0)]);
+    }
+
+    /// A mirror that takes its source's place.
+    fn pivots(&mut self) {
+        self.m.ok("job-complete", json!({"id": "m"}));
+        self.until("m", "concluded");
+        self.m.ok("job-dismiss", json!({"id": "m"}));
+        self.holds(&[(0, 2), (64, 1), (1024, 0)]);
+    }
+
+    /// What the client of `e` reads at these KiB.
+    fn holds(&self, at: &[(u64, u8)]) {
+        let mut client = Client::connect(&self.d.path("n.sock"), "e").expect("connected");
+        for (kib, byte) in at {
+            assert_eq!(client.read(kib / 4).expect("read"), [*byte; 4096], "at {kib} KiB");
+        }
+    }
+}
+
+fn mirror(target: &str, sync: &str) -> Json {
+    json!({"job-id": "m", "device": "top", "target": target, "sync": sync, "auto-dismiss": false})
+}
+
+/// `blockdev-snapshot` took any image without a backing node for an overlay: one with data of its own, which hid the
+/// node's; a smaller one, which cut off the disk's end; one whose header named another image, so that a
+/// restarted host showed that one.
+#[test]
+fn an_overlay_shows_what_it_lies_over() {
+    let mut w = World::new();
+    w.image("dirty", Some("top"), "4M", Some("write -P 9 2M 64k"));
+    w.image("zeroed", Some("top"), "4M", Some("write -z 2M 64k"));
+    w.image("small", Some("top"), "3M", None);
+    w.image("elsewhere", Some("base"), "4M", None);
+    w.image("nameless", None, "4M", None);
+    w.b.ok("dolmen", &["img", "create", "-q", "-f", "qcow2", "-u", "-b", "top", "-F", "raw", "asraw", "4M"]);
+    for (name, why) in [
+        ("dirty", "holds data of its own (at byte 2097152)"),
+        ("zeroed", "holds data of its own (at byte 2097152)"),
+        ("small", "has 3145728 bytes, and node 'top' has 4194304"),
+        ("elsewhere", "names 'base' as its backing file (format qcow2)"),
+        ("nameless", "names no backing file"),
+        ("asraw", "names 'top' as its backing file (format raw)"),
+    ] {
+        w.add(name, name, Json::Null, false);
+        w.refused("blockdev-snapshot", json!({"node": "top", "overlay": name}), why);
+        let data = json!({"node": "top", "overlay": name});
+        let actions = json!([{"type": "blockdev-snapshot", "data": data}]);
+        w.refused("transaction", json!({ "actions": actions }), why);
+    }
+    // The same image by another spelling is the same image.
+    std::os::unix::fs::symlink("top", w.b.path("link")).expect("a link");
+    let absolute = w.b.path("top").display().to_string();
+    let as_json = format!(r#"json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{absolute}"}}}}"#);
+    let dotted = format!(r#"json:{{"driver":"qcow2","file.driver":"file","file.filename":"{absolute}"}}"#);
+    let file = format!("file:{absolute}");
+    let mut node = "top".to_owned();
+    for (i, name) in ["./link", &absolute, &as_json, &dotted, &file].into_iter().enumerate() {
+        let aimed = if i == 0 { name.to_owned() } else { name.replace("/top", &format!("/{node}")) };
+        let overlay = format!("ov{i}");
+        w.image(&overlay, Some(&aimed), "4M", None);
+        w.add(&overlay, &overlay, Json::Null, false);
+        w.m.ok("blockdev-snapshot", json!({"node": node, "overlay": overlay}));
+        w.holds(&[(0, 2), (64, 1), (1024, 0)]);
+        node = overlay;
+    }
+}
+
+/// A mirror of one layer took its source's place over whatever images its target lay: the client saw another disk.
+#[test]
+fn a_mirror_of_one_layer_pivots_over_the_same_images_only() {
+    let mut w = World::new();
+    w.image("other", None, "4M", Some("write -P 5 0 2M"));
+    w.add("other", "other", Json::Null, true);
+    for (name, backing) in [("t1", "other"), ("t2", "base"), ("t3", "base"), ("t4", "top")] {
+        w.image(name, Some(backing), "4M", None);
+    }
+    w.add("t1", "t1", json!("other"), false);
+    w.is_kept("t1", "top", "lies over other images than 'top' does");
+    w.add("t4", "t4", Json::Null, false);
+    w.is_kept("t4", "none", "has no backing file");
+    w.add("t3", "t3", json!("base"), false);
+    w.is_kept("t3", "none", "does not lie over 'top'");
+    // Another node of the same file is the same image.
+    w.add("base2", "./base", Json::Null, true);
+    w.add("t2", "t2", json!("base2"), false);
+    w.mirror("t2", "top");
+    w.pivots();
+}
+
+/// A target with data of its own showed them where the source has none.
+#[test]
+fn old_data_of_a_target_never_show() {
+    let mut w = World::new();
+    w.image("dirty", Some("base"), "4M", Some("write -P 9 2M 64k"));
+    w.add("dirty", "dirty", json!("base"), false);
+    w.refused("blockdev-mirror", mirror("dirty", "top"), "holds data of its own (at byte 2097152)");
+    let backup = json!({"job-id": "b", "device": "top", "target": "dirty", "sync": "top"});
+    w.refused("blockdev-backup", backup, "holds data of its own (at byte 2097152)");
+    w.image("other", None, "4M", Some("write -P 5 0 2M"));
+    w.add("other", "other", Json::Null, true);
+    w.image("over", Some("other"), "4M", None);
+    w.add("over", "over", json!("other"), false);
+    let backup = json!({"job-id": "b", "device": "top", "target": "over", "sync": "top"});
+    w.refused("blockdev-backup", backup, "lies over other images");
+    // Of a source without a backing file, everything is copied.
+    w.image("alone", None, "4M", Some("write -P 2 0 64k"));
+    w.add("alone", "alone", Json::Null, false);
+    w.image("junk", None, "4M", Some("write -P 9 0 4M"));
+    w.add("junk", "junk", Json::Null, false);
+    w.m.ok("block-export-del", json!({"id": "e"}));
+    let export = json!({"type": "nbd", "id": "e", "node-name": "alone", "name": "e", "writable": true});
+    w.m.ok("block-export-add", export);
+    let mut o = mirror("junk", "top");
+    o["device"] = json!("alone");
+    w.m.ok("blockdev-mirror", o);
+    w.until("m", "ready");
+    w.m.ok("job-complete", json!({"id": "m"}));
+    w.until("m", "concluded");
+    w.holds(&[(0, 2), (64, 0), (2048, 0)]);
+}
+
+/// A target that gets its backing file when the copy is there: what reads as zeroes in the source's own layer must be
+/// zeroes in the target, although nothing showed through from below while they were copied.
+#[test]
+fn zeroes_of_a_layer_hide_a_backing_file_that_is_linked_later() {
+    let mut w = World::new();
+    let mut client = Client::connect(&w.d.path("n.sock"), "e").expect("connected");
+    for block in 32..48 {
+        client.zero(block).expect("zeroed");
+    }
+    w.image("t", Some("base"), "4M", None);
+    w.add("t", "t", Json::Null, false);
+    w.mirror("t", "top");
+    for block in 48..64 {
+        client.zero(block).expect("zeroed");
+    }
+    w.add("base2", "base", Json::Null, true);
+    w.m.ok("blockdev-snapshot", json!({"node": "base2", "overlay": "t"}));
+    w.pivots();
+    w.holds(&[(124, 1), (128, 0), (188, 0), (192, 0), (252, 0), (256, 1)]);
+}
+
+/// The active commit of a small image into a larger one put the larger one in its place, and new clients saw what lay
+/// behind the end of their disk.
+#[test]
+fn an_export_keeps_its_size() {
+    let b = Bench::new();
+    for (name, backing, size) in
+        [("base", None, "16M"), ("mid", Some("base"), "4M"), ("top", Some("mid"), "8M")]
+    {
+        let mut args = vec!["img", "create", "-q", "-f", "qcow2"];
+        if let Some(backing) = backing {
+            args.extend(["-b", backing, "-F", "qcow2"]);
+        }
+        args.extend([name, size]);
+        b.ok("dolmen", &args);
+    }
+    b.ok("dolmen", &["io", "-f", "qcow2", "-c", "write -P 1 0 16M", "base"]);
+    let mut d = Daemon::start(|_| serve(), &[]);
+    let mut m = d.monitor();
+    let mut below = Json::Null;
+    for name in ["base", "mid", "top"] {
+        let file = json!({"driver": "file", "filename": b.path(name)});
+        m.ok("blockdev-add", json!({"driver": "qcow2", "node-name": name, "backing": below, "file": file}));
+        below = json!(name);
+    }
+    m.ok("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": d.path("n.sock")}}}));
+    let export = |id: &str, node: &str| json!({"type": "nbd", "id": id, "node-name": node, "name": id, "writable": id == "e"});
+    m.ok("block-export-add", export("e", "top"));
+    let mut before = Client::connect(&d.path("n.sock"), "e").expect("connected");
+    let job = json!({"job-id": "j", "device": "top", "base-node": "base", "auto-dismiss": false});
+    m.ok("block-commit", job);
+    let mut w = World { b, d, m };
+    w.until("j", "ready");
+    w.m.ok("job-complete", json!({"id": "j"}));
+    w.until("j", "concluded");
+    w.m.ok("block-export-add", export("late", "base"));
+    let mut after = Client::connect(&w.d.path("n.sock"), "e").expect("connected");
+    for (client, size) in [(&mut before, 8), (&mut after, 8)] {
+        assert_eq!(client.read(1023).expect("read"), [1; 4096], "the end of mid");
+        assert_eq!(client.read(1024).expect("read"), [0; 4096], "mid ended here");
+        assert_eq!(client.read(size * 256 - 1).expect("read"), [0; 4096]);
+        client.read(size * 256).expect_err("beyond the end of the disk");
+        client.write(size * 256, 9).expect_err("beyond the end of the disk");
+    }
+    assert_eq!(after.size, 8 << 20);
+    // Whoever comes to the base itself sees all of it.
+    let mut late = Client::connect(&w.d.path("n.sock"), "late").expect("connected");
+    assert_eq!(late.size, 16 << 20);
+    assert_eq!(late.read(8 * 256).expect("read"), [1; 4096]);
+}
