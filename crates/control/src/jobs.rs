@@ -174,7 +174,12 @@ pub(crate) async fn finalize(task: &mut Task, id: &str, block: bool) -> Result<(
     let job = find(&task.shared.jobs, id, block)?;
     job.check_finalize()?;
     if let Some(group) = job.group() {
-        group.finalize(&mut task.owner).await?;
+        let ended = group.finalize(&mut task.owner).await;
+        if ended.is_err() {
+            // Its jobs are still aborting.
+            task.try_again(job);
+        }
+        ended?;
     }
     task.shared.jobs.sweep();
     Ok(())
@@ -188,16 +193,21 @@ impl Task {
             && let Err(e) = group.advance(&mut self.owner).await
         {
             (self.shared.log)(&e.context(format!("job '{}' can't end yet", job.id())).to_string());
-            let (attention, rt) = (self.attention.clone(), self.shared.rt.clone());
-            self.shared.rt.spawn(async move {
-                rt.sleep(RETRY).await;
-                // The task ends only with the program.
-                let _ = attention.send(job).await;
-            });
+            self.try_again(job);
         }
         self.shared.jobs.sweep();
         self.publish();
         self.report_events();
+    }
+
+    /// Has a job's end published later.
+    fn try_again(&self, job: Rc<Job>) {
+        let (attention, rt) = (self.attention.clone(), self.shared.rt.clone());
+        self.shared.rt.spawn(async move {
+            rt.sleep(RETRY).await;
+            // The task ends only with the program.
+            let _ = attention.send(job).await;
+        });
     }
 
     /// Tells the graph what state jobs are in, for messages.
