@@ -57,25 +57,40 @@ impl Core {
             return self.set_size(env, size).await;
         }
         self.grow_l1(env, geo.l1_entries_for(size)).await?;
-        // Nothing old may show up behind the old end: neither the rest of its last cluster nor a longer backing
-        // node. Both are cleared before the header says that they are there.
-        let cluster_end = old.next_multiple_of(geo.cluster_size()).min(size);
-        if cluster_end > old {
-            self.zero_locked(env, Span::from_range(old, cluster_end), WriteFlags::NONE).await?;
-        }
-        let shining = env.backing_size().min(size);
-        if shining > cluster_end {
-            let whole = Span::from_range(cluster_end, shining).align_out(geo.cluster_size());
-            if geo.version >= 3 {
-                self.zero_entries(env, whole, true).await?;
-            } else {
-                self.zero_without_entries(env, whole, WriteFlags::NONE).await?;
-            }
-        }
+        self.clear_behind(env, old, size).await?;
         if prealloc != Prealloc::Off {
             self.preallocate(env, Span::from_range(old, size), prealloc).await?;
         }
         self.set_size(env, size).await
+    }
+
+    /// Nothing old may show up behind the old end: neither the rest of its last cluster, nor what a backing file has
+    /// there or gets there later. It is cleared before the header says that it is there.
+    async fn clear_behind(&self, env: Env<'_>, old: u64, size: u64) -> Result<()> {
+        let cluster = self.geo.cluster_size();
+        let cluster_end = old.next_multiple_of(cluster).min(size);
+        let rest = Span::from_range(old, cluster_end);
+        if self.nothing_below(env) {
+            return self.zero_locked(env, rest, WriteFlags::NONE).await;
+        }
+        if !rest.is_empty() {
+            self.zero_part_locked(env, rest, WriteFlags::NONE).await?;
+        }
+        let mut whole = Span::from_range(cluster_end, size).align_out(cluster);
+        while !whole.is_empty() {
+            if self.meta().crowded() {
+                self.round(env).await?;
+            }
+            let part = self.table_part(whole);
+            if self.geo.version >= 3 {
+                self.zero_entries(env, part, true).await?;
+            } else {
+                // Without zero clusters: clusters that were never written take no space where the file has holes.
+                self.preallocate(env, part, Prealloc::Metadata).await?;
+            }
+            whole = whole.skip(part.len());
+        }
+        Ok(())
     }
 
     pub(super) async fn unmap_allocated(&self, env: Env<'_>, span: Span) -> Result<()> {

@@ -1,9 +1,12 @@
 //! Zero writes and discards.
 //!
 //! Version 3 images have zero clusters, so both change entries only. Version 2 images do not: there, zeroes are
-//! unmapped where nothing shines through from below, and written as data elsewhere.
+//! unmapped where nothing can ever shine through from below, and written as data elsewhere.
+//!
+//! That a backing file ends before a range proves nothing: it may grow, and what was never written here would then
+//! show its data. An acknowledged zero write is an entry or data of this image ([`Core::nothing_below`]).
 
-use dolmen_graph::Prealloc;
+use dolmen_graph::{Prealloc, chain_status};
 use dolmen_rt::{Memory, carry};
 use dolmen_types::{BlkEvent, Error, ErrorKind, Result, Span, WriteFlags};
 
@@ -16,6 +19,26 @@ use super::meta::Place;
 const MAX_ZERO_BUFFER: u64 = 1 << 20;
 
 impl Core {
+    /// Whether what this image does not map reads as zeroes for good. Not when it has a backing node, however short
+    /// that is, nor when it only names one: it is opened with it the next time.
+    pub(super) fn nothing_below(&self, env: Env<'_>) -> bool {
+        env.backing.is_none() && self.meta().header.backing_file.is_none()
+    }
+
+    /// Whether all of a range that this image does not map reads as zeroes from below now.
+    async fn zero_below(&self, env: Env<'_>, span: Span) -> bool {
+        let Some(backing) = env.backing else { return true };
+        let mut rest = span.intersect(Span::new(0, env.backing_size())).unwrap_or(Span::new(0, 0));
+        while !rest.is_empty() {
+            // What can't be told has to be read, and whoever reads it says why it can't.
+            match chain_status(&backing.node, env.file.rt(), rest, None).await {
+                Ok(s) if s.zero => rest = rest.skip(s.len),
+                Ok(_) | Err(_) => return false,
+            }
+        }
+        true
+    }
+
     /// The whole clusters of a span; the last one of the disk counts as whole although the disk ends in it.
     pub(super) fn whole_clusters(&self, span: Span) -> Span {
         let cluster = self.geo.cluster_size();
@@ -81,7 +104,7 @@ impl Core {
         while !rest.is_empty() {
             let run = self.find(env, rest.offset(), rest.len().min(step)).await?;
             let part = rest.prefix(run.len);
-            let nothing_below = part.offset() >= env.backing_size();
+            let nothing_below = self.nothing_below(env);
             match run.place {
                 Place::Unallocated if nothing_below => {}
                 Place::Data { copied: true, .. } if !flags.has(WriteFlags::MAY_UNMAP) || !nothing_below => {
@@ -104,9 +127,21 @@ impl Core {
         self.begin_change(env).await?;
         let cluster = span.align_out(self.geo.cluster_size());
         let _range = self.ranges.lock(cluster).await;
+        self.zero_part_locked(env, span, flags).await
+    }
+
+    /// Zeroes a part of one cluster, of which the caller holds the range lock. A cluster that reads as zeroes all over
+    /// afterwards becomes a zero cluster: no data are allocated for it.
+    pub(super) async fn zero_part_locked(&self, env: Env<'_>, span: Span, flags: WriteFlags) -> Result<()> {
+        let cluster = span.align_out(self.geo.cluster_size());
         if self.geo.version >= 3 {
             let run = self.find(env, cluster.offset(), 1).await?;
-            if run.place == Place::Unallocated && cluster.offset() >= env.backing_size() {
+            let head = Span::from_range(cluster.offset(), span.offset());
+            let tail = Span::from_range(span.end(), cluster.end().min(self.size()).max(span.end()));
+            if run.place == Place::Unallocated
+                && self.zero_below(env, head).await
+                && self.zero_below(env, tail).await
+            {
                 return self.set_range(env, cluster, |_, _| L2Entry::Zero { kept: None }).await;
             }
         }
@@ -123,7 +158,7 @@ impl Core {
             let part = rest.prefix(run.len);
             match run.place {
                 Place::Zero { .. } => {}
-                Place::Unallocated if part.offset() >= env.backing_size() => {}
+                Place::Unallocated if self.nothing_below(env) => {}
                 Place::Data { host, copied: true } => {
                     let checked = self.meta().check_overlap(host, part.len());
                     if let Err(e) = checked {
@@ -157,7 +192,7 @@ impl Core {
     /// only uncover its backing file for.
     pub(super) async fn discard(&self, env: Env<'_>, span: Span) -> Result<()> {
         let whole = self.whole_clusters(span);
-        let backed = env.backing.is_some();
+        let backed = !self.nothing_below(env);
         let zero_entries = self.geo.version >= 3;
         if backed && !zero_entries {
             return Ok(());

@@ -1,5 +1,6 @@
 //! Formats from outside: random work against a model, and images exchanged with the installed tools.
 
+mod beyond;
 mod images;
 mod interop;
 mod late;
