@@ -26,6 +26,9 @@
 //!   is not durable may be lost or kept. Cutting is also a write of zeroes to what is cut off.
 //!   Writing past the end grows the disk, and a kept sector past the durable end brings the
 //!   growth with it.
+//! - A disk may have a **capacity**: then a page of 4096 bytes takes space when something is written to it, also
+//!   zeroes unless they may unmap it, and gives it back when it is discarded or cut off. A write that finds too little
+//!   space fails; what fitted of it is written, as with a file.
 //! - An **injected error** fails a request either before anything happened or after it was
 //!   applied; the caller can't tell which. A **swallowed** request is acknowledged
 //!   without having any effect: the lie of a broken disk, or a flush that somebody
@@ -138,6 +141,8 @@ pub(crate) struct State {
     hold: Option<Span>,
     /// How many are.
     held: usize,
+    /// Bytes of space that the content may take.
+    capacity: Option<u64>,
     /// Requests by kind, in the order of [`OpKind`]'s variants.
     counts: [u64; 6],
 }
@@ -194,6 +199,7 @@ impl SimDisk {
             faults: Vec::new(),
             hold: None,
             held: 0,
+            capacity: None,
             counts: [0; 6],
         };
         SimDisk {
@@ -268,6 +274,12 @@ impl SimDisk {
         self.shared.let_go.notify(usize::MAX);
     }
 
+    /// From now on the disk has so many bytes of space, less than it uses already being as good as nothing left; or
+    /// as much as it wants.
+    pub fn set_capacity(&self, bytes: Option<u64>) {
+        self.state().capacity = bytes;
+    }
+
     /// How many requests of this kind have arrived.
     pub fn count(&self, kind: OpKind) -> u64 {
         self.state().counts[index(kind)]
@@ -302,6 +314,23 @@ impl SimDisk {
                 journal.events().push(*number);
             }
         }
+    }
+
+    /// How many bytes of a write there is space for, if not for all.
+    fn short_of(&self, offset: u64, len: u64) -> Option<u64> {
+        let state = self.state();
+        let left = state.capacity?.saturating_sub(state.image.space());
+        Some(state.image.fits(offset, len, left)).filter(|fits| *fits < len)
+    }
+
+    /// Writes what there was space for of a write that fails.
+    fn write_part(&self, offset: u64, data: &[u8]) {
+        let change = Change::Write(offset, data.into());
+        let id = self.state().number();
+        self.note(Event::Submitted { id, change: change.clone(), fua: false });
+        change.apply(&mut self.state().image);
+        self.note(Event::Applied(id));
+        self.note(Event::Failed(id));
     }
 
     fn later(&self, rt: &Rt, from: Instant) -> Instant {
@@ -352,6 +381,13 @@ impl SimDisk {
                 return Work::Flush(id);
             }
             Op::Write { span, from, flags } => (Change::Write(span.offset(), from.to_vec().into()), flags),
+            Op::WriteZeroes { span, flags }
+                if self.state().capacity.is_some() && !flags.has(WriteFlags::MAY_UNMAP) =>
+            {
+                // Takes space like data.
+                let zeroes = vec![0; usize::try_from(span.len()).expect("fits memory")];
+                (Change::Write(span.offset(), zeroes.into()), flags)
+            }
             Op::WriteZeroes { span, flags } => (Change::Zero(span), flags),
             Op::Discard { span, flags } => {
                 let span = span.intersect(Span::new(0, self.size())).unwrap_or(Span::new(0, 0));
@@ -440,8 +476,8 @@ impl Steps {
             }
             rt.sleep_until(self.apply_at).await;
             self.applied = true;
-            if self.fail.is_none_or(|(_, _, applied)| applied) {
-                self.apply();
+            if self.fail.is_none_or(|(_, _, applied)| applied) && !self.apply() {
+                self.fail = Some((ErrorKind::NoSpace, OpKind::Write, false));
             }
         }
         rt.sleep_until(self.complete_at).await;
@@ -449,7 +485,8 @@ impl Steps {
             if let Work::Change(id, _) = self.work {
                 self.disk.note(Event::Failed(id));
             }
-            return Err(Error::new(kind, format!("injected error in a {what:?}")));
+            let why = if kind == ErrorKind::NoSpace { "no space for" } else { "injected error in" };
+            return Err(Error::new(kind, format!("{why} a {what:?}")));
         }
         match self.work {
             Work::Change(id, _) => self.disk.note(Event::Completed(id)),
@@ -459,7 +496,8 @@ impl Steps {
         Ok(())
     }
 
-    fn apply(&mut self) {
+    /// Whether there was space for it.
+    fn apply(&mut self) -> bool {
         match &self.work {
             Work::Read(span, to) => {
                 let mut bytes = vec![0; to.len()];
@@ -467,11 +505,18 @@ impl Steps {
                 to.copy_from_slice(0, &bytes);
             }
             Work::Change(id, change) => {
+                if let Change::Write(offset, data) = change
+                    && let Some(fits) = self.disk.short_of(*offset, data.len() as u64)
+                {
+                    self.disk.write_part(*offset, &data[..fits as usize]);
+                    return false;
+                }
                 change.apply(&mut self.disk.state().image);
                 self.disk.note(Event::Applied(*id));
             }
             Work::Flush(_) | Work::Nothing => {}
         }
+        true
     }
 }
 

@@ -87,6 +87,36 @@ impl Image {
         self.size = self.size.max(end);
     }
 
+    /// Bytes of space that the content takes: pages that are no holes.
+    pub fn space(&self) -> u64 {
+        (self.pages.iter().flatten().count() * PAGE) as u64
+    }
+
+    /// How many bytes from `offset` on can be written with no more than `space` bytes of new space, up to `len`.
+    pub fn fits(&self, offset: u64, len: u64, space: u64) -> u64 {
+        let mut left = space / PAGE as u64;
+        for (at, _, range) in pieces(offset, usize::try_from(len).expect("fits memory")) {
+            if self.pages.get(at).is_none_or(Option::is_none) {
+                if left == 0 {
+                    return range.start as u64;
+                }
+                left -= 1;
+            }
+        }
+        len
+    }
+
+    /// The same content with holes for all pages of zeroes, as a sparse copy has them.
+    #[must_use]
+    pub fn sparse(mut self) -> Image {
+        for page in &mut self.pages {
+            if page.as_ref().is_some_and(|p| p.iter().all(|b| *b == 0)) {
+                *page = None;
+            }
+        }
+        self
+    }
+
     /// Whether the byte at `offset` lies in a hole, and for how many bytes up to `len`
     /// that holds.
     pub fn hole(&self, offset: u64, len: u64) -> (bool, u64) {

@@ -3,13 +3,14 @@
 //! First fit from a hint, in runs as long as asked for. A missing refcount block is placed at the very cluster
 //! that the search came to, so it describes itself; when the refcount table is too short, new blocks and the
 //! longer table are placed together behind it. None of that is on disk before the next round, which writes blocks
-//! before the table and the table before the header.
+//! before the table and the table before the header; but the space for it is (see [`super::space`]).
 
 use dolmen_types::{Error, ErrorKind, Result};
 
 use super::entry::{refcount_byte, refcount_get, refcount_set};
 use super::layout::{ClusterIndex, HostOffset, MAX_REFTABLE_BYTES, corrupt};
 use super::meta::{Freed, Meta, Need, Try, done};
+use super::space::{Space, part_of};
 use super::table::Dirty;
 
 /// Newly allocated, adjacent host clusters with refcount 1.
@@ -32,6 +33,9 @@ impl Meta {
             // cache holds must not begin again after each one that it loads.
             let first = done!(self.find_free(c, true)?);
             let (block, index) = self.geo.refcount_position(first);
+            if !self.may_count(block) {
+                return Ok(Try::Reserve(Space::Refblock(block)));
+            }
             let mut limit = want.min(self.geo.refblock_entries() - index as u64);
             if first.0 < self.high {
                 // A run is fresh as a whole or not at all.
@@ -60,6 +64,9 @@ impl Meta {
                     continue 'retry;
                 }
                 let (block, index) = self.geo.refcount_position(free);
+                if !self.may_count(block) {
+                    return Ok(Try::Reserve(Space::Refblock(block)));
+                }
                 let limit = (start + count - at).min(self.geo.refblock_entries() - index as u64);
                 at += self.free_run(block, index, limit);
             }
@@ -92,9 +99,9 @@ impl Meta {
             let (block, index) = self.geo.refcount_position(ClusterIndex(c));
             if self.reftable.get(block).is_none_or(|e| e & !511 == 0) {
                 if block < self.reftable.len() {
-                    self.add_refblock(c)?;
+                    done!(self.add_refblock(c)?);
                 } else {
-                    self.grow_reftable(c)?;
+                    done!(self.grow_reftable(c)?);
                 }
                 continue;
             }
@@ -114,6 +121,12 @@ impl Meta {
         let Some(slot) = self.refblocks.get(block) else { return 0 };
         (index..index + limit as usize).take_while(|i| refcount_get(&slot.data, order, *i) == 0).count()
             as u64
+    }
+
+    /// Whether counts in a cached block may become larger. They may always become smaller: what was counted on disk
+    /// has space there.
+    fn may_count(&mut self, block: usize) -> bool {
+        self.refblocks.get(block).is_some_and(|s| s.spaced)
     }
 
     /// Counts free clusters of one cached block as used.
@@ -143,28 +156,34 @@ impl Meta {
     }
 
     /// A block for the clusters around `c`, which no block counts: it takes `c` itself.
-    fn add_refblock(&mut self, c: u64) -> Result<()> {
+    fn add_refblock(&mut self, c: u64) -> Result<Try<()>> {
         let (block, _) = self.geo.refcount_position(ClusterIndex(c));
         if self.owned.contains(&c) {
             return Err(corrupt(format!("no refcount block counts the {} at cluster {c}", self.name_of(c))));
         }
+        if !self.reftable_spaced.contains(&part_of(block * 8)) {
+            return Ok(Try::Reserve(Space::Reftable(block * 8)));
+        }
+        if !self.take_space(c, 1) {
+            return Ok(Try::Reserve(Space::Counts { first: ClusterIndex(c), count: 1 }));
+        }
         self.insert_block(block, ClusterIndex(c));
         self.put_refcount(ClusterIndex(c), 1);
         self.high = self.high.max(c + 1);
-        Ok(())
+        Ok(Try::Done(()))
     }
 
     fn insert_block(&mut self, block: usize, at: ClusterIndex) {
         let host = self.geo.host_of(at);
         let zeroes = vec![0u8; self.geo.cluster_len()].into_boxed_slice();
-        self.refblocks.insert(block, host, zeroes).fresh = true;
+        self.refblocks.insert(block, host, zeroes).make_fresh();
         self.reftable[block] = host.0;
         self.reftable_dirty.mark(block * 8);
         self.owned.insert(at.0);
     }
 
     /// A longer refcount table for an image that has outgrown it. Everything from `c` on is uncounted, so free.
-    fn grow_reftable(&mut self, c: u64) -> Result<()> {
+    fn grow_reftable(&mut self, c: u64) -> Result<Try<()>> {
         let geo = self.geo;
         let per_cluster = geo.cluster_size() / 8;
         let old_clusters = u64::from(self.header.reftable_clusters);
@@ -194,10 +213,14 @@ impl Meta {
                 break;
             }
         }
+        if !self.take_space(c, blocks + table) {
+            return Ok(Try::Reserve(Space::Counts { first: ClusterIndex(c), count: blocks + table }));
+        }
         let old_at = geo.cluster_of(self.header.reftable);
         let entries = (table * per_cluster) as usize;
         self.reftable.resize(entries, 0);
         self.reftable_dirty = Dirty::new(entries * 8);
+        self.reftable_spaced = (0..=part_of(entries * 8)).collect();
         self.refblocks.grow_keys(entries);
         for b in 0..blocks {
             self.insert_block((first_block + b) as usize, ClusterIndex(c + b));
@@ -213,7 +236,7 @@ impl Meta {
         self.reftable_moved = true;
         self.freed.push(Freed { first: old_at, count: old_clusters });
         self.high = self.high.max(c + blocks + table);
-        Ok(())
+        Ok(Try::Done(()))
     }
 
     /// The refcount of a cluster.

@@ -181,6 +181,8 @@ pub(super) struct Core {
     pub loads: RangeLock,
     /// Growing the file.
     pub growing: RangeLock,
+    /// Reserving space for refcount blocks.
+    pub counting: RangeLock,
     /// The file was made longer than its clusters need, to be cut on close.
     pub grown: AtomicBool,
     /// A round has ended.
@@ -246,6 +248,7 @@ impl Core {
             rounds: RangeLock::new(),
             loads: RangeLock::new(),
             growing: RangeLock::new(),
+            counting: RangeLock::new(),
             grown: AtomicBool::new(false),
             round_ended: Event::new(),
             copies: Buffers::new(COPY_STEP.max(geo.cluster_size()) as usize, COPIES_KEPT),
@@ -285,7 +288,7 @@ impl Core {
         }
         let run = match self.meta().lookup(span.offset(), span.len()) {
             Ok(Try::Done(run)) => run,
-            Ok(Try::Load(_)) | Err(_) => return Plan::Slow,
+            Ok(Try::Load(_) | Try::Reserve(_)) | Err(_) => return Plan::Slow,
         };
         match run.place {
             Place::Unallocated if flags.has(ReadFlags::POPULATE) => Plan::Slow,

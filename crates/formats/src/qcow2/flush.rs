@@ -195,6 +195,10 @@ impl Core {
         if !self.writable() || self.meta().broken.is_some() {
             return Ok(());
         }
+        let unused: Vec<_> = self.meta().spare.drain(..).collect();
+        for first in unused {
+            self.give_back(env, Freed { first, count: 1 }).await?;
+        }
         while self.meta().any_dirty() || !self.meta().unmapped.is_empty() {
             self.round(env).await?;
             let waiting = self.meta().unmapped.front().is_some_and(|(stamp, _)| !env.over(*stamp));

@@ -18,6 +18,7 @@ use super::entry::{BadEntry, COPIED, L1Entry, L2Entry};
 use super::header::Header;
 use super::layout::{ClusterIndex, Geometry, GuestOffset, HostOffset, corrupt};
 use super::snapshot::Snapshot;
+use super::space::{Space, part_of};
 use super::table::{Dirty, TableCache};
 
 /// Memory for L2 tables: the default of the established implementation.
@@ -45,6 +46,8 @@ pub(super) enum Try<T> {
     Done(T),
     /// Load this, then ask again.
     Load(Need),
+    /// Nothing has changed, and nothing may before this has space on disk; then ask again.
+    Reserve(Space),
 }
 
 /// Unwraps a [`Try`] or returns the need.
@@ -53,6 +56,7 @@ macro_rules! done {
         match $e {
             $crate::qcow2::meta::Try::Done(v) => v,
             $crate::qcow2::meta::Try::Load(n) => return Ok($crate::qcow2::meta::Try::Load(n)),
+            $crate::qcow2::meta::Try::Reserve(s) => return Ok($crate::qcow2::meta::Try::Reserve(s)),
         }
     };
 }
@@ -137,6 +141,15 @@ pub(super) struct Meta {
     pub freed: Vec<Freed>,
     /// Lost their mapping on disk; a request that looked before the stamp may still use them.
     pub unmapped: VecDeque<(Stamp, Vec<Freed>)>,
+    /// Clusters with space on disk and a reference, for new L2 tables.
+    pub spare: Vec<ClusterIndex>,
+    /// The first of some adjacent clusters that nothing counts, and how many: they have space on disk, for the next
+    /// refcount block.
+    pub space: Option<(u64, u64)>,
+    /// The parts of the L1 table that certainly have space on disk.
+    pub l1_spaced: BTreeSet<usize>,
+    /// The same of the refcount table.
+    pub reftable_spaced: BTreeSet<usize>,
     /// Internal snapshots.
     pub snapshots: Vec<Snapshot>,
     /// Why the image can't be written any more.
@@ -182,6 +195,10 @@ impl Meta {
             high: geo.clusters_for(file_size),
             freed: Vec::new(),
             unmapped: VecDeque::new(),
+            spare: Vec::new(),
+            space: None,
+            l1_spaced: BTreeSet::new(),
+            reftable_spaced: BTreeSet::new(),
             snapshots: Vec::new(),
             broken: None,
             unpacked: None,
@@ -332,18 +349,23 @@ impl Meta {
             return Ok(Try::Load(Need::L2(l1_index)));
         }
         if old.is_some() && L1Entry(raw).copied() {
-            return Ok(Try::Done(()));
+            let slot = self.l2.get(l1_index).expect("checked above");
+            return Ok(if slot.spaced { Try::Done(()) } else { Try::Reserve(Space::L2(l1_index)) });
         }
-        let new = geo.host_of(done!(self.allocate(1)?).first);
+        if !self.l1_spaced.contains(&part_of(l1_index * 8)) {
+            return Ok(Try::Reserve(Space::L1(l1_index * 8)));
+        }
+        let Some(new) = self.spare.pop() else { return Ok(Try::Reserve(Space::Table)) };
+        let new = geo.host_of(new);
         match old {
             None => {
                 let zeroes = vec![0u8; geo.cluster_len()].into_boxed_slice();
-                self.l2.insert(l1_index, new, zeroes).fresh = true;
+                self.l2.insert(l1_index, new, zeroes).make_fresh();
             }
             Some(old) => {
                 let slot = self.l2.get(l1_index).expect("checked above");
                 slot.host = new;
-                slot.fresh = true;
+                slot.make_fresh();
                 self.freed.push(Freed { first: geo.cluster_of(old), count: 1 });
             }
         }

@@ -1,8 +1,8 @@
 //! qcow2: the copy-on-write image format.
 //!
 //! ```text
-//!   driver   futures: loads tables, moves data, runs flush rounds      (driver, rw, zero, flush, resize)
-//!      |
+//!   driver   futures: loads tables, reserves space for new ones,       (driver, rw, zero, space, flush, resize)
+//!      |     moves data, runs flush rounds
 //!   meta     decisions from memory: where is it, what to allocate,     (meta, alloc, table, round)
 //!      |     what to write in which order
 //!   codec    bytes <-> values, every limit                             (header, entry, snapshot, bitmap)
@@ -43,6 +43,7 @@ mod resize;
 mod round;
 mod rw;
 mod snapshot;
+mod space;
 mod table;
 mod zero;
 

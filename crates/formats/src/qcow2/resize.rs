@@ -16,6 +16,7 @@ use super::layout::{ClusterIndex, HostOffset, MAX_L1_BYTES};
 use super::meta::{Freed, Place};
 use super::round::Patch;
 use super::rw::Claimed;
+use super::space::part_of;
 use super::table::Dirty;
 
 impl Core {
@@ -161,6 +162,8 @@ impl Core {
             m.l1_moved = true;
             m.l1.resize(entries as usize, 0);
             m.l1_dirty = Dirty::new(entries as usize * 8);
+            // All of it was just written.
+            m.l1_spaced = (0..=part_of(entries as usize * 8)).collect();
             m.l2.grow_keys(entries as usize);
             m.own(host, entries * 8);
             for c in first.0..first.0 + count {

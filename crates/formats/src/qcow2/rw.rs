@@ -72,11 +72,12 @@ impl Core {
         mut ask: impl FnMut(&mut Meta) -> Result<Try<T>>,
     ) -> Result<T> {
         loop {
-            let need = match ask(&mut self.meta())? {
+            let asked = ask(&mut self.meta())?;
+            match asked {
                 Try::Done(v) => return Ok(v),
-                Try::Load(need) => need,
-            };
-            self.load(file, need).await?;
+                Try::Load(need) => self.load(file, need).await?,
+                Try::Reserve(what) => self.reserve_space(file, what).await?,
+            }
         }
     }
 

@@ -84,6 +84,8 @@ pub(super) struct Slot {
     pub fresh: bool,
     /// A round is writing a copy of it.
     pub writing: bool,
+    /// The file has space for all of it. Nothing may be changed before.
+    pub spaced: bool,
     used: bool,
 }
 
@@ -97,6 +99,12 @@ impl Slot {
     pub(super) fn set(&mut self, i: usize, v: u64) {
         put64(&mut self.data, i * 8, v);
         self.dirty.mark(i * 8);
+    }
+
+    /// It has a new place, with space, that nothing on disk points to.
+    pub(super) fn make_fresh(&mut self) {
+        self.fresh = true;
+        self.spaced = true;
     }
 
     fn droppable(&self) -> bool {
@@ -147,7 +155,7 @@ impl TableCache {
     pub(super) fn insert(&mut self, key: usize, host: HostOffset, data: Box<[u8]>) -> &mut Slot {
         debug_assert!(!self.has(key), "a table is cached once");
         let dirty = Dirty::new(data.len());
-        let slot = Slot { key, host, data, dirty, fresh: false, writing: false, used: true };
+        let slot = Slot { key, host, data, dirty, fresh: false, writing: false, spaced: false, used: true };
         let i = match self.victim() {
             Some(i) => {
                 self.index[self.slots[i].key] = ABSENT;
