@@ -67,6 +67,8 @@ pub(crate) struct Shared {
     pub(crate) quitting: Cell<bool>,
     /// The task has ended: everything is closed.
     pub(crate) ended: Cell<bool>,
+    /// Some node could not be closed: what it held may be lost.
+    pub(crate) unclean: Cell<bool>,
     /// Raised when either changes.
     pub(crate) progress: event_listener::Event,
     introspection: Json,
@@ -159,6 +161,7 @@ impl Control {
             hurry: Cell::new(false),
             quitting: Cell::new(false),
             ended: Cell::new(false),
+            unclean: Cell::new(false),
             progress: event_listener::Event::new(),
             introspection,
         });
@@ -245,6 +248,11 @@ impl Control {
     /// Completes when everything is closed.
     pub async fn ended(&self) {
         self.shared.until(&self.shared.ended).await;
+    }
+
+    /// Whether some node could not be closed so far: data may be lost, and the program's exit code must say so.
+    pub fn is_unclean(&self) -> bool {
+        self.shared.unclean.get()
     }
 
     fn query(&self, request: &Request) -> Result<Json, QmpError> {

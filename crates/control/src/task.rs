@@ -254,6 +254,7 @@ impl Task {
                 GraphEvent::CloseFailed { node, error } => {
                     let error = error.context(format!("Node '{node}' is closed, but closing it failed"));
                     (self.shared.log)(&error.to_string());
+                    self.shared.unclean.set(true);
                     first = first.or(Some(QmpError::from(error)));
                 }
             }
@@ -294,6 +295,7 @@ impl Task {
         let ids = self.exports.iter().map(|e| e.id.clone()).collect();
         self.forget_exports(Gone { ids, reply: None }).await;
         if let Err(e) = self.owner.close().await {
+            self.shared.unclean.set(true);
             (self.shared.log)(&e.context("closing the images").to_string());
         }
         self.exports.clear();

@@ -150,7 +150,8 @@ async fn serve(rt: &Rt, config: Config, plan: &Plan) -> std::result::Result<u8, 
         std::process::exit(1);
     }
     drop(pid_file);
-    result
+    // What could not be closed has been logged.
+    result.map(|code| if control.is_unclean() { 1 } else { code })
 }
 
 async fn wait_for_signal(signals: &mut Signals) {

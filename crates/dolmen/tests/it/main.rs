@@ -11,6 +11,7 @@ mod damage;
 mod durable;
 mod events;
 mod features;
+mod full_disk;
 mod graph_changes;
 mod handover;
 mod hazards;
