@@ -282,6 +282,8 @@ pub struct Draft {
     pub(crate) new_images: Vec<Pending>,
     /// Files that have been made for it.
     pub(crate) made: Vec<(PathBuf, FileId)>,
+    /// Nodes that get another link without being flushed first.
+    pub(crate) unflushed: Vec<NodeName>,
     now: Instant,
 }
 
@@ -312,6 +314,7 @@ impl Draft {
             prepared: Vec::new(),
             new_images: Vec::new(),
             made: Vec::new(),
+            unflushed: Vec::new(),
             now,
         }
     }

@@ -59,6 +59,18 @@ impl Draft {
         wishes(&then.topology()).is_some_and(|w| w.total[i].needs.contains(Actions::D))
     }
 
+    /// Has the image `overlay` read from `below` where it has nothing of its own, for as long as its
+    /// node is open. What the image holds and names on disk stays as it is, so this does not wait
+    /// for a flush that may fail: with it, an operation that ends takes back what the overlay shows.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn take_back(&mut self, overlay: &NodeName, below: &NodeName) -> Result<()> {
+        self.set_backing_link(overlay, Some(below))?;
+        self.unflushed.push(overlay.clone());
+        Ok(())
+    }
+
     /// Says that `op` takes data away for good. So even overlays that nobody reads now may
     /// keep it from that.
     ///

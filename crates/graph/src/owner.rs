@@ -175,7 +175,7 @@ impl GraphOwner {
             gone.iter().cloned().chain(moved.iter().map(|m| m.0.clone())).collect();
         let gates = Gates::close(&stopped);
         let left = self.left_behind(&gone, &moved, &built);
-        self.quiesce_and_settle(&stopped, &built, &left).await?;
+        self.quiesce_and_settle(&stopped, &built, &left, &draft.unflushed).await?;
 
         // Publish. From here on nothing fails.
         let retired: Vec<Arc<Node>> = self
@@ -260,6 +260,7 @@ impl GraphOwner {
         stopped: &[Arc<UserEdge>],
         built: &BTreeMap<NodeName, Arc<Node>>,
         left: &[Arc<Node>],
+        unflushed: &[NodeName],
     ) -> Result<()> {
         let flushing: RefCell<Option<NodeName>> = RefCell::new(None);
         let mut unsettled = self.below_changes(built);
@@ -286,7 +287,7 @@ impl GraphOwner {
             // so that every crash point is right in the old graph and in the new one.
             for old in &self.current.nodes {
                 let Some(new) = built.get(&old.name) else { continue };
-                let relinked = relinked(old, new);
+                let relinked = relinked(old, new) && !unflushed.contains(&old.name);
                 let reopened = !Arc::ptr_eq(&old.driver, &new.driver);
                 if (relinked || reopened) && !old.flags.read_only && !old.flags.inactive {
                     flushing.replace(Some(old.name.clone()));

@@ -49,7 +49,7 @@ pub(crate) fn end_of_point(d: &mut Draft, op: &OpId, source: &NodeName, saved_in
         options: Value::Null,
     })?;
     d.set_driver(&name, Arc::new(driver), false);
-    d.set_backing_link(&image, Some(&name))
+    d.take_back(&image, &name)
 }
 
 #[derive(Debug)]

@@ -304,3 +304,27 @@ fn two_jobs_that_copy_one_node() {
         }
     }
 }
+
+/// A random schedule found it: the end of a fleecing job changed what its target lies over, which waited for a
+/// flush of the target; on a broken disk the job did not end any more.
+#[test]
+fn a_fleecing_job_ends_though_its_target_can_not_be_flushed() {
+    let mut s = Scene::new();
+    overlay(&mut s, "f", "top");
+    s.ok("blockdev-del", json!({"node-name": "f"}));
+    let mut node = qcow2(&s, "f", json!("top"));
+    node["file"] = json!({
+        "driver": "blkdebug", "image": {"driver": "file", "filename": s.bench.path("f.qcow2")},
+        "inject-error": [{"event": "flush_to_disk", "errno": 5, "iotype": "flush", "once": false}],
+    });
+    s.ok("blockdev-add", node);
+    s.export("guest", "top", true);
+    s.ok("blockdev-backup", json!({"job-id": "job", "device": "top", "target": "f", "sync": "none"}));
+    s.export("past", "f", false);
+    s.io("guest", "write -P 0x77 0 1M");
+    s.io("past", "read -P 0x11 0 1M");
+    s.ok("job-cancel", json!({"id": "job"}));
+    s.job_event(&["BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED"]);
+    s.io("guest", "write -P 0x78 1M 64k");
+    s.io("past", "read -P 0x11 0 1M");
+}
