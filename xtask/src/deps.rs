@@ -40,6 +40,8 @@ const MAY: &[(&str, &[&str])] = &[
             "control",
         ],
     ),
+    // It sees the program from outside only.
+    ("dolmen-storm", &[]),
     ("xtask", &["types", "nbd"]),
 ];
 

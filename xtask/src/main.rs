@@ -4,6 +4,7 @@
 mod bench;
 mod deps;
 mod sim;
+mod storm;
 mod test;
 
 use std::process::ExitCode;
@@ -14,6 +15,7 @@ Usage: cargo xtask TASK
   test    what a change has to pass: packages, format, lints, documentation, tests
   deps    only the test of who depends on whom
   sim     the long simulation: random work, crashes, an oracle
+  storm   random commands under load against the real daemon ('storm --help' for options)
   bench   measures against the installed tools ('bench --help' for options)
 ";
 
@@ -24,6 +26,7 @@ fn main() -> ExitCode {
         Some("deps") => deps::run(),
         Some("bench") => return bench::main(&args[1..]),
         Some("sim") => sim::run(&args[1..]),
+        Some("storm") => storm::run(&args[1..]),
         _ => {
             eprint!("{HELP}");
             return ExitCode::from(2);

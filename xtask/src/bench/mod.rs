@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 
+pub(crate) use process::target_dir;
+
 /// Whatever goes wrong ends the run with its message.
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 

@@ -76,7 +76,7 @@ fn children_cpu() -> Result<Duration> {
 }
 
 /// Where cargo puts what it builds.
-pub(super) fn target_dir() -> PathBuf {
+pub(crate) fn target_dir() -> PathBuf {
     match std::env::var_os("CARGO_TARGET_DIR") {
         Some(dir) => dir.into(),
         None => crate::root().join("target"),

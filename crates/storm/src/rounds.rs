@@ -1,0 +1,434 @@
+//! How a round begins, and what is looked at when it has ended.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use nix::sys::signal::Signal;
+use serde_json::{Value as Json, json};
+
+use crate::book::{ContentId, Look, SECTOR, Tag};
+use crate::choose::server_start;
+use crate::daemon::{Daemon, Tools};
+use crate::images::{SERVED, tags_of};
+use crate::load::Worker;
+use crate::pester::Pester;
+use crate::qmp::Reply;
+use crate::rng::Rng;
+use crate::steps::Way;
+use crate::storm::{Numbers, Storm};
+use crate::world::{World, short};
+
+/// A file of a chain: its name, its format, what its header names.
+struct Link {
+    name: String,
+    format: String,
+    backing: Option<String>,
+}
+
+impl Storm<'_> {
+    /// The chain that headers name, from the top.
+    fn chain(&self, file: &str, format: &str) -> Result<Vec<Link>, String> {
+        let format = if format == "qcow2" { "qcow2" } else { "raw" };
+        let args = ["info", "-U", "--backing-chain", "--output=json", "-f", format, file];
+        let (code, text) = Tools::run(&self.dir, &self.tools.judge.join("qemu-img"), &args);
+        if code != 0 {
+            return Err(text);
+        }
+        let list: Json = serde_json::from_str(&text).map_err(|e| format!("{e}: {text}"))?;
+        let links = list.as_array().into_iter().flatten().map(|l| Link {
+            name: match l["filename"].as_str().unwrap_or_default() {
+                n if n.starts_with("nbd") || n.starts_with("json") => SERVED.to_owned(),
+                n => short(n),
+            },
+            format: match l["format"].as_str().unwrap_or_default() {
+                "file" | "host_device" => "raw".to_owned(),
+                f => f.to_owned(),
+            },
+            backing: l["backing-filename"].as_str().map(short_name),
+        });
+        Ok(links.collect())
+    }
+
+    /// Everything that a reader of a file sees.
+    fn read(&self, file: &str, format: &str, options: &[&str]) -> Result<Vec<u8>, String> {
+        let mut args = vec!["convert", "-O", "raw"];
+        match options {
+            [] => args.extend(["-f", if format == "qcow2" { "qcow2" } else { "raw" }]),
+            o => args.extend(o),
+        }
+        args.extend([file, "seen.raw"]);
+        let (code, text) = Tools::run(&self.dir, &self.tools.judge.join("qemu-img"), &args);
+        let seen = self.dir.join("seen.raw");
+        let data = std::fs::read(&seen);
+        let _ = std::fs::remove_file(seen);
+        if code != 0 {
+            return Err(format!("qemu-img {}: {text}", args.join(" ")));
+        }
+        data.map_err(|e| e.to_string())
+    }
+
+    pub(crate) fn begin_round(&mut self) -> Result<(), String> {
+        let first = self.round == 0;
+        let (count, formats) = (self.world.count, std::mem::take(&mut self.world.formats));
+        let images = std::mem::take(&mut self.world.images);
+        self.world = World::new(self.book.clone());
+        self.world.count = count;
+        self.world.formats = formats;
+        self.world.images = if first { self.files.images.keys().cloned().collect() } else { images };
+        self.learn_files(first);
+        let mut daemon = Daemon::start(&self.tools.daemon(), &self.dir, "storm")?;
+        self.monitors = vec![daemon.connect(0)?, daemon.connect(1)?];
+        let pester = daemon.connect(2)?;
+        self.daemon = Some(daemon);
+        let commands = self.monitors[0].ask("query-commands", &json!({}));
+        self.ours = matches!(&commands, Reply::Done(v) if v.to_string().contains("\"what-if\""));
+        self.pester =
+            Some(Pester::start(pester, Rng::new(self.seed, 300 + self.round), self.numbers.clone()));
+        let start = server_start();
+        self.must(&start.name, &start.arguments)?;
+        self.world.server = true;
+        for top in self.files.tops.clone() {
+            self.open_chain(&top)?;
+        }
+        let mut rng = Rng::new(self.seed, 310 + self.round);
+        let rest: Vec<String> = self.world.closed.keys().filter(|f| f.starts_with('t')).cloned().collect();
+        for file in rest {
+            if rng.percent(50) {
+                let format = self.world.formats[&file].clone();
+                self.open_target(&file, &format);
+            }
+        }
+        self.observe();
+        self.disks = self.files.tops.clone().iter().map(|t| self.world.content(t)).collect();
+        Ok(())
+    }
+
+    /// What is known of each file.
+    fn learn_files(&mut self, first: bool) {
+        if first {
+            let images = self.files.images.clone();
+            for (name, i) in images {
+                let c = self.world.book().known(&name, &i.tags);
+                self.world.closed.insert(name.clone(), c);
+                self.world.formats.insert(name.clone(), i.format.clone());
+                if let Some(b) = i.backing {
+                    self.world.backings.insert(name.clone(), b);
+                    if matches!(name.as_bytes(), [b't', _, b'e' | b'f']) {
+                        self.world.empty.insert(name);
+                    }
+                }
+            }
+            return;
+        }
+        let files = self.world.formats.clone();
+        for (name, format) in files {
+            let (Ok(data), Ok(chain)) = (self.read(&name, &format, &[]), self.chain(&name, &format)) else {
+                continue;
+            };
+            let tags: Option<Vec<Tag>> = tags_of(&data).into_iter().collect();
+            let c = match tags {
+                Some(t) => self.world.book().known(&name, &t),
+                None => self.world.book().unknown(&name, "it holds what nobody wrote"),
+            };
+            self.world.closed.insert(name.clone(), c);
+            if let Some(b) = chain.first().and_then(|l| l.backing.clone()) {
+                self.world.backings.insert(name, b);
+            }
+        }
+    }
+
+    fn must(&mut self, command: &str, arguments: &Json) -> Result<(), String> {
+        self.tell(command, arguments);
+        match self.monitors[0].ask(command, arguments) {
+            Reply::Done(_) => Ok(()),
+            other => Err(format!("{command} {arguments}: {other:?}")),
+        }
+    }
+
+    /// Adds a node for each image of a chain, named like its file.
+    fn open_chain(&mut self, top: &str) -> Result<(), String> {
+        let format = self.world.formats.get(top).cloned().unwrap_or_default();
+        let chain = self.chain(top, &format)?;
+        let mut below = Json::Null;
+        for link in chain.iter().rev() {
+            let name = if link.name == SERVED { "served".to_owned() } else { node_name(&link.name) };
+            if self.world.shows.contains_key(&name) {
+                // Two disks that share what is below.
+                below = name.into();
+                continue;
+            }
+            let mut a = match link.name == SERVED {
+                true => json!({
+                    "driver": "nbd", "node-name": name, "export": "b", "server": {"type": "unix", "path": "back.nbd"},
+                }),
+                false => {
+                    let device = self.world.formats.get(&link.name).is_some_and(|f| f == "device");
+                    let protocol = if device { "host_device" } else { "file" };
+                    json!({
+                        "driver": link.format, "node-name": name, "discard": "unmap",
+                        "file": {"driver": protocol, "node-name": format!("{name}f"), "filename": link.name},
+                    })
+                }
+            };
+            if link.format == "qcow2" {
+                a["backing"] = below.clone();
+            }
+            if link.name != top {
+                a["read-only"] = true.into();
+            }
+            self.must("blockdev-add", &a)?;
+            let c = match self.world.closed.get(&link.name) {
+                Some(c) => *c,
+                None => self.world.book().unknown(&name, "it is served by another"),
+            };
+            self.world.shows.insert(name.clone(), c);
+            if link.format == "raw" {
+                self.world.shows.insert(format!("{name}f"), c);
+            }
+            below = name.into();
+        }
+        Ok(())
+    }
+
+    fn open_target(&mut self, file: &str, format: &str) {
+        let mut a = json!({
+            "driver": if format == "qcow2" { "qcow2" } else { "raw" }, "node-name": node_name(file),
+            "file": {"driver": "file", "node-name": format!("{}f", node_name(file)), "filename": file},
+        });
+        if format == "qcow2" && self.world.backings.contains_key(file) {
+            a["backing"] = Json::Null;
+        }
+        let from = self.world.book().moment();
+        self.tell("blockdev-add", &a);
+        if let Reply::Done(_) = self.monitors[0].ask("blockdev-add", &a) {
+            self.world.apply("blockdev-add", &a, from);
+        }
+    }
+
+    pub(crate) fn end_round(&mut self, way: Way, busy: bool) {
+        self.observe();
+        if !self.findings.is_empty() {
+            return;
+        }
+        if !busy {
+            self.stop_workers(false);
+        }
+        self.observe();
+        let expected = self.expected();
+        let end = self.end_daemon(way);
+        if let Some(b) = &self.back {
+            b.signal(Signal::SIGCONT);
+            self.back_stopped = false;
+        }
+        self.stop_workers(true);
+        self.monitors.clear();
+        if let Some(e) = end {
+            self.found("end", e);
+        }
+        if let Some(text) = self.daemon.as_ref().and_then(Daemon::bad_words) {
+            self.found("panic", text);
+        }
+        self.daemon = None;
+        self.check_images(way);
+        self.judge_files(&expected, way);
+        self.judge_snapshots();
+        self.find_tops(&expected);
+        self.round += 1;
+        Numbers::add(&self.numbers.rounds, 1);
+    }
+
+    fn stop_workers(&mut self, may_be_lost: bool) {
+        self.workers.values().flatten().for_each(Worker::tell_to_stop);
+        for (id, list) in std::mem::take(&mut self.workers) {
+            for w in list {
+                self.count_requests(&w);
+                let ending = self.world.exports.get(&id).is_none_or(|e| e.ending);
+                let end = w.end();
+                self.judge_worker(&id, end, may_be_lost || ending);
+            }
+        }
+    }
+
+    /// Ends the daemon; what is wrong about how it ends.
+    fn end_daemon(&mut self, way: Way) -> Option<String> {
+        if let Some(p) = &self.pester {
+            p.tell_to_stop();
+        }
+        let daemon = self.daemon.as_mut()?;
+        match way {
+            Way::Quit => self.monitors[0].send("quit", &json!({})),
+            Way::Terminate => daemon.signal(Signal::SIGTERM),
+            Way::Kill => daemon.signal(Signal::SIGKILL),
+        }
+        let status = daemon.wait();
+        self.pester = None;
+        match status {
+            None => Some(format!("the daemon does not end after {way:?}")),
+            Some(s)
+                if way != Way::Kill && !s.success() && !self.files.full && self.files.served.is_none() =>
+            {
+                Some(format!("the daemon ends with {s} after {way:?}"))
+            }
+            Some(_) => None,
+        }
+    }
+
+    /// What files have to hold.
+    fn expected(&mut self) -> BTreeMap<String, ContentId> {
+        let mut out = BTreeMap::new();
+        let moving: Vec<ContentId> =
+            self.world.jobs.values().filter(|j| j.told.is_some()).flat_map(|j| [j.from, j.to]).collect();
+        for (file, c) in &self.world.closed {
+            if !self.world.backings.contains_key(file) && !self.world.renamed.contains(file) {
+                out.insert(file.clone(), *c);
+            }
+        }
+        let names: Vec<String> = self.world.graph.nodes.keys().cloned().collect();
+        for n in names {
+            if self.world.graph.format_node(&n) != n {
+                continue;
+            }
+            let Some(file) = self.world.graph.file_of(&n) else { continue };
+            let c = self.world.content(&n);
+            if moving.contains(&c) || self.world.renamed.contains(&file) {
+                out.remove(&file);
+            } else {
+                out.insert(file, c);
+            }
+        }
+        out
+    }
+
+    fn check_images(&mut self, way: Way) {
+        let files: Vec<String> =
+            self.world.formats.iter().filter(|f| f.1 == "qcow2").map(|f| f.0.clone()).collect();
+        for file in files {
+            let path = self.dir.join(&file);
+            // A file that a refused command was to make.
+            if !path.is_file() {
+                continue;
+            }
+            if way == Way::Kill && is_dirty(&path) {
+                // Its reference counts are to be made anew by whoever opens it.
+                continue;
+            }
+            let tool = self.tools.judge.join("qemu-img");
+            // What stands below is looked at by itself.
+            let alone =
+                json!({"driver": "qcow2", "backing": null, "file": {"driver": "file", "filename": file}});
+            let (code, text) = Tools::run(&self.dir, &tool, &["check", "-U", &format!("json:{alone}")]);
+            if way == Way::Kill && code == 3 {
+                self.leaky.insert(file.clone());
+            }
+            let leaks = self.leaky.contains(&file) || file.starts_with("full");
+            // A job that makes an image may have been killed before it was one.
+            let half_made =
+                code == 1 && self.world.jobs.values().any(|j| j.file.as_deref() == Some(file.as_str()));
+            if code != 0 && !(code == 3 && leaks) && !half_made {
+                let text: String = text.chars().take(600).collect();
+                self.found("image", format!("qemu-img check {file} answers {code}: {text}"));
+            }
+        }
+    }
+
+    fn judge_files(&mut self, expected: &BTreeMap<String, ContentId>, way: Way) {
+        let now = self.world.book().moment();
+        let look = if way == Way::Kill { Look::Crash } else { Look::Live(now) };
+        for (file, c) in expected {
+            let (known, size) = {
+                let book = self.world.book();
+                (book.is_known(*c), book.sectors(*c) * SECTOR)
+            };
+            let Some(format) = self.world.formats.get(file).cloned().filter(|_| known) else { continue };
+            let honest = |l: &Link| !self.world.renamed.contains(&l.name);
+            let chain = match self.chain(file, &format) {
+                Ok(c) => c,
+                Err(e) => {
+                    self.found("chain", format!("the chain of {file} can't be followed after {way:?}: {e}"));
+                    continue;
+                }
+            };
+            if !chain.iter().all(honest) {
+                continue;
+            }
+            match self.read(file, &format, &[]) {
+                Err(e) => self.found("chain", format!("{file} can't be read after {way:?}: {e}")),
+                Ok(mut data) => {
+                    Numbers::add(&self.numbers.compared, 1);
+                    if self.world.longer.contains(file) {
+                        data.truncate(size as usize);
+                    }
+                    if data.len() as u64 != size && format != "device" {
+                        self.found(
+                            "size",
+                            format!("{file} has {} bytes after {way:?}, not {size}", data.len()),
+                        );
+                        continue;
+                    }
+                    let judged = self.world.book().judge(*c, 0, &data, look);
+                    if let Err(e) = judged {
+                        let chain: Vec<&str> = chain.iter().map(|l| l.name.as_str()).collect();
+                        self.found(
+                            "data",
+                            format!("{file} (chain {}) after {way:?}: {e}", chain.join(" -> ")),
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    /// Internal snapshots hold what they held in the beginning.
+    fn judge_snapshots(&mut self) {
+        let is_there = |n: &String| self.world.images.contains(n);
+        let images: Vec<_> =
+            self.files.images.iter().filter(|i| i.1.snapshot && is_there(i.0)).map(|i| i.0.clone()).collect();
+        for name in images {
+            let options = ["-f", "qcow2", "-l", "snapshot.name=s1"];
+            // With a backing file of late, what it does not hold itself comes from there.
+            let alone = self.chain(&name, "qcow2").is_ok_and(|c| c.len() == 1);
+            let Some(data) = self.read(&name, "qcow2", &options).ok().filter(|_| alone) else { continue };
+            let tags: Vec<Option<Tag>> = self.files.images[&name].tags.iter().map(|t| Some(*t)).collect();
+            let seen = tags_of(&data);
+            if let Some(s) = (0..tags.len().min(seen.len())).find(|s| seen[*s] != tags[*s]) {
+                let text =
+                    format!("snapshot s1 of {name}: sector {s} holds {:?}, not {:?}", seen[s], tags[s]);
+                self.found("snapshot", text);
+            }
+        }
+    }
+
+    /// The files that the disks' active layers are in now.
+    fn find_tops(&mut self, expected: &BTreeMap<String, ContentId>) {
+        for (i, c) in self.disks.clone().into_iter().enumerate() {
+            if let Some((file, _)) = expected.iter().find(|e| *e.1 == c) {
+                self.files.tops[i] = file.clone();
+            }
+        }
+    }
+}
+
+/// Whether an image says that its reference counts may be wrong.
+fn is_dirty(path: &Path) -> bool {
+    use std::os::unix::fs::FileExt;
+    let mut feature = [0; 8];
+    let read = std::fs::File::open(path).and_then(|f| f.read_exact_at(&mut feature, 72));
+    let version_3 = read.is_ok();
+    version_3 && feature[7] & 1 != 0
+}
+
+/// The name in a header, as files are called here.
+fn short_name(name: &str) -> String {
+    if name.starts_with("nbd") || name.starts_with("json") { SERVED.to_owned() } else { short(name) }
+}
+
+/// A node's name for a file.
+fn node_name(file: &str) -> String {
+    Path::new(file).file_name().map_or_else(|| file.to_owned(), |n| n.to_string_lossy().into_owned())
+}
+
+/// So many requests, for the report.
+pub(crate) fn total(numbers: &Numbers) -> u64 {
+    numbers.requests.load(Ordering::Relaxed)
+}

@@ -1,0 +1,405 @@
+//! What the storm knows of a daemon: nodes and what they show, exports, jobs.
+//!
+//! Which nodes there are and how they are linked is read from the daemon after each command; what each of
+//! them shows is known from what was asked for. A client's view never changes: whatever is
+//! done to the graph, an export goes on showing the disk that it showed when it was added.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use serde_json::Value as Json;
+
+use crate::book::{Book, ContentId, Moment};
+use crate::qmp::{Monitor, Reply};
+
+/// Drivers that show what their child shows.
+const FILTERS: [&str; 9] = [
+    "raw",
+    "copy-on-read",
+    "copy-before-write",
+    "blkdebug",
+    "mirror_top",
+    "commit_top",
+    "throttle",
+    "compress",
+    "preallocate",
+];
+
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Node {
+    pub(crate) driver: String,
+    pub(crate) read_only: bool,
+    pub(crate) size: u64,
+    /// The name of its file, as the daemon has it.
+    pub(crate) file: String,
+}
+
+/// The graph, as the daemon tells it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Graph {
+    pub(crate) nodes: BTreeMap<String, Node>,
+    /// Parent, child, the name of the link.
+    pub(crate) edges: BTreeSet<(String, String, String)>,
+}
+
+impl Graph {
+    pub(crate) fn read(monitor: &mut Monitor) -> Option<Graph> {
+        let empty = Json::Object(serde_json::Map::new());
+        let Reply::Done(nodes) = monitor.ask("query-named-block-nodes", &serde_json::json!({"flat": true}))
+        else {
+            return None;
+        };
+        let Reply::Done(graph) = monitor.ask("x-debug-query-block-graph", &empty) else { return None };
+        let mut out = Graph::default();
+        let text = |v: &Json| v.as_str().unwrap_or_default().to_owned();
+        for n in nodes.as_array().into_iter().flatten() {
+            let node = Node {
+                driver: text(&n["drv"]),
+                read_only: n["ro"].as_bool().unwrap_or_default(),
+                size: n["image"]["virtual-size"].as_u64().unwrap_or_default(),
+                file: text(&n["file"]),
+            };
+            out.nodes.insert(text(&n["node-name"]), node);
+        }
+        let mut names = BTreeMap::new();
+        for n in graph["nodes"].as_array().into_iter().flatten() {
+            let name = text(&n["name"]);
+            if n["type"] == "block-driver" {
+                // Filters of jobs are not among the named nodes everywhere.
+                out.nodes.entry(name.clone()).or_default();
+            }
+            let prefix = if n["type"] == "block-driver" { "" } else { "user:" };
+            names.insert(n["id"].as_u64(), format!("{prefix}{name}"));
+        }
+        for e in graph["edges"].as_array().into_iter().flatten() {
+            let name = |k: &str| names.get(&e[k].as_u64()).cloned().unwrap_or_default();
+            out.edges.insert((name("parent"), name("child"), text(&e["name"])));
+        }
+        Some(out)
+    }
+
+    pub(crate) fn child(&self, parent: &str, links: &[&str]) -> Option<&str> {
+        let found = self.edges.iter().find(|e| e.0 == parent && links.contains(&e.2.as_str()));
+        found.map(|e| e.1.as_str())
+    }
+
+    fn is_filter(&self, name: &str) -> bool {
+        self.nodes.get(name).is_some_and(|n| FILTERS.contains(&n.driver.as_str()))
+            // A filter that is not named.
+            || self.nodes.get(name).is_some_and(|n| n.driver.is_empty())
+    }
+
+    /// The child that a filter shows.
+    pub(crate) fn shown(&self, name: &str) -> Option<&str> {
+        if !self.is_filter(name) {
+            return None;
+        }
+        self.child(name, &["file", "image", "backing"])
+    }
+
+    /// A node, and what it only shows.
+    pub(crate) fn down(&self, name: &str) -> Vec<String> {
+        let mut out = vec![name.to_owned()];
+        while let Some(below) = out.last().and_then(|n| self.shown(n)) {
+            if out.len() > 100 {
+                break;
+            }
+            out.push(below.to_owned());
+        }
+        out
+    }
+
+    /// The format node that a node shows: the last that is no protocol.
+    pub(crate) fn format_node(&self, name: &str) -> String {
+        let down = self.down(name);
+        let is_leaf = |n: &String| self.child(n, &["file", "image"]).is_none();
+        down.iter().rev().find(|n| !is_leaf(n)).unwrap_or(&down[0]).clone()
+    }
+
+    /// The name of the file that a format node's own data are in.
+    pub(crate) fn file_of(&self, name: &str) -> Option<String> {
+        let mut at = name;
+        let mut steps = 0;
+        while let Some(below) = self.child(at, &["file", "image"]) {
+            // An image in an image has no file of its own.
+            if !self.is_filter(below) && self.child(below, &["file", "image"]).is_some() {
+                return None;
+            }
+            at = below;
+            steps += 1;
+            if steps > 100 {
+                return None;
+            }
+        }
+        let n = self.nodes.get(at)?;
+        ["file", "host_device"].contains(&n.driver.as_str()).then(|| short(&n.file))
+    }
+
+    /// The node below, over all filters.
+    pub(crate) fn backing(&self, name: &str) -> Option<&str> {
+        self.child(&self.format_node(name), &["backing"])
+            .and_then(|b| self.nodes.get_key_value(b))
+            .map(|(k, _)| k.as_str())
+    }
+}
+
+/// A file's name in the storm's directory.
+pub(crate) fn short(path: &str) -> String {
+    match path.rsplit_once("/full/") {
+        Some((_, name)) => format!("full/{name}"),
+        None => path
+            .strip_prefix("full/")
+            .map_or_else(|| path.rsplit('/').next().unwrap_or(path).to_owned(), |_| path.to_owned()),
+    }
+}
+
+/// What an export shows.
+#[derive(Clone, Debug)]
+pub(crate) struct Export {
+    pub(crate) content: ContentId,
+    pub(crate) writable: bool,
+    /// It is going away.
+    pub(crate) ending: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// Nothing that readers see.
+    Unseen,
+    /// What the target holds follows the source; the source gives way to the target in the end.
+    Mirror,
+    ActiveCommit,
+    /// What the target holds becomes what the source holds.
+    Commit,
+    /// The target is the source as it was.
+    Backup,
+    /// The target shows the source as it was, as long as the job runs.
+    Fleece,
+}
+
+/// A job.
+#[derive(Clone, Debug)]
+pub(crate) struct Job {
+    pub(crate) work: Work,
+    pub(crate) source: String,
+    pub(crate) target: String,
+    pub(crate) from: ContentId,
+    pub(crate) to: ContentId,
+    /// The source as it was.
+    pub(crate) before: Option<ContentId>,
+    pub(crate) began: Moment,
+    pub(crate) status: String,
+    /// When it was told to end, and whether by pivoting.
+    pub(crate) told: Option<(Moment, bool)>,
+    /// It was told both.
+    pub(crate) ambiguous: bool,
+    /// The result may hold only a part.
+    pub(crate) partial: bool,
+    /// Where a copy goes that no node will show afterwards.
+    pub(crate) file: Option<String>,
+}
+
+/// Everything that is known.
+pub(crate) struct World {
+    pub(crate) book: Arc<Mutex<Book>>,
+    pub(crate) graph: Graph,
+    /// What nodes show.
+    pub(crate) shows: BTreeMap<String, ContentId>,
+    pub(crate) exports: BTreeMap<String, Export>,
+    pub(crate) jobs: BTreeMap<String, Job>,
+    /// What files hold that no node has open.
+    pub(crate) closed: BTreeMap<String, ContentId>,
+    /// Files whose headers name what somebody wanted them to name.
+    pub(crate) renamed: BTreeSet<String>,
+    /// Overlays that hold nothing.
+    pub(crate) empty: BTreeSet<String>,
+    /// What the headers of files name, as far as is known.
+    pub(crate) backings: BTreeMap<String, String>,
+    /// What disks held when a copy-before-write node was put over them.
+    pub(crate) saved: BTreeMap<String, ContentId>,
+    /// Formats of files.
+    pub(crate) formats: BTreeMap<String, String>,
+    /// Files that are longer than what is shown of them: bases of commits.
+    pub(crate) longer: BTreeSet<String>,
+    /// Files that still hold the image that they held in the beginning.
+    pub(crate) images: BTreeSet<String>,
+    pub(crate) server: bool,
+    /// Numbers of names.
+    pub(crate) count: u64,
+    /// Jobs that ended in success.
+    pub(crate) ended_well: u64,
+}
+
+/// The book, whoever else uses it.
+pub(crate) fn open(book: &Arc<Mutex<Book>>) -> MutexGuard<'_, Book> {
+    book.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+impl World {
+    pub(crate) fn new(book: Arc<Mutex<Book>>) -> World {
+        World {
+            book,
+            graph: Graph::default(),
+            shows: BTreeMap::new(),
+            exports: BTreeMap::new(),
+            jobs: BTreeMap::new(),
+            closed: BTreeMap::new(),
+            renamed: BTreeSet::new(),
+            empty: BTreeSet::new(),
+            saved: BTreeMap::new(),
+            backings: BTreeMap::new(),
+            formats: BTreeMap::new(),
+            longer: BTreeSet::new(),
+            images: BTreeSet::new(),
+            server: false,
+            count: 0,
+            ended_well: 0,
+        }
+    }
+
+    pub(crate) fn book(&self) -> MutexGuard<'_, Book> {
+        open(&self.book)
+    }
+
+    /// What a node shows; a node that nobody knows is looked through.
+    pub(crate) fn content(&mut self, node: &str) -> ContentId {
+        if let Some(c) = self.shows.get(node) {
+            return *c;
+        }
+        for below in self.graph.down(node).into_iter().skip(1) {
+            if let Some(c) = self.shows.get(&below).copied() {
+                self.shows.insert(node.to_owned(), c);
+                return c;
+            }
+        }
+        let c = self.book().unknown(node, "a node that came by itself");
+        self.shows.insert(node.to_owned(), c);
+        c
+    }
+
+    /// Takes over what the daemon says of its graph.
+    pub(crate) fn learn(&mut self, graph: Graph) {
+        let gone: Vec<String> =
+            self.graph.nodes.keys().filter(|n| !graph.nodes.contains_key(*n)).cloned().collect();
+        // What a file holds when its node goes.
+        for n in &gone {
+            let is_format = self.graph.format_node(n) == *n;
+            if let Some((file, c)) =
+                self.graph.file_of(n).zip(self.shows.get(n).copied()).filter(|_| is_format)
+            {
+                self.closed.insert(file, c);
+            }
+        }
+        for n in &gone {
+            self.shows.remove(n);
+        }
+        self.graph = graph;
+        let names: Vec<String> = self.graph.nodes.keys().cloned().collect();
+        for n in &names {
+            self.content(n);
+            if let Some(f) = self.graph.file_of(n).filter(|_| self.graph.format_node(n) == *n) {
+                self.closed.remove(&f);
+            }
+        }
+        self.follow_links();
+    }
+
+    /// What is written to a layer may show in the layers over it.
+    pub(crate) fn follow_links(&mut self) {
+        let links: Vec<(String, String)> = self
+            .graph
+            .edges
+            .iter()
+            .filter(|e| e.2 == "backing" && !e.0.starts_with("user:"))
+            .map(|e| (e.0.clone(), e.1.clone()))
+            .collect();
+        for (over, below) in links {
+            let (over, below) = (self.content(&over), self.content(&below));
+            self.book().follow(below, over);
+        }
+    }
+
+    /// From now on a node, and what it only shows, shows this.
+    pub(crate) fn show(&mut self, node: &str, content: ContentId) {
+        for n in self.graph.down(node) {
+            self.shows.insert(n, content);
+        }
+    }
+
+    /// Somebody writes to a file as it is, whatever format it had.
+    pub(crate) fn taken_raw(&mut self, node: &str) {
+        let down = self.graph.down(node);
+        let Some(leaf) = down.last().filter(|l| self.graph.child(l, &["file", "image"]).is_none()) else {
+            return;
+        };
+        if let Some(f) = self.graph.file_of(leaf) {
+            self.images.remove(&f);
+            if let Some(format) = self.formats.get_mut(&f).filter(|f| *f == "qcow2") {
+                *format = "raw".into();
+            }
+        }
+    }
+
+    /// A file is not what it was, and what it is nobody knows.
+    pub(crate) fn spoilt(&mut self, file: &str) {
+        self.closed.remove(file);
+        self.formats.remove(file);
+        self.images.remove(file);
+        self.renamed.insert(file.to_owned());
+    }
+
+    /// Gives up on a node and what it shows.
+    pub(crate) fn forget(&mut self, node: &str, why: &str) {
+        let c = self.content(node);
+        self.book().forget(c, why);
+    }
+
+    /// An overlay is put over a node: what the node showed shows there now, and the node keeps what it held.
+    pub(crate) fn snapshot(&mut self, node: &str, overlay: &str, from: Moment) {
+        let c = self.content(node);
+        let old = self.shows.get(overlay).copied();
+        let frozen = {
+            let mut book = open(&self.book);
+            let name = format!("{node} under {overlay}");
+            let sectors = book.sectors(c);
+            book.copy(&name, c, from, 0..sectors)
+        };
+        self.show(node, frozen);
+        if let Some(old) = old {
+            let moved: Vec<String> = self.shows.iter().filter(|s| *s.1 == old).map(|s| s.0.clone()).collect();
+            for n in moved {
+                self.shows.insert(n, c);
+            }
+            if self.exports.values().any(|e| e.content == old) {
+                self.book().forget(old, "it became an overlay under its users");
+            }
+        }
+        self.shows.insert(overlay.to_owned(), c);
+    }
+
+    /// The source of a job gives way to its target.
+    pub(crate) fn pivot(&mut self, job: &Job, from: Moment) {
+        let frozen = {
+            let mut book = open(&self.book);
+            let sectors = book.sectors(job.from);
+            let name = format!("{} after a pivot", job.source);
+            book.copy(&name, job.from, from, 0..sectors)
+        };
+        self.show(&job.source, frozen);
+        {
+            let mut book = open(&self.book);
+            book.feed(job.from, job.to);
+            book.follow(job.from, job.to);
+        }
+        if let Some(f) = self.graph.file_of(&job.target) {
+            let book = open(&self.book);
+            if book.sectors(job.to) > book.sectors(job.from) {
+                self.longer.insert(f);
+            }
+        }
+        self.show(&job.target.clone(), job.from);
+        if let Some(f) = &job.file {
+            self.closed.insert(f.clone(), job.from);
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! `cargo xtask storm`: random commands under load against the real daemon.
+//!
+//! The tester is a crate of its own (`crates/storm`), so that nobody waits for it who does not use it.
+
+use crate::bench::target_dir;
+
+/// Builds the daemon and the tester, as they are built for tests, and runs it.
+pub(crate) fn run(args: &[String]) -> Result<(), String> {
+    let built = crate::cargo()
+        .args(["build", "--quiet", "--locked", "-p", "dolmen", "-p", "dolmen-storm"])
+        .status()
+        .map_err(|e| format!("cargo build: {e}"))?;
+    if !built.success() {
+        return Err(format!("the daemon or the tester can't be built ({built})"));
+    }
+    let programs = target_dir().join("debug");
+    let status = std::process::Command::new(programs.join("dolmen-storm"))
+        .args(args)
+        .env("STORM_DOLMEN", programs.join("dolmen"))
+        .status()
+        .map_err(|e| format!("dolmen-storm: {e}"))?;
+    if status.success() { Ok(()) } else { Err(format!("the storm found something ({status})")) }
+}
