@@ -75,20 +75,26 @@ impl Daemon {
         self.ask(name, &arguments).unwrap_or_else(|e| panic!("{name} {arguments}: {e}"))
     }
 
-    /// Looks at events, those that have come first, until one is what is waited for.
+    /// Looks at events, those that have come first, until one is what is waited for. The others stay:
+    /// somebody may wait for them later.
     ///
     /// # Errors
     /// When it does not come.
     pub(crate) fn event<T>(&mut self, what: &str, mut wanted: impl FnMut(&Json) -> Option<T>) -> Outcome<T> {
         let end = Instant::now() + PATIENCE;
+        let mut looked_at = 0;
         loop {
-            let event = match self.monitor.events.is_empty() {
-                false => self.monitor.events.remove(0),
-                true if Instant::now() > end => return Err(format!("waited too long for {what}")),
-                true => self.monitor.receive().map_err(|e| format!("waiting for {what}: {e}"))?,
-            };
-            if let Some(found) = wanted(&event) {
-                return Ok(found);
+            if let Some(event) = self.monitor.events.get(looked_at) {
+                if let Some(found) = wanted(event) {
+                    self.monitor.events.remove(looked_at);
+                    return Ok(found);
+                }
+                looked_at += 1;
+            } else if Instant::now() > end {
+                return Err(format!("waited too long for {what}"));
+            } else {
+                let event = self.monitor.receive().map_err(|e| format!("waiting for {what}: {e}"))?;
+                self.monitor.events.push(event);
             }
         }
     }

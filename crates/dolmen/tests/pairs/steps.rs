@@ -2,6 +2,7 @@
 
 use serde_json::{Value as Json, json};
 
+use crate::model::SIZE;
 use crate::world::{Disk, Effect, Work, export};
 
 /// A command with arguments, and what it brings about.
@@ -22,6 +23,8 @@ pub(crate) struct State {
     pub(crate) guest: bool,
     /// Its job has been let go until it was ready.
     pub(crate) ready: bool,
+    /// Attempts whose names contain one of these mean something else here.
+    pub(crate) apart: &'static [&'static str],
 }
 
 /// Something that is tried.
@@ -89,14 +92,14 @@ fn commit(id: &'static str, top: &'static str, base: &'static str) -> Step {
 }
 
 fn mirror(id: &'static str, from: &str, node: &'static str, mode: &str) -> Step {
-    let disk = if from == "top" { Disk::Top } else { Disk::Mid };
+    let disk = if from == "mid" { Disk::Mid } else { Disk::Top };
     let to = if node == "t1" { Disk::T1 } else { Disk::T2 };
     let arguments = json!({"device": from, "target": node, "sync": "full", "copy-mode": mode});
     job(id, "blockdev-mirror", arguments, Work::Follow { from: disk, to, node, between: None })
 }
 
 fn backup(id: &'static str, from: &str, node: &'static str) -> Step {
-    let disk = if from == "top" { Disk::Top } else { Disk::Mid };
+    let disk = if from == "mid" { Disk::Mid } else { Disk::Top };
     let to = if node == "t1" { Disk::T1 } else { Disk::T2 };
     let arguments = json!({"device": from, "target": node, "sync": "full"});
     job(id, "blockdev-backup", arguments, Work::Keep { from: disk, to, node })
@@ -128,14 +131,42 @@ fn copy_on_read(name: &str, bottom: Option<&str>) -> Step {
     add(arguments)
 }
 
+/// `raw` over `top`, and `blkdebug` over that: neither copies anything.
+fn filters() -> [Step; 2] {
+    [
+        add(json!({"driver": "raw", "node-name": "r", "file": "top"})),
+        add(json!({"driver": "blkdebug", "node-name": "rr", "image": "r"})),
+    ]
+}
+
+/// A job on two filters over `top`, with a client that writes through them.
+fn filtered(name: &'static str, job: Step, writes: &'static [&'static str]) -> State {
+    let [inner, outer] = filters();
+    // The job ends with the guest on another node: `top` is not the disk any more.
+    let apart: &[&str] = match job.command {
+        "blockdev-mirror" => &["export of top, read-only", "mirror of top to t2", "drive-mirror of top"],
+        _ => &[],
+    };
+    let steps = vec![inner, outer, client(GUEST, "rr", Disk::Top, true), job];
+    State { name, steps, writes, guest: false, ready: false, apart }
+}
+
+/// The overlay of `base` beside the chain.
+fn side() -> Step {
+    add(json!({
+        "driver": "qcow2", "node-name": "side", "backing": "base",
+        "file": {"driver": "file", "node-name": "side-f", "filename": "DIR/side.qcow2"},
+    }))
+}
+
 fn copy_before_write(name: &str, target: &str) -> Step {
     add(json!({"driver": "copy-before-write", "node-name": name, "file": "top", "target": target}))
 }
 
 /// Everything that runs.
 pub(crate) fn states() -> Vec<State> {
-    let running = |name, steps, writes| State { name, steps, writes, guest: true, ready: false };
-    let alone = |name, steps| State { name, steps, writes: &[], guest: false, ready: false };
+    let running = |name, steps, writes| State { name, steps, writes, guest: true, ready: false, apart: &[] };
+    let alone = |name, steps| State { name, steps, writes: &[], guest: false, ready: false, apart: &[] };
     vec![
         alone("nothing", vec![]),
         alone("export of top, writable", vec![client("e", "top", Disk::Top, true)]),
@@ -144,6 +175,8 @@ pub(crate) fn states() -> Vec<State> {
         alone("export of mid, read-only", vec![client("e", "mid", Disk::Mid, false)]),
         alone("export of base, writable", vec![client("e", "base", Disk::Base, true)]),
         alone("export of base, read-only", vec![client("e", "base", Disk::Base, false)]),
+        alone("export of a sibling over base, writable", vec![side(), client("e", "side", Disk::Side, true)]),
+        alone("a sibling over base that nobody reads", vec![side()]),
         State {
             writes: &["top"],
             ..alone("copy-on-read over top", vec![copy_on_read("c", None), client("e", "c", Disk::Top, true)])
@@ -188,6 +221,17 @@ pub(crate) fn states() -> Vec<State> {
         },
         running("backup, full", vec![backup("j", "top", "t1")], &["t1"]),
         running("backup, none (fleecing)", vec![fleecing_target(), fleece("j")], &["f"]),
+        filtered("mirror of filters over top", mirror("j", "rr", "t1", "background"), &["top", "t1"]),
+        filtered("backup of filters over top", backup("j", "rr", "t1"), &["top", "t1"]),
+        filtered(
+            "active commit of filters over top",
+            Step {
+                arguments: json!({"device": "rr", "base-node": "base", "job-id": "j", "speed": 1}),
+                ..commit("j", "top", "base")
+            },
+            &["top", "base"],
+        ),
+        filtered("stream of filters over top", stream("j", "rr", None), &["top"]),
     ]
 }
 
@@ -366,11 +410,19 @@ pub(crate) fn part(command: &str) -> Option<Part> {
             attempt("mirror of top to t2, write-blocking", mirror("k", "top", "t2", "write-blocking")),
             attempt("mirror of mid to t2", mirror("k", "mid", "t2", "background")),
             attempt("mirror of top to t1", mirror("k", "top", "t1", "background")),
+            Attempt {
+                before: vec![add(json!({"driver": "raw", "node-name": "k-raw", "file": "top"}))],
+                ..attempt("mirror of raw over top to t2", mirror("k", "k-raw", "t2", "background"))
+            },
         ]),
         "blockdev-backup" => tried(vec![
             attempt("backup of top to t2", backup("k", "top", "t2")),
             attempt("backup of mid to t2", backup("k", "mid", "t2")),
             attempt("backup of top to t1", backup("k", "top", "t1")),
+            Attempt {
+                before: vec![add(json!({"driver": "raw", "node-name": "k-raw", "file": "top"}))],
+                ..attempt("backup of raw over top to t2", backup("k", "k-raw", "t2"))
+            },
         ]),
         "blockdev-snapshot" => tried(vec![attempt(
             "snapshot of top",
@@ -398,21 +450,24 @@ pub(crate) fn part(command: &str) -> Option<Part> {
                 ),
             ),
         ]),
-        "block_resize" => tried(
-            [
-                ("top", "grow top", Disk::Top),
-                ("mid", "grow mid", Disk::Mid),
-                ("base", "grow base", Disk::Base),
-            ]
-            .map(|(node, name, disk)| {
-                let size = crate::model::SIZE + crate::world::GROWTH;
-                alone(
-                    name,
-                    step("block_resize", json!({"node-name": node, "size": size}), Effect::Grown(disk)),
-                )
-            })
-            .into(),
-        ),
+        "block_resize" => {
+            let resize = |name, node: &str, size: usize, effect| {
+                alone(name, step("block_resize", json!({"node-name": node, "size": size}), effect))
+            };
+            let (more, less) = (SIZE + crate::world::GROWTH, SIZE / 4);
+            tried(vec![
+                resize("grow top", "top", more, Effect::Grown(Disk::Top)),
+                resize("grow mid", "mid", more, Effect::Grown(Disk::Mid)),
+                resize("grow base", "base", more, Effect::Grown(Disk::Base)),
+                resize("shrink top", "top", less, Effect::Shrunk),
+                resize("shrink mid", "mid", less, Effect::Nothing),
+                resize("shrink base", "base", less, Effect::Nothing),
+                Attempt {
+                    before: vec![add(json!({"driver": "raw", "node-name": "k-raw", "file": "base"}))],
+                    ..resize("shrink raw over base", "k-raw", less, Effect::Nothing)
+                },
+            ])
+        }
         "blockdev-reopen" => tried(vec![
             attempt("reopen top on base", reopen(options("top", json!("base")), Effect::TopOverBase)),
             attempt(

@@ -1,6 +1,6 @@
 //! A daemon with a chain of images, clients that write to it, and a model of what they must read.
 //!
-//! `top -> mid -> base`, and empty targets `t1`, `t2`, `f` (which a fleecing backup puts over `top`) and
+//! `top -> mid -> base`, an overlay `side` of `base` that is opened where it is wanted, and empty targets `t1`, `t2`, `f` (which a fleecing backup puts over `top`) and
 //! `ov`. Everything that breaks what the model says is noted, not fatal: with the
 //! access control switched off that is what is looked for.
 
@@ -23,7 +23,7 @@ const LOAD: usize = 400;
 /// It writes to units from here on: those before still come from below where they did.
 const LOADED: usize = UNITS / 2;
 /// The images, in the order of [`Disk`].
-pub(crate) const IMAGES: [&str; 8] = ["top", "mid", "base", "t1", "t2", "f", "ov", "x"];
+pub(crate) const IMAGES: [&str; 9] = ["top", "mid", "base", "t1", "t2", "f", "side", "ov", "x"];
 
 /// What a client sees, whatever node it comes from at the moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +35,8 @@ pub(crate) enum Disk {
     T2,
     /// The disk of the fleecing target.
     F,
+    /// The disk of an overlay of `base` beside the chain.
+    Side,
 }
 
 /// A promise that did not hold.
@@ -83,6 +85,8 @@ pub(crate) enum Effect {
     TopOverBase,
     /// The disk is longer by [`GROWTH`].
     Grown(Disk),
+    /// `top` has lost its end: nobody looks at it any more.
+    Shrunk,
     /// An export of the file of `top`, to which something is written.
     Scribble { id: &'static str },
     /// A node that shows what the disk held, of which the overwritten parts are in `through`.
@@ -146,14 +150,14 @@ pub(crate) struct World {
     guests: Vec<Guest>,
     disks: Vec<View>,
     /// Sizes of the disks in bytes.
-    sizes: [usize; 6],
+    sizes: [usize; 7],
     /// Clusters of the chain's three images that are known to be allocated.
     allocated: [Vec<bool>; 3],
     /// The chain, from the top.
     chain: Vec<Disk>,
     /// `top` stands on another node than its image says.
     relinked: bool,
-    /// `top` has an overlay: who names `top` now does not mean the disk.
+    /// `top` has an overlay, or has lost its end: who names `top` now does not mean the disk.
     pub(crate) covered: bool,
     flows: Vec<Flow>,
     jobs: Vec<Running>,
@@ -183,7 +187,7 @@ fn holds(disk: Disk, cluster: usize) -> bool {
         Disk::Base => cluster % 3 != 2,
         Disk::Mid => cluster % 5 < 2,
         Disk::Top => cluster % 7 < 2,
-        Disk::T1 | Disk::T2 | Disk::F => false,
+        Disk::T1 | Disk::T2 | Disk::F | Disk::Side => false,
     }
 }
 
@@ -191,7 +195,7 @@ fn holds(disk: Disk, cluster: usize) -> bool {
 fn first(disk: Disk, unit: usize) -> Tag {
     let below = match disk {
         Disk::Top => Some(Disk::Mid),
-        Disk::Mid => Some(Disk::Base),
+        Disk::Mid | Disk::Side => Some(Disk::Base),
         Disk::Base | Disk::T1 | Disk::T2 | Disk::F => None,
     };
     match below {
@@ -225,6 +229,7 @@ impl Templates {
             ("t1", None),
             ("t2", None),
             ("f", Some("top.qcow2")),
+            ("side", Some("base.qcow2")),
             ("ov", Some("top.qcow2")),
             ("x", None),
         ] {
@@ -300,12 +305,12 @@ impl World {
             let file = dir.path().join(format!("{name}.qcow2"));
             daemon.ok("blockdev-add", node(name, &file, below(name)));
         }
-        let views = [Disk::Top, Disk::Mid, Disk::Base, Disk::T1, Disk::T2, Disk::F];
+        let views = [Disk::Top, Disk::Mid, Disk::Base, Disk::T1, Disk::T2, Disk::F, Disk::Side];
         World {
             daemon,
             guests: Vec::new(),
             disks: views.map(|d| View::new((0..UNITS).map(|u| first(d, u)))).to_vec(),
-            sizes: [SIZE; 6],
+            sizes: [SIZE; 7],
             allocated: [Disk::Top, Disk::Mid, Disk::Base]
                 .map(|d| (0..SIZE / CLUSTER).map(|c| holds(d, c)).collect()),
             chain: vec![Disk::Top, Disk::Mid, Disk::Base],
@@ -362,6 +367,7 @@ impl World {
                 self.chain.retain(|d| *d != Disk::Mid);
                 self.relinked = true;
             }
+            Effect::Shrunk => self.covered = true,
             Effect::Grown(disk) => self.sizes[disk as usize] += GROWTH,
             Effect::Shown { from, to, through } => {
                 let view = self.disks[from as usize].clone();
@@ -431,10 +437,11 @@ impl World {
         let Some(at) = self.chain.iter().position(|d| *d == disk) else { return };
         let cluster = unit / PER_CLUSTER;
         self.allocated[disk as usize][cluster] = true;
-        // It shines through whatever above has nothing of its own there.
+        // It shines through whatever above has nothing of its own there, as long as nobody looks.
         for i in (0..at).rev() {
             let above = self.chain[i];
-            if self.allocated[above as usize][cluster] {
+            let read = self.guests.iter().any(|g| g.disk == above);
+            if read || self.allocated[above as usize][cluster] {
                 break;
             }
             self.may_become(above, unit, tag);
@@ -733,7 +740,9 @@ impl World {
         let user =
             edges.iter().find(|e| e["name"] == "root" && named(&e["parent"]).as_deref() == Some(id))?;
         let mut at = user["child"].clone();
-        while let Some(edge) = edges.iter().find(|e| e["parent"] == at && e["name"] == "file") {
+        while let Some(edge) =
+            edges.iter().find(|e| e["parent"] == at && (e["name"] == "file" || e["name"] == "image"))
+        {
             at = edge["child"].clone();
         }
         let leaf = named(&at)?;
