@@ -16,6 +16,9 @@ impl Span {
     /// The largest offset that any node may have: file offsets are signed 64-bit.
     pub const MAX_END: u64 = i64::MAX as u64;
 
+    /// The largest unit in which any image format or storage allocates: multiples of it are whole blocks for everybody.
+    pub const LARGEST_UNIT: u64 = 2 << 20;
+
     /// A span, or `None` when its end lies beyond [`Span::MAX_END`].
     pub const fn checked(offset: u64, len: u64) -> Option<Span> {
         match offset.checked_add(len) {
@@ -70,6 +73,16 @@ impl Span {
     /// The first `len` bytes; the whole span when it is shorter.
     pub const fn prefix(self, len: u64) -> Span {
         Span { offset: self.offset, len: if len < self.len { len } else { self.len } }
+    }
+
+    /// At most the first `max` bytes, up to a multiple of `align` if one lies within them: the way to split a request
+    /// for somebody who works in whole blocks.
+    pub const fn prefix_to(self, max: u64, align: u64) -> Span {
+        if self.len <= max {
+            return self;
+        }
+        let past = (self.offset + max) % align;
+        self.prefix(if past < max { max - past } else { max })
     }
 
     /// What is left after the first `n` bytes; empty at the end when `n` is larger.

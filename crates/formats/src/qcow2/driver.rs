@@ -24,7 +24,7 @@ use super::header::{
 };
 use super::image::{self, Env, File};
 use super::layout::{Geometry, corrupt};
-use super::meta::{Meta, Place, Run, Try};
+use super::meta::{Meta, Own, Place, Run, Try};
 
 /// The registry row of qcow2.
 pub static QCOW2: DriverKind = DriverKind {
@@ -336,6 +336,10 @@ impl Core {
         else {
             return Plan::Slow;
         };
+        // Space kept for zeroes may follow in the file: then it is one request.
+        if len < span.len() && m.own_run(span.offset() + len, 1).is_ok_and(|o| goes_on(o, host.0 + len)) {
+            return Plan::Slow;
+        }
         let rest = node.children[0].node.size().saturating_sub(host.0);
         if m.broken.is_some() || rest == 0 || m.check_overlap(host, len).is_err() {
             return Plan::Slow;
@@ -427,6 +431,11 @@ fn tables_in_file(h: &Header, file_size: u64) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether a run of an image's own clusters begins at a place in the file.
+fn goes_on(run: Try<Option<Own>>, at: u64) -> bool {
+    matches!(run, Try::Done(Some(own)) if own.host.0 == at)
 }
 
 /// The driver of a qcow2 node.

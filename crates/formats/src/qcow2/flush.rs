@@ -62,6 +62,20 @@ impl Shielded {
     }
 }
 
+/// Joins neighbours: what was scattered over the disk may lie together in the file, and is discarded there in one go.
+/// A cluster that lost two references stays in the list twice.
+fn coalesce(mut list: Vec<Freed>) -> Vec<Freed> {
+    list.sort_unstable_by_key(|f| f.first);
+    let mut out: Vec<Freed> = Vec::new();
+    for f in list {
+        match out.last_mut() {
+            Some(last) if last.first.plus(last.count) == f.first => last.count += f.count,
+            _ => out.push(f),
+        }
+    }
+    out
+}
+
 impl Core {
     /// A flush request.
     pub(super) async fn flush(&self, env: Env<'_>) -> Result<()> {
@@ -150,7 +164,7 @@ impl Core {
                 }
             };
             let Some(batch) = batch else { return };
-            for f in batch {
+            for f in coalesce(batch) {
                 let _ = self.give_back(env, f).await;
             }
         }
@@ -197,7 +211,8 @@ impl Core {
         }
         let unused: Vec<_> = self.meta().spare.drain(..).collect();
         for first in unused {
-            self.give_back(env, Freed { first, count: 1 }).await?;
+            // What fails is a leak; the data are still to be written out.
+            let _ = self.give_back(env, Freed { first, count: 1 }).await;
         }
         while self.meta().any_dirty() || !self.meta().unmapped.is_empty() {
             self.round(env).await?;
@@ -218,5 +233,27 @@ impl Core {
             let _ = io.resize(end, Prealloc::Off).await;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::layout::ClusterIndex;
+
+    #[test]
+    fn neighbours_are_joined_and_nothing_is_lost() {
+        let list = |l: &[(u64, u64)]| -> Vec<Freed> {
+            l.iter().map(|(first, count)| Freed { first: ClusterIndex(*first), count: *count }).collect()
+        };
+        assert_eq!(
+            coalesce(list(&[(9, 1), (5, 2), (3, 1), (7, 2), (1, 1)])),
+            list(&[(1, 1), (3, 1), (5, 5)])
+        );
+        // Two references to cluster 6, of compressed data perhaps.
+        let twice = coalesce(list(&[(6, 1), (5, 2), (7, 1)]));
+        let mut counted: Vec<u64> = twice.iter().flat_map(|f| f.first.0..f.first.0 + f.count).collect();
+        counted.sort_unstable();
+        assert_eq!(counted, [5, 6, 6, 7]);
     }
 }

@@ -99,6 +99,21 @@ pub(super) struct Run {
     pub len: u64,
 }
 
+/// Adjacent clusters of this image's own that hold the bytes of a range: they may be written where they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Own {
+    /// Where the first byte lives; the others follow it.
+    pub host: HostOffset,
+    /// How many bytes.
+    pub len: u64,
+    /// The cluster of the first byte reads as zeroes: it has to hold zeroes around what is written.
+    pub head_zero: bool,
+    /// The same of the last byte.
+    pub tail_zero: bool,
+    /// Some cluster reads as zeroes: its entry has to change.
+    pub any_zero: bool,
+}
+
 /// Host clusters that lost one reference each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Freed {
@@ -333,6 +348,44 @@ impl Meta {
         let mut run = run.expect("the range is not empty");
         run.len = run.len.min(max);
         Ok(Try::Done(run))
+    }
+
+    /// The clusters of this image's own that hold the bytes from `at` on, data and kept zero clusters alike, as far as
+    /// they are adjacent, at most `max` bytes; `None` when the first byte has none.
+    pub(super) fn own_run(&mut self, at: u64, max: u64) -> Result<Try<Option<Own>>> {
+        let mut own: Option<Own> = None;
+        loop {
+            let done = own.map_or(0, |o| o.len);
+            if done == max {
+                break;
+            }
+            let run = match self.lookup(at + done, max - done) {
+                Ok(Try::Done(run)) => run,
+                Ok(Try::Load(need)) if own.is_none() => return Ok(Try::Load(need)),
+                Ok(Try::Reserve(what)) if own.is_none() => return Ok(Try::Reserve(what)),
+                Err(e) if own.is_none() => return Err(e),
+                Ok(Try::Load(_) | Try::Reserve(_)) | Err(_) => break,
+            };
+            let (host, zero) = match run.place {
+                Place::Data { host, copied: true } => (host, false),
+                Place::Zero { kept: Some((host, true)) } => (host, true),
+                Place::Unallocated | Place::Zero { .. } | Place::Data { .. } | Place::Compressed { .. } => {
+                    break;
+                }
+            };
+            match &mut own {
+                None => {
+                    own = Some(Own { host, len: run.len, head_zero: zero, tail_zero: zero, any_zero: zero });
+                }
+                Some(o) if o.host.0 + o.len == host.0 => {
+                    o.len += run.len;
+                    o.tail_zero = zero;
+                    o.any_zero |= zero;
+                }
+                Some(_) => break,
+            }
+        }
+        Ok(Try::Done(own))
     }
 
     /// Makes sure that the L2 table for a guest offset exists, is in memory and may be changed: allocates it, or

@@ -11,7 +11,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
-use dolmen_graph::{Notice, Prealloc};
+use dolmen_graph::{Io, Notice, Prealloc, Write};
 use dolmen_rt::{Guard, Hold, IoVec, Memory, carry};
 use dolmen_types::{BlkEvent, Error, ErrorKind, ReadFlags, Result, ResultExt, Span, WriteFlags};
 
@@ -21,7 +21,7 @@ use super::entry::L2Entry;
 use super::header::INCOMPAT_CORRUPT;
 use super::image::{Env, File, read_bytes, read_into};
 use super::layout::{GuestOffset, HostOffset};
-use super::meta::{Freed, Meta, Need, Place, Run, Try};
+use super::meta::{Freed, Meta, Need, Own, Place, Run, Try};
 use super::round::Patch;
 
 /// Most bytes that one copy-on-read or copy-on-write step holds in memory.
@@ -392,15 +392,16 @@ impl Core {
         while !rest.is_empty() {
             self.begin_change(env).await?;
             let lease = env.lease();
-            let run = self.find(env, rest.offset(), rest.len()).await?;
-            if let Place::Data { host, copied: true } = run.place {
-                let piece = rest.prefix(run.len);
-                carry(self.write_in_place(env, host, &slice(from, span, piece)), lease).await?;
+            if let Some(own) = self.find_own(env, rest).await?
+                && !own.any_zero
+            {
+                let piece = rest.prefix(own.len);
+                carry(self.write_in_place(env, own.host, &slice(from, span, piece)), lease).await?;
                 rest = rest.skip(piece.len());
                 continue;
             }
             drop(lease);
-            let piece = self.table_part(rest).prefix(MAX_COPY);
+            let piece = self.table_part(rest).prefix_to(MAX_COPY, self.geo.cluster_size());
             let _range = self.ranges.lock(piece.align_out(self.geo.cluster_size())).await;
             self.write_mapping(env, piece, &slice(from, span, piece)).await?;
             rest = rest.skip(piece.len());
@@ -431,27 +432,56 @@ impl Core {
         let mut rest = span;
         while !rest.is_empty() {
             let lease = env.lease();
+            if let Some(own) = self.find_own(env, rest).await? {
+                let piece = rest.prefix(own.len);
+                carry(self.write_own(env, own, piece, &slice(from, span, piece)), lease).await?;
+                rest = rest.skip(piece.len());
+                continue;
+            }
             let run = self.find(env, rest.offset(), self.table_part(rest).len()).await?;
-            let piece = rest.prefix(run.len);
-            let done = match run.place {
-                Place::Data { host, copied: true } => {
-                    carry(self.write_in_place(env, host, &slice(from, span, piece)), lease).await?;
-                    piece.len()
-                }
-                Place::Zero { kept: Some((host, true)) } => {
-                    let within = piece.offset() % self.geo.cluster_size();
-                    let start = HostOffset(host.0 - within);
-                    let data = slice(from, span, piece);
-                    carry(self.fill_clusters(env, run, piece, &data, start, false), lease).await?;
-                    piece.len()
-                }
-                Place::Unallocated | Place::Zero { .. } | Place::Data { .. } | Place::Compressed { .. } => {
-                    self.write_allocating(env, run, piece, |p| slice(from, span, p)).await?
-                }
-            };
+            let done =
+                self.write_allocating(env, run, rest.prefix(run.len), |p| slice(from, span, p)).await?;
             rest = rest.skip(done);
         }
         Ok(())
+    }
+
+    /// The clusters of this image's own that hold the start of a span, if there are any.
+    async fn find_own(&self, env: Env<'_>, span: Span) -> Result<Option<Own>> {
+        match self.with(env.file, |m| m.own_run(span.offset(), span.len())).await {
+            Ok(own) => Ok(own),
+            Err(e) => Err(self.note_damage(env, e).await),
+        }
+    }
+
+    /// Writes to adjacent clusters of this image's own in one request. Those that read as zeroes so far become data;
+    /// the caller then holds the range lock.
+    async fn write_own(&self, env: Env<'_>, own: Own, piece: Span, from: &IoVec) -> Result<()> {
+        if !own.any_zero {
+            return self.write_in_place(env, own.host, from).await;
+        }
+        let around = piece.align_out(self.geo.cluster_size());
+        let head = if own.head_zero { piece.offset() - around.offset() } else { 0 };
+        let tail = if own.tail_zero { around.end() - piece.end() } else { 0 };
+        let start = HostOffset(own.host.0 - head);
+        let len = head + piece.len() + tail;
+        let checked = self.meta().check_overlap(start, len);
+        if let Err(e) = checked {
+            return Err(self.note_damage(env, e).await);
+        }
+        self.reserve(env.file, start.0 + len, Prealloc::Off).await?;
+        let io = env.file.write()?;
+        let (at, all) = pad(io, own.host.0, head, from, tail).await?;
+        io.event(BlkEvent::WriteAio)?;
+        io.write(Span::new(at, all.len() as u64), &all, WriteFlags::NONE).await?;
+        self.set_range(env, around, |_, old| match old {
+            L2Entry::Zero { kept: Some((host, true)) } => L2Entry::Data { host, copied: true },
+            L2Entry::Unallocated
+            | L2Entry::Zero { .. }
+            | L2Entry::Data { .. }
+            | L2Entry::Compressed { .. } => old,
+        })
+        .await
     }
 
     /// Allocates clusters for the start of `piece` and fills them. Returns how many bytes of it are written.
@@ -514,30 +544,19 @@ impl Core {
             Place::Data { .. } | Place::Compressed { .. } => false,
         };
         let padding = head.len() + tail.len();
-        let mut first = piece;
-        let mut all = from.clone();
+        let (mut at, mut all) = (host.0 + head.len(), from.clone());
         if padding > 0 && !zero {
             io.event(BlkEvent::CowRead)?;
             all = self.guest_data(env, head).await?;
             from.segments().iter().for_each(|s| all.push(s.clone()));
             self.guest_data(env, tail).await?.segments().iter().for_each(|s| all.push(s.clone()));
             io.event(BlkEvent::CowWrite)?;
-            first = around;
-        } else if padding > 0 && !fresh && padding <= MAX_PADDING {
-            all = Memory::zeroed(head.len() as usize).iovec();
-            from.segments().iter().for_each(|s| all.push(s.clone()));
-            all.push(Memory::zeroed(tail.len() as usize).share());
-            first = around;
-        } else if padding > 0 && !fresh {
-            io.event(BlkEvent::ClusterAllocSpace)?;
-            for s in [head, tail].into_iter().filter(|s| !s.is_empty()) {
-                let at = host.0 + (s.offset() - around.offset());
-                io.write_zeroes(Span::new(at, s.len()), WriteFlags::NONE).await?;
-            }
+            at = host.0;
+        } else if !fresh {
+            (at, all) = pad(io, at, head.len(), from, tail.len()).await?;
         }
         io.event(BlkEvent::WriteAio)?;
-        let at = host.0 + (first.offset() - around.offset());
-        io.write(Span::new(at, first.len()), &all, WriteFlags::NONE).await?;
+        io.write(Span::new(at, all.len() as u64), &all, WriteFlags::NONE).await?;
         self.set_range(env, around, |i, _| L2Entry::Data {
             host: HostOffset(host.0 + i * cluster),
             copied: true,
@@ -578,6 +597,28 @@ impl Core {
         }
         Ok(())
     }
+}
+
+/// What has to be written where, so that `from` lands at `at` with so many zeroes before and behind it. Many zeroes are
+/// written here.
+async fn pad(io: Io<'_, Write>, at: u64, head: u64, from: &IoVec, tail: u64) -> Result<(u64, IoVec)> {
+    let padding = head + tail;
+    if padding == 0 {
+        return Ok((at, from.clone()));
+    }
+    if padding <= MAX_PADDING {
+        let mut all = Memory::zeroed(head as usize).iovec();
+        from.segments().iter().for_each(|s| all.push(s.clone()));
+        all.push(Memory::zeroed(tail as usize).share());
+        return Ok((at - head, all));
+    }
+    io.event(BlkEvent::ClusterAllocSpace)?;
+    for s in [Span::new(at - head, head), Span::new(at + from.len() as u64, tail)] {
+        if !s.is_empty() {
+            io.write_zeroes(s, WriteFlags::NONE).await?;
+        }
+    }
+    Ok((at, from.clone()))
 }
 
 /// The part of a buffer for `whole` that belongs to `part`.

@@ -154,7 +154,8 @@ impl Core {
         let mut rest = span;
         while !rest.is_empty() {
             let lease = env.lease();
-            let run = self.find(env, rest.offset(), rest.len().min(MAX_ZERO_BUFFER)).await?;
+            let step = rest.prefix_to(MAX_ZERO_BUFFER, self.geo.cluster_size());
+            let run = self.find(env, rest.offset(), step.len()).await?;
             let part = rest.prefix(run.len);
             match run.place {
                 Place::Zero { .. } => {}

@@ -5,6 +5,7 @@ mod full_disk;
 mod images;
 mod interop;
 mod late;
+mod merged;
 mod raw;
 mod repair;
 mod support;
