@@ -244,7 +244,13 @@ impl Driver for Raw {
 
     fn limits(&self, node: &Node) -> Limits {
         let file = &node.children[0].node;
-        file.driver.limits(file)
+        let mut limits = file.driver.limits(file);
+        if limits.cluster_size > 0 {
+            let cluster = u64::from(limits.cluster_size);
+            let start = u64::from(limits.cluster_start) + cluster - self.offset % cluster;
+            limits.cluster_start = u32::try_from(start % cluster).expect("less than a cluster");
+        }
+        limits
     }
 
     fn access_rule(&self) -> AccessRule {

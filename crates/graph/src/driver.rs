@@ -181,6 +181,8 @@ pub struct Limits {
     pub opt_discard: u32,
     /// Granularity in which the node allocates (cluster, or subcluster); 0 if it has none.
     pub cluster_size: u32,
+    /// Where the first cluster of the node begins: not at 0 behind a window on another node.
+    pub cluster_start: u32,
     /// Zero writes can be done without writing buffers of zeroes.
     pub fast_zeroes: bool,
     /// Discards give space back.
@@ -194,9 +196,42 @@ impl Limits {
         max_transfer: 0,
         opt_discard: 0,
         cluster_size: 0,
+        cluster_start: 0,
         fast_zeroes: false,
         discards: false,
     };
+
+    /// The first piece of a request that has to be split into pieces of at most `max` bytes, multiples of `align`.
+    ///
+    /// A node zeroes and discards whole clusters; of one that a request covers in two pieces nothing comes back. So
+    /// pieces end where the node's preferred multiple does, or else a cluster, if that is possible within `max`. The
+    /// clusters that the pieces cover are then those that the whole request covers.
+    #[must_use]
+    pub fn split(&self, span: Span, max: u64, align: u64) -> Span {
+        if span.len() <= max {
+            return span;
+        }
+        let (cluster, start) = (u64::from(self.cluster_size.max(1)), u64::from(self.cluster_start));
+        let within = align.max(self.request_alignment.into());
+        let unit = lcm(cluster, within);
+        let preferred = if start == 0 { lcm(unit, self.opt_discard.max(1).into()) } else { unit };
+        for (unit, start) in [(preferred, start), (unit, start), (cluster, start), (within, 0)] {
+            // How far the last boundary before the largest possible end lies before that end.
+            let past = (span.offset() + max + unit - start % unit) % unit;
+            if past < max && (span.offset() + max - past).is_multiple_of(align) {
+                return span.prefix(max - past);
+            }
+        }
+        span.prefix(max)
+    }
+}
+
+fn lcm(a: u64, b: u64) -> u64 {
+    let (mut x, mut y) = (a, b);
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    a / x * b
 }
 
 /// [`Where::Data`]'s child index for "in this node itself" (leaf drivers).
@@ -390,4 +425,57 @@ pub trait Driver: fmt::Debug + std::any::Any + Send + Sync + 'static {
     fn set_backing<'a>(&'a self, cx: Cx<'a>, to: Option<BackingName<'a>>) -> LocalFuture<'a, Result<()>>;
     /// What it can tell about itself.
     fn describe(&self, node: &Node) -> Description;
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The clusters that lie in a span as a whole.
+    fn whole(limits: &Limits, span: Span) -> Vec<u64> {
+        let (cluster, start) = (u64::from(limits.cluster_size), u64::from(limits.cluster_start));
+        let first = (span.offset() + cluster - start).div_ceil(cluster);
+        let end = (span.end() + cluster - start) / cluster;
+        (first..end.max(first)).collect()
+    }
+
+    proptest! {
+        /// The story: a discard of 40 MiB from byte 1 on, through a node that takes 15 MiB at once, left the clusters at
+        /// 15 and at 30 MiB, of which each piece covered a part only.
+        #[test]
+        fn pieces_cover_the_clusters_that_the_request_covers(
+            cluster_bits in 9u32..=21,
+            starts_at in 0u32..4096,
+            align_bits in 0u32..=12,
+            opt in 0u32..40,
+            clusters_at_once in 1u64..40,
+            more in 0u64..(1 << 21),
+            offset in 0u64..(1 << 30),
+            len in 1u64..(1 << 28),
+        ) {
+            let (cluster, align) = (1u64 << cluster_bits, 1u64 << align_bits);
+            let limits = Limits {
+                cluster_size: cluster as u32,
+                // Blocks of somebody between that don't fit the clusters leave no whole ones.
+                cluster_start: starts_at.wrapping_mul(align as u32) % cluster as u32 / align.min(cluster) as u32
+                    * align.min(cluster) as u32,
+                opt_discard: opt << 16,
+                ..Limits::BYTES
+            };
+            prop_assume!(align <= cluster);
+            let max = (cluster * clusters_at_once + more) / align * align;
+            let span = Span::new(offset / align * align, len.next_multiple_of(align));
+            let (mut rest, mut covered) = (span, Vec::new());
+            while !rest.is_empty() {
+                let piece = limits.split(rest, max, align);
+                prop_assert!(!piece.is_empty() && piece.len() <= max);
+                prop_assert!(piece.end() == span.end() || piece.end().is_multiple_of(align));
+                covered.extend(whole(&limits, piece));
+                rest = rest.skip(piece.len());
+            }
+            prop_assert_eq!(covered, whole(&limits, span));
+        }
+    }
 }

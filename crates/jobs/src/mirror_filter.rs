@@ -262,7 +262,11 @@ impl MirrorFilter {
     async fn zero(&self, cx: Cx<'_>, span: Span, flags: WriteFlags) -> Result<()> {
         let mut rest = span;
         while !rest.is_empty() {
-            let piece = if self.phase().writes_both() { rest.prefix(MAX_HELD_ZEROES) } else { rest };
+            let piece = if self.phase().writes_both() {
+                rest.prefix_to(MAX_HELD_ZEROES, Span::LARGEST_UNIT)
+            } else {
+                rest
+            };
             let source = cx.forward(SOURCE, Op::WriteZeroes { span: piece, flags });
             match self.way(piece, false) {
                 Way::Mark(_until_it_ends) => source.await?,

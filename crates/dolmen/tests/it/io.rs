@@ -265,3 +265,44 @@ fn injected_errors() {
     b.same("qemu-io", &[&commands[..], &["--image-opts", options]].concat(), without_times);
     b.ok("qemu-img", &["check", "a.qcow2"]);
 }
+
+/// The story: `discard 1 40M` through a node that discards 15 MiB at once left the clusters at 15 and at 30 MiB, of which
+/// each piece covered a part only. Zero writes allocated data there. Behind a window clusters begin elsewhere.
+#[test]
+fn requests_are_split_between_clusters() {
+    let Some(b) = images() else { return };
+    for (limits, window) in [
+        ("max-discard=15M,max-write-zero=15M", 0),
+        ("align=512,max-discard=15M,opt-discard=15M,max-write-zero=15M,opt-write-zero=15M", 0),
+        ("max-discard=1000000,max-write-zero=1000000", 0),
+        ("max-discard=15M,max-write-zero=15M", 512 * 7),
+    ] {
+        for command in ["discard", "write -z -u"] {
+            b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "split.q", "48M"]);
+            b.ok("qemu-io", &["-f", "qcow2", "-c", "write -q -P 9 0 48M", "split.q"]);
+            let chain = format!(
+                "driver=blkdebug,{limits},image.driver=raw,image.offset={window},image.file.driver=qcow2,\
+                 image.file.discard=unmap,discard=unmap,image.discard=unmap,\
+                 image.file.file.driver=file,image.file.file.filename=split.q"
+            );
+            let done = format!("{command} 1 40M");
+            b.ok("ours/qemu-io", &["--image-opts", "-d", "unmap", "-c", &done, &chain]);
+            let (first, end) = (1 + window, (40 << 20) + 1 + window);
+            let (first, end) = ((first as u64).next_multiple_of(65536), end as u64 / 65536 * 65536);
+            let map = b.ok("qemu-img", &["map", "-f", "qcow2", "--output=json", "split.q"]).out;
+            let extents: serde_json::Value = serde_json::from_str(&map).expect("JSON");
+            let left: u64 = extents
+                .as_array()
+                .expect("a list")
+                .iter()
+                .filter(|e| e["data"] == true)
+                .map(|e| {
+                    let start = e["start"].as_u64().expect("a number");
+                    let to = (start + e["length"].as_u64().expect("a number")).min(end);
+                    to.saturating_sub(start.max(first))
+                })
+                .sum();
+            assert_eq!(left, 0, "{command} with {limits} behind {window}: {map}");
+        }
+    }
+}

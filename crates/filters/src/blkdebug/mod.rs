@@ -317,18 +317,38 @@ impl BlkDebug {
 
     /// Does a request that consists of whole blocks, no more at once than the limits say.
     async fn pieces(&self, cx: Cx<'_>, op: Op<'_>, span: Span) -> Result<()> {
-        let max = match self.shape.max(op.request()) {
-            0 => u64::MAX,
-            max => (max / self.shape.block()).max(1) * self.shape.block(),
-        };
         let mut rest = span;
         while !rest.is_empty() {
-            let piece = rest.prefix(max - rest.offset() % self.shape.block());
+            let piece = self.first_piece(cx.node, op.request(), rest);
             let at = (rest.offset() - span.offset()) as usize;
             self.piece(cx, op, piece, at).await?;
             rest = rest.skip(piece.len());
         }
         Ok(())
+    }
+
+    /// As much of a request as may be done at once.
+    fn first_piece(&self, node: &Node, request: Request, span: Span) -> Span {
+        let block = self.shape.block();
+        let max = match self.shape.max(request) {
+            0 => return span,
+            max => (max / block).max(1) * block,
+        };
+        if span.len() <= max {
+            return span;
+        }
+        let image = &node.children[IMAGE].node;
+        let mut limits = image.driver.limits(image);
+        // What this node prefers is as good for its child as what the child prefers.
+        let ours = match request {
+            Request::WriteZeroes(_) => self.shape.opt_write_zero,
+            Request::Discard(_) => self.shape.opt_discard,
+            Request::Read(_) | Request::Write(_) | Request::Flush | Request::Resize => 0,
+        };
+        if ours > 0 {
+            limits.opt_discard = ours;
+        }
+        limits.split(span, max, block)
     }
 
     /// Does the part of a request that starts `at` bytes into it.
@@ -533,13 +553,10 @@ impl Driver for BlkDebug {
         self.held.rule()
     }
 
-    fn plan(&self, _: &Node, request: Request, span: Span) -> Plan {
+    fn plan(&self, node: &Node, request: Request, span: Span) -> Plan {
         let Some(io) = IoType::of(request) else { return Plan::pass(request, span) };
         let machine = self.machine();
-        let piece = match self.shape.max(request) {
-            0 => span,
-            max => span.prefix(max),
-        };
+        let piece = self.first_piece(node, request, span);
         let aligned = self.shape.align <= 1 || span.is_aligned(self.shape.align.into());
         let slow = match request {
             Request::Read(flags) => !aligned || self.watches_copies(flags, &machine),

@@ -475,6 +475,7 @@ impl Driver for Qcow2 {
             max_transfer: 0,
             opt_discard: cluster,
             cluster_size: cluster,
+            cluster_start: 0,
             fast_zeroes: geo.version >= 3,
             discards: true,
         }

@@ -573,11 +573,13 @@ impl Nbd {
         u64::from(self.max_block / self.min_block * self.min_block)
     }
 
-    /// The span in pieces of at most `max` bytes.
+    /// The span in pieces of at most `max` bytes, which end between blocks of the server's storage: it says nothing of
+    /// them, but they are powers of two.
     fn pieces(&self, span: Span, max: u64) -> impl Iterator<Item = Span> + use<> {
         let mut rest = span;
+        let unit = Span::LARGEST_UNIT.min(1 << max.max(1).ilog2());
         std::iter::from_fn(move || {
-            let piece = rest.prefix(max);
+            let piece = rest.prefix_to(max, unit);
             rest = rest.skip(piece.len());
             (!piece.is_empty()).then_some(piece)
         })
@@ -603,6 +605,7 @@ impl Driver for Nbd {
             max_transfer: self.max_block,
             opt_discard: 0,
             cluster_size: 0,
+            cluster_start: 0,
             fast_zeroes: self.offers(TransmissionFlags::SEND_FAST_ZERO),
             discards: self.offers(TransmissionFlags::SEND_TRIM),
         }
