@@ -78,7 +78,7 @@ pub(crate) async fn nbd_server_start(task: &mut Task, start: NbdServerStart) -> 
         return Err(QmpError::generic("NBD server already running"));
     }
     let address = match start.address {
-        dolmen_qmp::SocketAddress::Unix { path } => Addr::Unix(path.into()),
+        dolmen_qmp::SocketAddress::Unix { path } => Addr::Unix(dolmen_types::os_name(&path).into()),
         dolmen_qmp::SocketAddress::Inet { host, port } => {
             let port = port.parse().map_err(|_| {
                 QmpError::generic(format!("Parameter 'port' expects a number up to 65535, not '{port}'"))

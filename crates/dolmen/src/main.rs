@@ -39,7 +39,8 @@ Commands:
 ";
 
 fn main() -> ExitCode {
-    let mut args: Vec<OsString> = std::env::args_os().collect();
+    // From here on everything is text, file names of any bytes included.
+    let mut args: Vec<OsString> = std::env::args_os().map(|a| dolmen::types::text_of_os(&a).into()).collect();
     let name = args
         .first()
         .map(|a| std::path::Path::new(a).file_name().unwrap_or(a).to_string_lossy().into_owned())

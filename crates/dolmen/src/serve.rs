@@ -43,8 +43,8 @@ pub(crate) fn main(program: &str, persona: Persona, args: Vec<OsString>) -> u8 {
         Ok(code) => code,
         Err(Failed { option, message }) => {
             match option {
-                Some(o) => eprintln!("{program}: {o}: {message}"),
-                None => eprintln!("{program}: {message}"),
+                Some(o) => crate::cli::complain(&format!("{program}: {o}: {message}")),
+                None => crate::cli::complain(&format!("{program}: {message}")),
             }
             1
         }
@@ -106,7 +106,7 @@ fn allow_backing(word: &str) -> Option<AllowBacking> {
 
 /// Warnings that nobody waits for.
 fn log(line: &str) {
-    eprintln!("dolmen: {line}");
+    crate::cli::complain(&format!("dolmen: {line}"));
 }
 
 struct Plan {
@@ -180,7 +180,7 @@ async fn start_all(control: &Control, plan: &Plan) -> std::result::Result<Option
     }
     let pid_path = plan.given.iter().rev().find(|g| g.kind == Kind::Pidfile).map(|g| &g.value);
     let pid_file = pid_path
-        .map(|p| PidFile::create(Path::new(p)))
+        .map(|p| PidFile::create(Path::new(&dolmen::types::os_name(p))))
         .transpose()
         .map_err(|e| Failed { option: None, message: QmpError::from(e).desc })?;
     // Only now, as with the established daemon: whoever is greeted may rely on everything that the command line
@@ -298,10 +298,10 @@ async fn open_chardev(control: &Control, text: &str) -> Result<Chardev> {
                 if wait.is_some() {
                     return Err(generic("'wait' option is incompatible with socket in client connect mode"));
                 }
-                let stream = io.connect(&Addr::Unix(path.into())).await?;
+                let stream = io.connect(&Addr::Unix(dolmen::types::os_name(&path).into())).await?;
                 return Ok(Chardev { id, socket: None, stream: Some(stream), monitor: None });
             }
-            let socket = listen_monitor(control, &path).await?;
+            let socket = listen_monitor(control, dolmen::types::os_name(&path)).await?;
             let stream = match wait.unwrap_or(true) {
                 true => {
                     log(&format!("waiting for a connection on unix:{path}"));

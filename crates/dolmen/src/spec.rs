@@ -22,48 +22,7 @@ pub fn protocol_options(name: &str) -> Result<Options> {
         file_driver(&mut options);
         return Ok(options);
     }
-    if let Some(rest) = name.strip_prefix("blkdebug:") {
-        let (config, image) = rest.split_once(':').ok_or_else(|| {
-            Error::new(ErrorKind::InvalidInput, "blkdebug requires both config file and image path")
-                .remedy("write blkdebug:CONFIG:IMAGE; CONFIG may be empty")
-        })?;
-        let options = Options::new().with("driver", "blkdebug").with("image", file(image)?.into_value());
-        return Ok(if config.is_empty() { options } else { options.with("config", config) });
-    }
-    for driver in ["null-co", "null-aio"] {
-        let Some(rest) = name.strip_prefix(driver).and_then(|r| r.strip_prefix(':')) else { continue };
-        return match rest {
-            "//" => Ok(Options::new().with("driver", driver)),
-            _ => Err(Error::new(
-                ErrorKind::InvalidInput,
-                format!("The only allowed filename for this driver is '{driver}://'"),
-            )),
-        };
-    }
-    if let Some(rest) = name.strip_prefix("nbd:")
-        && !rest.starts_with("//")
-    {
-        return legacy_nbd(rest);
-    }
     protocol_name(name)
-}
-
-/// `unix:PATH[:exportname=NAME]` and `HOST:PORT[:exportname=NAME]`.
-fn legacy_nbd(rest: &str) -> Result<Options> {
-    let (address, export) = rest.split_once(":exportname=").unwrap_or((rest, ""));
-    let server = match address.strip_prefix("unix:") {
-        Some(path) => Options::new().with("type", "unix").with("path", path),
-        None => {
-            let (host, port) = address.rsplit_once(':').ok_or_else(|| {
-                Error::new(ErrorKind::InvalidInput, format!("'nbd:{rest}' has no port"))
-                    .remedy("write nbd:HOST:PORT, nbd:unix:PATH or nbd://HOST/EXPORT")
-            })?;
-            // An IPv6 address stands in brackets.
-            let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
-            Options::new().with("type", "inet").with("host", host).with("port", port)
-        }
-    };
-    Ok(Options::new().with("driver", "nbd").with("server", server.into_value()).with("export", export))
 }
 
 /// The options that `name` stands for. `format` is what `-f` said. Without one, and
@@ -108,6 +67,64 @@ pub fn file(name: &str) -> Result<Options> {
     }
 }
 
+/// Options that lack a file, with the one of that name: the first node from the top down that takes a file name gets it.
+///
+/// # Errors
+/// As [`protocol_options`]; `InvalidInput` when the options name a file already, or no node takes one.
+pub fn with_filename(registry: Registry, mut options: Options, name: &str) -> Result<Options> {
+    let driver = match options.get("driver") {
+        Some(Value::Str(d)) => Some(registry.find(d)?),
+        _ => None,
+    };
+    let given = |what: &str| {
+        Error::new(
+            ErrorKind::InvalidInput,
+            format!("'{name}' is given, but the options have '{what}' already"),
+        )
+        .remedy("leave one of them out")
+    };
+    match driver {
+        Some(kind) if kind.class == Class::Protocol => {
+            if !kind.options.iter().any(|o| o.name == "filename") {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    format!("The '{}' block driver does not support a file name", kind.name),
+                )
+                .remedy("name the image by options alone"));
+            }
+            if options.has("filename") {
+                return Err(given("filename"));
+            }
+            Ok(options.with("filename", name.strip_prefix("file:").unwrap_or(name)))
+        }
+        kind => {
+            let child = match kind {
+                Some(k) if k.options.iter().any(|o| o.name == "image") => "image",
+                _ => "file",
+            };
+            let below = match options.get(child) {
+                None => file(name)?,
+                Some(Value::Map(_)) => {
+                    let inner = options.take_map(child)?.unwrap_or_default();
+                    match inner.has("driver") || inner.has("file") || inner.has("image") {
+                        true => with_filename(registry, inner, name)?,
+                        false if inner.has("filename") => return Err(given(&format!("{child}.filename"))),
+                        false => inner.names().map(str::to_owned).collect::<Vec<_>>().into_iter().fold(
+                            file(name)?,
+                            |to, key| match inner.get(&key) {
+                                Some(v) => to.with(&key, v.clone()),
+                                None => to,
+                            },
+                        ),
+                    }
+                }
+                Some(_) => return Err(given(child)),
+            };
+            Ok(options.with(child, below.into_value()))
+        }
+    }
+}
+
 /// The options of an option string (`--image-opts`).
 ///
 /// # Errors
@@ -148,45 +165,6 @@ mod tests {
             Ok(o) => o.into_value().to_string(),
             Err(e) => format!("error: {e}"),
         }
-    }
-
-    #[test]
-    fn nbd_names() {
-        for (name, expected) in [
-            (
-                "nbd:unix:/tmp/s:exportname=e",
-                r#"{"driver": "nbd", "server": {"type": "unix", "path": "/tmp/s"}, "export": "e"}"#,
-            ),
-            (
-                "nbd:localhost:10809",
-                r#"{"driver": "nbd", "server": {"type": "inet", "host": "localhost", "port": "10809"}, "export": ""}"#,
-            ),
-            (
-                "nbd:[::1]:5:exportname=e",
-                r#"{"driver": "nbd", "server": {"type": "inet", "host": "::1", "port": "5"}, "export": "e"}"#,
-            ),
-            (
-                "nbd+unix:///e?socket=/tmp/s",
-                r#"{"driver": "nbd", "server": {"type": "unix", "path": "/tmp/s"}, "export": "e"}"#,
-            ),
-            (
-                "nbd+tcp://h:5/e",
-                r#"{"driver": "nbd", "server": {"type": "inet", "host": "h", "port": "5"}, "export": "e"}"#,
-            ),
-        ] {
-            assert_eq!(text(protocol_options(name)), expected);
-        }
-        assert_eq!(
-            text(protocol_options("blkdebug:c.conf:/x")),
-            r#"{"driver": "blkdebug", "image": {"driver": "file", "filename": "/x"}, "config": "c.conf"}"#
-        );
-        assert!(protocol_options("blkdebug:x").is_err());
-        assert_eq!(text(protocol_options("null-co://")), r#"{"driver": "null-co"}"#);
-        assert_eq!(text(protocol_options("null-aio://")), r#"{"driver": "null-aio"}"#);
-        assert!(protocol_options("null-co:").is_err());
-        assert!(protocol_options("null-co://x").is_err());
-        assert!(protocol_options("nbd:nonsense").is_err());
-        assert!(protocol_options("gopher://x").is_err());
     }
 
     #[test]

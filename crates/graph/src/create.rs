@@ -11,11 +11,12 @@
 //! after that (a full disk, a flush that fails, a request that does not end): a file that was there is
 //! empty or holds the new image.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use dolmen_rt::Rt;
 use dolmen_types::{
     Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, ResultExt, Value,
+    text_of_os,
 };
 
 use crate::place::{self, FileId, Place};
@@ -122,8 +123,7 @@ impl ImageMaker {
             (Some(Place::Absent(path)), Some(make)) => {
                 place::check_absent(rt, &path).await.context(|| format!("Could not create '{name}'"))?;
                 // Under the name without links: that one is made, and removed again.
-                let to = path.to_str().ok_or_else(|| not_text(&path))?;
-                let make = make(of_file.with("filename", to))?;
+                let make = make(of_file.with("filename", text_of_os(path.as_os_str())))?;
                 Target::Absent { path, make }
             }
             (Some(Place::Absent(_)), None) => {
@@ -193,7 +193,7 @@ impl ImageMaker {
             Some(Target::Present { owner, .. }) => *owner,
             Some(Target::Absent { path, make }) => {
                 make.make(CreateCx { file: None, fixed: false, rt }).await?;
-                let found = place::place_in(rt, path.to_str().unwrap_or_default()).await;
+                let found = place::place_in(rt, &text_of_os(path.as_os_str())).await;
                 if let Ok(Some(Place::Present(id))) = found {
                     self.made = Some((path, id));
                 }
@@ -295,10 +295,6 @@ pub(crate) fn loops(image: &str, backing: &str) -> Error {
         format!("'{backing}' can't be the backing file of '{image}': it is the same file, or lies over it"),
     )
     .remedy("name an image whose chain of backing files does not lead to this one")
-}
-
-fn not_text(path: &Path) -> Error {
-    Error::new(ErrorKind::InvalidInput, format!("'{}' is not valid UTF-8", path.display()))
 }
 
 /// Whether `filename` is a name on this host.

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use dolmen_types::{ChildRole, Error, ErrorKind, Result, Value};
+use dolmen_types::{ChildRole, Error, ErrorKind, Result, Value, os_name, text_of_os};
 
 use crate::{Class, Description, Node, has_protocol, join};
 
@@ -78,8 +78,7 @@ pub fn header_name(node: &Arc<Node>, file: &str) -> Result<(String, &'static str
 }
 
 fn absolute(name: &str) -> String {
-    let path = std::path::absolute(name).ok();
-    path.and_then(|p| p.to_str().map(str::to_owned)).unwrap_or_else(|| name.to_owned())
+    std::path::absolute(os_name(name)).map_or_else(|_| name.to_owned(), |p| text_of_os(p.as_os_str()))
 }
 
 /// The node beneath filters that shows more than its image.

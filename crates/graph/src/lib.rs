@@ -101,6 +101,7 @@ mod filename;
 mod io;
 mod late;
 mod loops;
+mod names;
 mod node;
 mod notice;
 mod open;
@@ -114,7 +115,6 @@ mod same;
 mod solver;
 mod stand_in;
 mod status;
-mod uri;
 mod user;
 
 pub use access::{AccessRule, NodeFacts};
@@ -128,11 +128,11 @@ pub use driver::{
 pub use epoch::{Epochs, Lease, Stamp};
 pub use filename::{header_name, is_use, node_filename, own_file};
 pub use io::{Access, Cx, Io, Read, Resize, Write, WriteUnchanged};
+pub use names::{encode_uri, protocol_name};
 pub use node::{ChildEdge, DetectZeroes, Graph, Node, NodeFlags, NodeState};
 pub use notice::{Notice, Notices};
 pub use open::{
     Implicit, MAX_CHAIN, MAX_NODES, OpenPolicy, Opener as NodeOpener, PROBE_BYTES, has_protocol, join,
-    protocol_name,
 };
 pub use owner::{GraphEvent, GraphOwner};
 pub use place::{FileId, path_options};

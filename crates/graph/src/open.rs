@@ -126,6 +126,7 @@ impl Opener<'_> {
         let inherits = inherit(&mut options, inherited);
         let described = options.clone().with("driver", driver.as_str()).into_value();
         let common = Common::take(&mut options)?;
+        let how = self.without_file(&mut options)?;
         let parsed = (kind.parse)(&mut options, &common)?;
         options.finish(&format!("driver '{driver}'"))?;
         let anonymous = common.node_name.is_none();
@@ -169,7 +170,7 @@ impl Opener<'_> {
         draft.set_driver(&name, opened.driver, forced);
         if from_image {
             for implicit in opened.implicit {
-                self.implicit(draft, &name, &common, implicit, inherited.depth).await?;
+                self.implicit(draft, &name, &common, implicit, &how, inherited.depth).await?;
             }
         }
         // An operation lists itself what it relies on, and may permit more than the driver would.
@@ -193,17 +194,41 @@ impl Opener<'_> {
         }
     }
 
-    /// Opens what an image names, if the policy permits it.
+    /// Takes out options for the backing file that say how to open it and not where it is: the image says that.
+    fn without_file(&self, options: &mut Options) -> Result<Options> {
+        let Some(Value::Map(m)) = options.get("backing") else { return Ok(Options::new()) };
+        let format = |d: &str| self.registry.find(d).is_ok_and(|k| k.class != crate::Class::Protocol);
+        let names_file = m.iter().any(|(k, v)| match (k.as_str(), v) {
+            ("driver", Value::Str(d)) => !format(d),
+            (k, _) => k.starts_with("file") || k.starts_with("image"),
+        });
+        match names_file {
+            true => Ok(Options::new()),
+            false => Ok(options.take_map("backing")?.unwrap_or_default()),
+        }
+    }
+
+    /// Opens what an image names, if the policy permits it; a backing file with the options `how`.
     async fn implicit(
         &self,
         draft: &mut Draft,
         name: &NodeName,
         common: &Common,
-        child: ImplicitChild,
+        mut child: ImplicitChild,
+        how: &Options,
         depth: usize,
     ) -> Result<()> {
         let image = draft.image_filename(name).unwrap_or_default();
+        let how = if child.role == ChildRole::Backing { how.clone() } else { Options::new() };
+        if let Some(Value::Str(driver)) = how.get("driver") {
+            child.format = Some(driver.clone());
+        }
         let mut options = self.permit(&image, &child).await?;
+        for name in how.names() {
+            if let Some(v) = how.get(name) {
+                options.set(name, v.clone());
+            }
+        }
         if !options.has("read-only") {
             options.set("read-only", child.role == ChildRole::Backing || common.flags.read_only);
         }
@@ -456,23 +481,6 @@ pub fn join(image: &str, name: &str) -> String {
         Some(i) => format!("{}/{name}", &image[..i]),
         None => name.to_owned(),
     }
-}
-
-/// The options that a name with a protocol stands for: `file:`, `nbd://`, `nbd+unix://`.
-///
-/// # Errors
-/// `Unsupported` for any other.
-pub fn protocol_name(name: &str) -> Result<Options> {
-    if let Some(path) = name.strip_prefix("file:") {
-        return Ok(Options::new().with("driver", "file").with("filename", path));
-    }
-    if let Some(options) = crate::uri::nbd_uri(name) {
-        return options;
-    }
-    let protocol = name.split(':').next().unwrap_or(name);
-    Err(Error::new(ErrorKind::Unsupported, format!("Unknown protocol '{protocol}'")).remedy(format!(
-        "write './{name}' for a file of that name, or name a driver and its options instead"
-    )))
 }
 
 #[cfg(test)]

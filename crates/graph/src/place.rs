@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use dolmen_rt::{Rt, sys};
-use dolmen_types::{Error, ErrorKind, Options, Result, ResultExt};
+use dolmen_types::{Error, ErrorKind, Options, Result, ResultExt, os_name};
 
 /// Which file it is: device and inode; of a block device its number.
 pub type FileId = (u64, u64);
@@ -45,7 +45,7 @@ fn is_cdrom(name: &Path) -> bool {
 /// The options of a plain file name: the driver is chosen by the kind of file that the name leads to. May wait for
 /// the file system.
 pub fn path_options(name: &str) -> Options {
-    Options::new().with("driver", driver_of(Path::new(name))).with("filename", name)
+    Options::new().with("driver", driver_of(Path::new(&os_name(name)))).with("filename", name)
 }
 
 /// The same in a task.
@@ -91,7 +91,7 @@ pub(crate) fn place(name: &Path) -> Result<Place> {
 /// [`place`] in a task; `None` where there are no files (in a simulation).
 pub(crate) async fn place_in(rt: &Rt, name: &str) -> Result<Option<Place>> {
     let Some(io) = rt.io() else { return Ok(None) };
-    let path = PathBuf::from(name);
+    let path = PathBuf::from(os_name(name));
     io.blocking(move || place(&path)).await.map(Some)
 }
 

@@ -142,7 +142,8 @@ impl<F: Formatter> Formatter for Ascii<F> {
         if s.is_ascii() {
             return w.write_all(s.as_bytes());
         }
-        for c in s.chars() {
+        // JSON can't carry the bytes of a file name that are no UTF-8.
+        for c in dolmen_types::lossy(s).chars() {
             if c.is_ascii() {
                 w.write_all(&[c as u8])?;
             } else {

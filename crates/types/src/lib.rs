@@ -9,6 +9,7 @@ mod error;
 mod ids;
 mod ops;
 mod options;
+mod os_name;
 mod span;
 mod value;
 
@@ -17,5 +18,6 @@ pub use error::{Conflict, Error, ErrorKind, Party, Result, ResultExt};
 pub use ids::{ChildRole, NodeName, OpId};
 pub use ops::{BlkEvent, OpKind, ReadFlags, WriteFlags};
 pub use options::{OptionSpec, OptionType, Options};
+pub use os_name::{bytes, lossy, os_name, text_of, text_of_os};
 pub use span::Span;
 pub use value::Value;

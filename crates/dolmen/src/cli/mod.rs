@@ -122,10 +122,10 @@ pub(crate) fn finish(program: &str, outcome: Outcome) -> u8 {
         Err(f) => {
             flush();
             if !f.message.is_empty() {
-                eprintln!("{program}: {}", f.message);
+                complain(&format!("{program}: {}", f.message));
             }
             if let Some(h) = f.hint {
-                eprintln!("{h}");
+                complain(&h);
             }
             if let Some(verb) = f.misused {
                 let blank = if verb.is_empty() { "" } else { " " };
@@ -139,9 +139,16 @@ pub(crate) fn finish(program: &str, outcome: Outcome) -> u8 {
 /// Writes to the standard output. A reader that has gone ends the program quietly, as a
 /// shell pipeline expects.
 pub(crate) fn say(text: fmt::Arguments<'_>) {
-    if std::io::stdout().lock().write_fmt(text).is_err() {
+    let text = text.to_string();
+    if std::io::stdout().lock().write_all(&dolmen::types::bytes(&text)).is_err() {
         std::process::exit(1);
     }
+}
+
+/// Writes a line to the standard error. If nobody reads that, there is nobody to tell.
+pub(crate) fn complain(line: &str) {
+    let line = format!("{line}\n");
+    let _ = std::io::stderr().lock().write_all(&dolmen::types::bytes(&line));
 }
 
 /// Makes sure that what was said is there before anything on the standard error.

@@ -273,22 +273,22 @@ impl Shell {
         }
         let mut options = how.options.clone();
         if let Some(path) = path {
-            let given = options.take_str("driver").map_err(fail)?;
+            let given = options.clone().take_str("driver").map_err(fail)?;
             let format = how.format.as_deref().or(given.as_deref());
-            let format = self.persona.format(format, self.session.policy_mut());
-            if let Some(f) = format {
-                self.session
-                    .registry()
-                    .find(f)
-                    .map_err(|_| Failure::new(format!("{what}: Unknown driver '{f}'")))?;
+            let format = self.persona.format(format, self.session.policy_mut()).map(str::to_owned);
+            let registry = self.session.registry();
+            if let Some(f) = &format {
+                registry.find(f).map_err(|_| Failure::new(format!("{what}: Unknown driver '{f}'")))?;
             }
-            let mut named = self.session.named(path, format).map_err(fail)?;
-            for name in options.names().map(str::to_owned).collect::<Vec<_>>() {
-                if let Some(v) = options.take(&name) {
-                    named.set(&name, v);
+            options = match options.is_empty() {
+                true => self.session.named(path, format.as_deref()),
+                false => {
+                    let _ = options.take("driver");
+                    options = format.map_or(options.clone(), |f| options.with("driver", f));
+                    dolmen::spec::with_filename(registry, dolmen::spec::with_file_drivers(options), path)
                 }
             }
-            options = named;
+            .map_err(fail)?;
         }
         if how.read_only {
             options.set("read-only", true);
@@ -578,7 +578,7 @@ fn sigraise(text: &str) -> Done {
 
 fn eprint_line(text: &str) {
     cli::flush();
-    eprintln!("{text}");
+    cli::complain(text);
 }
 
 /// The system's words for the errno that a guest would see.

@@ -272,7 +272,7 @@ impl Shell {
         let fill = o.value('P').map_or(Ok(WRITE_FILL), pattern)?;
         let (offset, iov) = lengths(&o.rest, fill)?;
         if let Some(file) = o.value('s') {
-            let data = std::fs::read(file).ok().filter(|d| !d.is_empty());
+            let data = std::fs::read(dolmen::types::os_name(file)).ok().filter(|d| !d.is_empty());
             let Some(data) = data else {
                 out!("{file}: cannot be read, or is empty");
                 return Err(Failed);

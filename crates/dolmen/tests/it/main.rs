@@ -23,6 +23,7 @@ mod locks;
 mod main_job;
 mod mirror;
 mod monitor;
+mod names;
 mod nbd;
 mod new_images;
 mod options;

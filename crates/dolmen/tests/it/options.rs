@@ -178,6 +178,8 @@ const SHOWN: &[(&str, &str, Shown)] = &[
     ("file", "x-beneath", By(FILE_TESTS, "what_cannot_be_opened")),
     ("host_device", "locking", By("crates/protocols/tests/it/locks.rs", "force_share_and_locking_off")),
     ("host_device", "x-beneath", By(FILE_TESTS, "what_cannot_be_opened")),
+    ("host_cdrom", "locking", By("crates/protocols/tests/it/locks.rs", "force_share_and_locking_off")),
+    ("host_cdrom", "x-beneath", By(FILE_TESTS, "what_cannot_be_opened")),
     (
         "null-co",
         "size",

@@ -206,7 +206,7 @@ async fn read_config(cx: &OpenCx<'_>, path: &str) -> Result<String> {
 fn read_at_most(path: &str, max: u64) -> std::io::Result<String> {
     use std::io::Read as _;
     let mut text = String::new();
-    std::fs::File::open(path)?.take(max).read_to_string(&mut text)?;
+    std::fs::File::open(dolmen_types::os_name(path))?.take(max).read_to_string(&mut text)?;
     Ok(text)
 }
 

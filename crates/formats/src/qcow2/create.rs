@@ -188,7 +188,15 @@ pub(super) fn create(options: Options) -> Result<Box<dyn Creation>> {
 
 impl Creation for NewQcow2 {
     fn room(&self) -> u64 {
-        self.plan.clusters() << self.wanted.geo.cluster_bits
+        let Wanted { geo, size, prealloc, .. } = &self.wanted;
+        let mapped = match prealloc {
+            Prealloc::Off => 0,
+            // A place for every cluster, and the tables that say where. (Their refcounts take a little more.)
+            Prealloc::Metadata | Prealloc::Falloc | Prealloc::Full => {
+                geo.clusters_for(*size) + geo.l1_entries_for(*size)
+            }
+        };
+        (self.plan.clusters() + mapped) << geo.cluster_bits
     }
 
     fn backing(&self) -> Option<BackingName<'_>> {

@@ -6,7 +6,7 @@
 //! [`Header::check_writable`], so that damage there keeps nobody from the data. Unknown extensions are kept as they
 //! are and written back.
 
-use dolmen_types::{Error, ErrorKind, Result};
+use dolmen_types::{Error, ErrorKind, Result, bytes, text_of};
 
 use super::layout::{
     Geometry, HostOffset, MAX_BACKING_NAME, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_CLUSTER_BITS,
@@ -401,12 +401,13 @@ impl Header {
 
     /// Sets or removes the backing file and its format.
     pub fn set_backing(&mut self, name: Option<&str>, format: Option<&str>) -> Result<()> {
+        let len = name.map_or(1, |n| bytes(n).len());
         if let Some(name) = name
-            && (name.is_empty() || name.len() > MAX_BACKING_NAME as usize)
+            && (name.is_empty() || len > MAX_BACKING_NAME as usize)
         {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
-                format!("a backing file name has 1 to {MAX_BACKING_NAME} bytes, not {}", name.len()),
+                format!("a backing file name has 1 to {MAX_BACKING_NAME} bytes, not {len}"),
             ));
         }
         self.backing_file = name.map(str::to_owned);
@@ -475,9 +476,10 @@ impl Header {
         b.extend_from_slice(&[0; 8]);
         if let Some(name) = &self.backing_file {
             let at = b.len() as u64;
+            let name = bytes(name);
             put64(&mut b, 8, at);
             b[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
-            b.extend_from_slice(name.as_bytes());
+            b.extend_from_slice(&name);
         }
         if b.len() > cluster_len {
             return Err(Error::new(
@@ -557,8 +559,8 @@ fn decode_backing_name(b: &[u8], at: usize, len: u32) -> Result<String> {
     if name.contains(&0) {
         return Err(corrupt("backing file name contains a NUL byte"));
     }
-    String::from_utf8(name.to_vec())
-        .map_err(|_| Error::new(ErrorKind::Unsupported, "the backing file name is not valid UTF-8"))
+    // A name of the system: any bytes.
+    Ok(text_of(name))
 }
 
 #[cfg(test)]

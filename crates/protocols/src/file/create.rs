@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use dolmen_graph::{BackingName, CreateCx, Creation, Prealloc};
 use dolmen_rt::sys::{self, OpenHow};
 use dolmen_rt::{CoreIo, File, LocalFuture};
-use dolmen_types::{Options, Result, ResultExt};
+use dolmen_types::{Options, Result, ResultExt, os_name};
 
 use super::driver::grow;
 use super::options::{no_files, plain};
@@ -52,7 +52,7 @@ impl Creation for NewFile {
 
 impl NewFile {
     async fn make(&self, io: &CoreIo) -> Result<()> {
-        let path = PathBuf::from(&self.filename);
+        let path = PathBuf::from(os_name(&self.filename));
         let file = io
             .blocking(move || {
                 let how = OpenHow { write: true, direct: false, create: true };
@@ -62,7 +62,7 @@ impl NewFile {
         let grown = grow(io, &file, 0, self.size, self.prealloc).await;
         if grown.is_err() {
             // A moment ago it was not there.
-            let path = PathBuf::from(&self.filename);
+            let path = PathBuf::from(os_name(&self.filename));
             io.blocking(move || drop(std::fs::remove_file(path))).await;
         }
         grown

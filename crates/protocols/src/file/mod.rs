@@ -1,4 +1,4 @@
-//! `file` and `host_device`: images in files and on block devices of this host.
+//! `file`, `host_device` and `host_cdrom`: images in files and on block devices of this host.
 //!
 //! - `options`: options and opening; `create`: making new files.
 //! - `lock`: image locks between processes and between nodes.
@@ -9,4 +9,4 @@ mod driver;
 mod lock;
 mod options;
 
-pub use options::{FILE, HOST_DEVICE};
+pub use options::{FILE, HOST_CDROM, HOST_DEVICE};

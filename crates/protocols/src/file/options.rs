@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use dolmen_graph::{AccessRule, Class, Common, DriverKind, OpenCx, Opened, Opener, Parsed};
 use dolmen_rt::sys::{self, FileKind, OpenHow};
 use dolmen_rt::{File, LocalFuture};
-use dolmen_types::{Error, ErrorKind, OptionSpec, OptionType, Options, Result, ResultExt};
+use dolmen_types::{Error, ErrorKind, OptionSpec, OptionType, Options, Result, ResultExt, os_name};
 
 use super::create::create;
 use super::driver::{FileDriver, Made};
@@ -65,6 +65,19 @@ pub static HOST_DEVICE: DriverKind = DriverKind {
     create: None,
 };
 
+/// Registry row of `host_cdrom`.
+pub static HOST_CDROM: DriverKind = DriverKind {
+    name: "host_cdrom",
+    class: Class::Protocol,
+    help: "an optical drive of this host",
+    options: OPTIONS,
+    create_options: &[],
+    maps: false,
+    parse: |options, common| parse(options, common, &HOST_CDROM, FileKind::Block),
+    probe: None,
+    create: None,
+};
+
 /// Whether the image is locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Locking {
@@ -104,7 +117,7 @@ fn parse(
         )
         .remedy("add cache.direct=on, or leave aio out"));
     }
-    let beneath = options.take_str("x-beneath")?.map(PathBuf::from);
+    let beneath = options.take_str("x-beneath")?.map(|dir| PathBuf::from(os_name(&dir)));
     let open = Box::new(OpenFile { kind, wanted, filename: plain(filename), beneath, locking });
     Ok(Parsed { children: Vec::new(), rule: AccessRule::Leaf, relies_down_to: None, open })
 }
@@ -126,7 +139,7 @@ impl Opener for OpenFile {
             }
             let retry_read_only = cx.common.auto_read_only;
             let (wanted, locking) = (self.wanted, self.locking);
-            let (path, beneath) = (self.filename.clone(), self.beneath.clone());
+            let (path, beneath) = (os_name(&self.filename), self.beneath.clone());
             // Opening may wait for a network file system.
             let made = io
                 .blocking(move || {
@@ -202,10 +215,15 @@ pub(super) fn check_kind(wanted: FileKind, found: FileKind) -> Result<()> {
         (FileKind::Regular, FileKind::Other) => {
             Err(Error::new(ErrorKind::InvalidInput, "'file' driver requires a regular file"))
         }
-        (FileKind::Block | FileKind::Other, _) => {
+        (FileKind::Block | FileKind::Other, FileKind::Regular) => {
             Err(Error::new(ErrorKind::InvalidInput, "'host_device' driver requires a block device")
                 .remedy("use the driver file"))
         }
+        // Character devices, pipes: nothing in them has a place.
+        (FileKind::Block | FileKind::Other, _) => Err(Error::new(
+            ErrorKind::InvalidInput,
+            "'host_device' driver requires a block device, and this is of another kind",
+        )),
     }
 }
 

@@ -2,8 +2,9 @@
 
 use std::fmt;
 
+use dolmen_graph::encode_uri;
 use dolmen_rt::Addr;
-use dolmen_types::{Error, ErrorKind, Options, Result};
+use dolmen_types::{Error, ErrorKind, Options, Result, os_name, text_of_os};
 
 /// The port that is registered for NBD.
 const DEFAULT_PORT: u16 = 10809;
@@ -37,7 +38,7 @@ impl Address {
         };
         let address = if kind == "unix" {
             let path = server.require_str("path").map_err(|e| e.context("server"))?;
-            Addr::Unix(path.into())
+            Addr::Unix(os_name(&path).into())
         } else {
             let host = server.require_str("host").map_err(|e| e.context("server"))?;
             let port = match server.take_size("port")? {
@@ -57,21 +58,17 @@ impl Address {
         self.0.clone()
     }
 
-    /// The export as a URI, as QEMU writes it: only what would end its part is encoded.
+    /// The export as a URL.
     pub(super) fn url(&self, export: &str) -> String {
-        let export = encode(export);
+        let export = encode_uri(export);
         match &self.0 {
             Addr::Unix(path) => {
-                format!("nbd+unix:///{export}?socket={}", encode(&path.display().to_string()))
+                format!("nbd+unix:///{export}?socket={}", encode_uri(&text_of_os(path.as_os_str())))
             }
             Addr::Inet { host, port } if host.contains(':') => format!("nbd://[{host}]:{port}/{export}"),
             Addr::Inet { host, port } => format!("nbd://{host}:{port}/{export}"),
         }
     }
-}
-
-fn encode(text: &str) -> String {
-    text.replace('%', "%25").replace('?', "%3F").replace('#', "%23").replace('&', "%26")
 }
 
 impl fmt::Display for Address {
