@@ -190,7 +190,7 @@ impl Core {
             Sync::Full => Tracker::all_dirty(size, chunk),
             Sync::Top | Sync::Above(_) | Sync::None => Tracker::new(CopyMap::new(size, chunk)),
         };
-        let filter = Arc::new(MirrorFilter::new(rule, Arc::new(tracker), self.options.blocking));
+        let filter = MirrorFilter::new(rule, Arc::new(tracker), self.options.blocking);
         *self.filter.borrow_mut() = Some(filter.clone());
         filter
     }

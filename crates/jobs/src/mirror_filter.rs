@@ -9,11 +9,12 @@
 //! The invariant: what has been acknowledged is on the target, or its chunk is dirty (or owed by
 //! somebody who has it in flight). So a copy that ends when nothing is dirty has missed nothing.
 //!
-//! - A write is marked when it has *ended*, well or not, or when its future is dropped: a mark from
-//!   before it could be taken away by a copy that still sees the old data.
+//! - A write is marked when it has *ended*, well or not; one that is given up, when it has landed: a mark from
+//!   before that could be taken away by a copy that still sees the old data.
 //! - While writes block, a request has its chunks in flight for itself: the engine and overlapping
 //!   requests wait for it, so both sides get overlapping writes in the same order. What the target does
-//!   not take becomes dirty, and the job hears of the error; the guest is not bothered.
+//!   not take becomes dirty, and the job hears of the error; the guest is not bothered. It is done on both sides also
+//!   when the guest gives it up.
 //! - What a range reads as after a discard is the source's business, so a discard is never repeated on
 //!   the target: its chunks become dirty. In the final phase (and when a copy does not converge), where nothing may become dirty any more,
 //!   discards (which promise nothing) are acknowledged and not done.
@@ -35,14 +36,14 @@
 //! job fails, the filter goes off, and the request is acknowledged.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use dolmen_copy::Tracker;
 use dolmen_graph::{
-    AccessRule, BackingName, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits, Node,
-    NodeChange, Op, Parsed, Plan, Prepared, Request, Where, no_backing,
+    AccessRule, BackingName, ChildEdge, Class, Common, CreateCx, Cx, Description, Driver, DriverKind, Extent,
+    Limits, Node, NodeChange, Op, Parsed, Plan, Prepared, Request, Where, no_backing,
 };
-use dolmen_rt::{IoVec, LocalFuture};
+use dolmen_rt::{Guard, Hold, IoVec, LocalFuture, Rt, carry};
 use dolmen_types::{BlkEvent, Error, ErrorKind, Options, Result, Span, WriteFlags};
 use event_listener::{Event, EventListener};
 
@@ -106,6 +107,8 @@ impl Phase {
 /// The driver; see the module's head.
 #[derive(Debug)]
 pub(crate) struct MirrorFilter {
+    /// Itself, for what outlives a request.
+    me: Weak<MirrorFilter>,
     rule: AccessRule,
     tracker: Arc<Tracker>,
     /// A [`Phase`].
@@ -121,9 +124,10 @@ pub(crate) struct MirrorFilter {
 }
 
 impl MirrorFilter {
-    pub(crate) fn new(rule: AccessRule, tracker: Arc<Tracker>, blocking: bool) -> MirrorFilter {
+    pub(crate) fn new(rule: AccessRule, tracker: Arc<Tracker>, blocking: bool) -> Arc<MirrorFilter> {
         let phase = if blocking { Phase::Blocking } else { Phase::Background };
-        MirrorFilter {
+        Arc::new_cyclic(|me| MirrorFilter {
+            me: me.clone(),
             rule,
             tracker,
             phase: AtomicU8::new(phase as u8),
@@ -131,7 +135,7 @@ impl MirrorFilter {
             marking: AtomicUsize::new(0),
             failure: Mutex::new(None),
             changed: Event::new(),
-        }
+        })
     }
 
     pub(crate) fn tracker(&self) -> &Arc<Tracker> {
@@ -189,14 +193,15 @@ impl MirrorFilter {
     }
 
     /// Where a request goes, by the phase as it is now.
-    fn way(&self, span: Span, discard: bool) -> Way<'_> {
+    fn way(&self, span: Span, discard: bool) -> Way {
         // Count first, then look at the phase: whoever changes the phase looks at the count afterwards,
         // so one of the two sees the other.
         self.marking.fetch_add(1, SeqCst);
         let way = match (self.phase(), discard) {
             (Phase::Blocking, true) if self.no_discards.load(SeqCst) => Way::Nowhere,
             (Phase::Background, _) | (Phase::Blocking, true) => {
-                return Way::Mark(Marking { filter: self, span });
+                let filter = self.me.upgrade().expect("a driver that runs a request is alive");
+                return Way::Mark(Marking { filter, span: Some(span) });
             }
             (Phase::Blocking, false) => Way::Both,
             (Phase::Final | Phase::Ending, false) => Way::Both,
@@ -221,39 +226,23 @@ impl MirrorFilter {
         }
     }
 
-    /// A request for both sides; `target` is the target's part of it.
-    async fn both(
-        &self,
-        span: Span,
-        source: impl Future<Output = Result<()>>,
-        target: impl Future<Output = Result<()>>,
-    ) -> Result<()> {
-        let Some(held) = self.tracker.hold(span).await else { return source.await };
-        let owed = Owed { filter: self, span, armed: true };
-        source.await?;
-        match target.await {
-            Ok(()) => {
-                owed.settle();
-                held.done(span);
-                Ok(())
-            }
-            Err(e) => {
-                drop(owed);
-                drop(held);
-                self.refused(e).await;
-                Ok(())
-            }
-        }
+    /// A request for both sides. It is a task of its own: given up half-way, it would leave them different, and in the last
+    /// phases nobody copies any more.
+    async fn both(&self, cx: Cx<'_>, span: Span, what: Change) -> Result<()> {
+        let request = Both {
+            filter: self.me.upgrade().expect("a driver that runs a request is alive"),
+            source: cx.node.children[SOURCE].clone(),
+            target: cx.node.children[TARGET].clone(),
+            rt: cx.rt.clone(),
+        };
+        cx.rt.shielded(async move { request.run(span, &what).await }).await
     }
 
     async fn write(&self, cx: Cx<'_>, span: Span, from: &IoVec, flags: WriteFlags) -> Result<()> {
         let source = cx.forward(SOURCE, Op::Write { span, from, flags });
         match self.way(span, false) {
-            Way::Mark(_until_it_ends) => source.await,
-            Way::Both => {
-                let target = async { cx.write(TARGET)?.write(span, from, target_flags(flags)).await };
-                self.both(span, source, target).await
-            }
+            Way::Mark(until_it_ends) => carry(source, until_it_ends).await,
+            Way::Both => self.both(cx, span, Change::Write(from.clone(), flags)).await,
             Way::Nowhere => Ok(()),
             Way::Pass => source.await,
         }
@@ -269,11 +258,8 @@ impl MirrorFilter {
             };
             let source = cx.forward(SOURCE, Op::WriteZeroes { span: piece, flags });
             match self.way(piece, false) {
-                Way::Mark(_until_it_ends) => source.await?,
-                Way::Both => {
-                    let target = async { cx.write(TARGET)?.write_zeroes(piece, target_flags(flags)).await };
-                    self.both(piece, source, target).await?;
-                }
+                Way::Mark(until_it_ends) => carry(source, until_it_ends).await?,
+                Way::Both => self.both(cx, piece, Change::Zeroes(flags)).await?,
                 Way::Nowhere => {}
                 Way::Pass => source.await?,
             }
@@ -285,7 +271,7 @@ impl MirrorFilter {
     async fn discard(&self, cx: Cx<'_>, span: Span, flags: WriteFlags) -> Result<()> {
         let source = cx.forward(SOURCE, Op::Discard { span, flags });
         match self.way(span, true) {
-            Way::Mark(_until_it_ends) => source.await,
+            Way::Mark(until_it_ends) => carry(source, until_it_ends).await,
             Way::Nowhere => Ok(()),
             Way::Both | Way::Pass => source.await,
         }
@@ -313,9 +299,9 @@ fn target_flags(flags: WriteFlags) -> WriteFlags {
 }
 
 /// Where a request goes.
-enum Way<'a> {
+enum Way {
     /// To the source, and is marked when it has ended.
-    Mark(Marking<'a>),
+    Mark(Marking),
     /// To both sides.
     Both,
     /// Nowhere: it promises nothing.
@@ -324,10 +310,12 @@ enum Way<'a> {
     Pass,
 }
 
-/// Marks what a request to the source has changed when it ends, however it does.
-struct Marking<'a> {
-    filter: &'a MirrorFilter,
-    span: Span,
+/// Marks what a request to the source has changed when it ends, however it does; if it is given up, when what it has in flight
+/// has ended.
+struct Marking {
+    filter: Arc<MirrorFilter>,
+    /// `None` when it is somebody else's business.
+    span: Option<Span>,
 }
 
 impl MirrorFilter {
@@ -339,10 +327,70 @@ impl MirrorFilter {
     }
 }
 
-impl Drop for Marking<'_> {
+impl Drop for Marking {
     fn drop(&mut self) {
-        self.filter.tracker.mark(self.span);
-        self.filter.unmarking();
+        if let Some(span) = self.span {
+            self.filter.tracker.mark(span);
+            self.filter.unmarking();
+        }
+    }
+}
+
+impl Hold for Marking {
+    fn leave(&mut self) -> Guard {
+        Arc::new(Marking { filter: self.filter.clone(), span: self.span.take() })
+    }
+}
+
+/// What is done on both sides.
+enum Change {
+    Write(IoVec, WriteFlags),
+    Zeroes(WriteFlags),
+}
+
+/// What a request for both sides needs to go on without its caller.
+struct Both {
+    filter: Arc<MirrorFilter>,
+    source: ChildEdge,
+    target: ChildEdge,
+    rt: Rt,
+}
+
+impl Both {
+    async fn run(self, span: Span, what: &Change) -> Result<()> {
+        let filter = &self.filter;
+        let Some(held) = filter.tracker.hold(span).await else {
+            return self.change(&self.source, span, what, |f| f).await;
+        };
+        let owed = Owed { filter, span, armed: true };
+        self.change(&self.source, span, what, |f| f).await?;
+        match self.change(&self.target, span, what, target_flags).await {
+            Ok(()) => {
+                owed.settle();
+                held.done(span);
+                Ok(())
+            }
+            Err(e) => {
+                drop(owed);
+                drop(held);
+                filter.refused(e).await;
+                Ok(())
+            }
+        }
+    }
+
+    async fn change(
+        &self,
+        side: &ChildEdge,
+        span: Span,
+        what: &Change,
+        flags: impl Fn(WriteFlags) -> WriteFlags,
+    ) -> Result<()> {
+        let io = CreateCx { file: Some(side), fixed: false, rt: &self.rt }.write()?;
+        match what {
+            Change::Write(from, f) => io.write(span, from, flags(*f)).await,
+            Change::Zeroes(f) => io.write_zeroes(span, flags(*f)).await,
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! client knows: replies, the states of jobs, and which data it has written.
 
 use std::collections::HashMap;
+use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,6 +36,8 @@ pub(crate) struct Schedule {
     steps: u64,
     latency_ns_max: u64,
     errors: bool,
+    /// Guests give up some of their requests.
+    cancels: bool,
 }
 
 impl Schedule {
@@ -53,6 +56,7 @@ impl Schedule {
             steps: r.between(3, 14),
             latency_ns_max: *r.pick(&[10_000, 100_000, 100_000, 400_000]),
             errors: r.percent(30),
+            cancels: r.percent(50),
         }
     }
 }
@@ -120,6 +124,7 @@ pub(crate) fn run(schedule: Schedule, seed: u64) -> Result<Ran, String> {
             oracle.fresh_tag();
         }
         let world = World::new(&rt, oracle, config, schedule.errors);
+        world.cancels.set(schedule.cancels);
         let mut below: Option<String> = None;
         for layer in &chain {
             let size = layer.sectors * SECTOR;
@@ -164,7 +169,8 @@ pub(crate) fn run(schedule: Schedule, seed: u64) -> Result<Ran, String> {
             play.attend().await?;
         }
         play.finish().await?;
-        let done = std::mem::take(&mut play.done);
+        let mut done = std::mem::take(&mut play.done);
+        *done.counts.entry("given up").or_default() += world.given_up.get();
         drop(play);
         world.guest.take();
         world.control.change(dolmen_control::Change::Quit).await.map_err(|e| e.desc)?;
@@ -810,34 +816,35 @@ impl Guest {
                 TagPattern::fill(tag, at.offset(), &mut data);
                 let op = world.oracle.borrow_mut().write(at, tag, fua, world.position());
                 let flags = if fua { WriteFlags::FUA } else { WriteFlags::NONE };
-                let result = user.write(bytes.offset(), &data, flags).await;
-                self.complete("write", op, &result)
+                let result = self.attempt(user.write(bytes.offset(), &data, flags)).await;
+                self.complete("write", op, result)
             }
             45..55 => {
                 let flags = if self.random.percent(50) { WriteFlags::MAY_UNMAP } else { WriteFlags::NONE };
                 let op = world.oracle.borrow_mut().write(at, ZERO_TAG, false, world.position());
-                let result = user.write_zeroes(bytes, flags).await;
-                self.complete("write zeroes", op, &result)
+                let result = self.attempt(user.write_zeroes(bytes, flags)).await;
+                self.complete("write zeroes", op, result)
             }
             55..63 => {
                 let op = world.oracle.borrow_mut().discard(at, world.position());
-                let result = user.discard(bytes).await;
-                self.complete("discard", op, &result)
+                let result = self.attempt(user.discard(bytes)).await;
+                self.complete("discard", op, result)
             }
             63..80 => {
                 let mark = world.oracle.borrow_mut().read();
-                match user.read(bytes.offset(), bytes.len() as usize).await {
-                    Ok(found) => {
+                match self.attempt(user.read(bytes.offset(), bytes.len() as usize)).await {
+                    None => true,
+                    Some(Ok(found)) => {
                         let judged = world.oracle.borrow_mut().check_read(mark, at.offset(), &found);
                         judged.unwrap_or_else(|v| panic!("at {}: {v}", world.position()));
                         true
                     }
-                    Err(e) => self.bear("read", &e),
+                    Some(Err(e)) => self.bear("read", &e),
                 }
             }
             _ => {
                 let op = world.oracle.borrow_mut().flush(world.position());
-                let result = user.flush().await;
+                let Some(result) = self.attempt(user.flush()).await else { return true };
                 world.oracle.borrow_mut().flushed(op, &result, world.position());
                 match result {
                     Ok(()) => true,
@@ -847,7 +854,29 @@ impl Guest {
         }
     }
 
-    fn complete(&self, what: &str, op: GuestOp, result: &Result<(), Error>) -> bool {
+    /// Waits for a request, or gives it up after a while (`None`).
+    async fn attempt<T>(
+        &mut self,
+        request: impl Future<Output = Result<T, Error>>,
+    ) -> Option<Result<T, Error>> {
+        if !self.world.cancels.get() || !self.random.percent(15) {
+            return Some(request.await);
+        }
+        let patience = self.world.rt.sleep(Duration::from_nanos(self.random.below(400_000)));
+        let result = futures_lite::future::or(async { Some(request.await) }, async {
+            patience.await;
+            None
+        })
+        .await;
+        if result.is_none() {
+            self.world.given_up.set(self.world.given_up.get() + 1);
+        }
+        result
+    }
+
+    /// A request that was given up may have happened, or happen later: for the oracle it never completes.
+    fn complete(&self, what: &str, op: GuestOp, result: Option<Result<(), Error>>) -> bool {
+        let Some(result) = &result else { return true };
         if std::env::var_os("DOLMEN_SIM_TRACE").is_some() {
             eprintln!("{}: {what} {op:?} {:?}", self.world.position(), result.is_ok());
         }

@@ -157,6 +157,10 @@ pub(crate) struct World {
     pub(crate) guest: RefCell<Option<Arc<UserEdge>>>,
     /// Requests may fail.
     pub(crate) errors: bool,
+    /// Guests give up some of their requests.
+    pub(crate) cancels: Cell<bool>,
+    /// How many they have given up.
+    pub(crate) given_up: Cell<u64>,
     /// Guests are to stop.
     pub(crate) stop: Cell<bool>,
     /// Guests are to make no requests for now.
@@ -181,6 +185,8 @@ impl World {
             seen: RefCell::default(),
             guest: RefCell::default(),
             errors,
+            cancels: Cell::new(false),
+            given_up: Cell::new(0),
             stop: Cell::new(false),
             rest: Cell::new(false),
             busy: Cell::new(0),
