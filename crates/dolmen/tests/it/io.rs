@@ -289,7 +289,7 @@ fn requests_are_split_between_clusters() {
             b.ok("ours/qemu-io", &["--image-opts", "-d", "unmap", "-c", &done, &chain]);
             let (first, end) = (1 + window, (40 << 20) + 1 + window);
             let (first, end) = ((first as u64).next_multiple_of(65536), end as u64 / 65536 * 65536);
-            let map = b.ok("qemu-img", &["map", "-f", "qcow2", "--output=json", "split.q"]).out;
+            let map = b.ok("qemu-img", &["map", "-f", "qcow2", "--output=json", "split.q"]);
             let extents: serde_json::Value = serde_json::from_str(&map).expect("JSON");
             let left: u64 = extents
                 .as_array()

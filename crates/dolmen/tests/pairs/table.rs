@@ -48,8 +48,6 @@ const RIGHT_ALL_THE_SAME: &[(&str, &str, &str)] = &[
 
 const NAMED_LATER: &str = "nothing in this test: the name is read when the image is opened again, and means a chain that \
     is about to be another one";
-const COPIED_UP: &str =
-    "nothing in this test: its client has read everything, so it had been copied up before";
 const OTHER_SIZE: &str = "nothing in this test: the job was begun for the size that there was";
 const READY_SHOWS: &str = "nothing as long as nothing has been copied: see the mirror that is ready";
 const BOTTOM_GONE: &str = "the node that the filter relies on leaves the chain";
