@@ -108,12 +108,16 @@ impl Span {
         self.offset <= other.offset && other.end() <= self.end()
     }
 
-    /// The smallest span with both ends on multiples of `align` that contains this one.
+    /// The smallest span with both ends on multiples of `align` that contains this one; an empty one stays empty.
     ///
     /// `align` need not be a power of two. The end saturates at the last multiple
     /// below [`Span::MAX_END`].
     pub const fn align_out(self, align: u64) -> Span {
         let start = self.offset / align * align;
+        // Nothing touches no block: whoever changes what this gives must not change the block around it.
+        if self.len == 0 {
+            return Span { offset: start, len: 0 };
+        }
         let end = match self.end().checked_next_multiple_of(align) {
             Some(e) if e <= Span::MAX_END => e,
             _ => Span::MAX_END / align * align,

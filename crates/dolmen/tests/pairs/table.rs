@@ -23,6 +23,16 @@ const RIGHT_ALL_THE_SAME: &[(&str, &str, &str)] = &[
         "shrink ",
         "nothing in this test: its client has read everything, so it had been copied up",
     ),
+    (
+        "stream of filters",
+        "shrink ",
+        "nothing in this test: its client has read everything, so it had been copied up",
+    ),
+    (
+        "mirror of filters",
+        "reopen top on base",
+        "nothing as long as the filters between the job and the node hold nothing: see the mirror of the node itself",
+    ),
     ("", "an operation that", "it only announces what somebody else does"),
     ("mirror, ", "reopen top on base", READY_SHOWS),
     ("mirror, ", "export of", READY_SHOWS),

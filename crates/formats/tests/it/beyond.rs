@@ -160,3 +160,28 @@ fn zeroes_over_zeroes_take_no_space() {
         }
     });
 }
+
+/// Growing within the last cluster made an empty span of whole clusters, and rounded it out to the last cluster: all that it
+/// showed became zeroes.
+#[test]
+fn growing_within_the_last_cluster_keeps_its_data() {
+    for (version, old, size) in
+        [("v3", 96u64 << 10, 100u64 << 10), ("v2", 96 << 10, 100 << 10), ("v3", 65_536 + 512, 65_536 + 1024)]
+    {
+        Sim::run(1, |rt| async move {
+            let disk = top(&rt, version, 65536, old).await;
+            let below = base(old, old);
+            let h = open(&rt, &disk, Some(&below)).await.unwrap();
+            let user = h.user();
+            user.write(65536, &[9; 512], WriteFlags::NONE).await.unwrap();
+            user.resize(size).await.unwrap();
+            let seen = user.read(0, size as usize).await.unwrap();
+            assert!(seen[..65536].iter().all(|b| *b == OLD), "{version}");
+            assert!(seen[65536..66048].iter().all(|b| *b == 9), "{version}");
+            assert!(seen[66048..old as usize].iter().all(|b| *b == OLD), "{version}");
+            assert!(seen[old as usize..].iter().all(|b| *b == 0), "{version}");
+            drop(user);
+            h.close().await.unwrap();
+        });
+    }
+}

@@ -45,7 +45,7 @@ fn random_requests_match_a_model() {
             };
             for step in 0..400 {
                 let t = token(&edge).await;
-                assert_eq!(t.size(), model.len() as u64, "step {step}");
+                assert_eq!(t.size(), (model.len() as u64).next_multiple_of(512), "step {step}");
                 let mut at = random(60_000);
                 let mut len = 1 + random(9_000);
                 if random(3) == 0 {
@@ -149,7 +149,7 @@ fn status_and_space() {
         let e = io.status(Span::new(MIB + 8192, 4096)).await.unwrap();
         assert!(matches!(e.place, Where::Data { .. }), "{e:?}");
         let past = io.status(Span::new(4 * MIB, 4096)).await.unwrap();
-        assert!(matches!(past.place, Where::Zero { at: None }));
+        assert!(matches!(past.place, Where::Zero { .. }));
 
         // Zeroes that stay allocated, and zeroes that do not.
         let space = || std::fs::metadata(&path).unwrap().blocks() * 512;
