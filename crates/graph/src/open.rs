@@ -57,7 +57,7 @@ pub struct Opener<'a> {
     /// What is permitted.
     pub policy: OpenPolicy,
     /// Reads names such as `nbd://host/export` or `json:{...}` found in images;
-    /// [`protocol_name`] knows the common ones without JSON.
+    /// [`protocol_name`](crate::protocol_name) knows the common ones without JSON.
     pub names: fn(&str) -> Result<Options>,
     /// The runtime.
     pub rt: &'a Rt,

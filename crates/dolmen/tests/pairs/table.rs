@@ -18,16 +18,9 @@ const RIGHT_ALL_THE_SAME: &[(&str, &str, &str)] = &[
     ("", "change-backing-file of", NAMED_LATER),
     ("", "grow ", OTHER_SIZE),
     ("", "shrink top", OTHER_SIZE),
-    (
-        "copy-on-read",
-        "shrink ",
-        "nothing in this test: its client has read everything, so it had been copied up",
-    ),
-    (
-        "stream of filters",
-        "shrink ",
-        "nothing in this test: its client has read everything, so it had been copied up",
-    ),
+    ("copy-on-read", "shrink ", COPIED_UP),
+    ("stream of", "shrink ", COPIED_UP),
+    ("mirror of filters", "reopen top on base", READY_SHOWS),
     (
         "mirror of filters",
         "reopen top on base",
@@ -58,7 +51,9 @@ const RIGHT_ALL_THE_SAME: &[(&str, &str, &str)] = &[
 
 const NAMED_LATER: &str = "nothing in this test: the name is read when the image is opened again, and means a chain that \
     is about to be another one";
-const OTHER_SIZE: &str = "nothing in this test: the job was begun for the size that there was";
+const COPIED_UP: &str =
+    "nothing in this test: its client has read everything, so it had been copied up before";
+const OTHER_SIZE: &str = "nothing in this test: jobs were begun for the size that there was, and overlays show what comes up behind the end";
 const READY_SHOWS: &str = "nothing as long as nothing has been copied: see the mirror that is ready";
 const BOTTOM_GONE: &str = "the node that the filter relies on leaves the chain";
 const TWO_JOBS: &str = "nothing in the orders that were tried: two jobs on the same nodes, of which one changes what the \
