@@ -718,7 +718,11 @@ impl Play {
                 let _ = match shown["status"].as_str().unwrap_or_default() {
                     "paused" | "standby" => self.world.ask("job-resume", by_id).await?,
                     "ready" if partial => self.world.ask("block-job-cancel", by_device).await?,
-                    "ready" => self.world.ask("job-complete", by_id).await?,
+                    // A pivot onto what does not read like the source is refused for good.
+                    "ready" => match self.world.ask("job-complete", by_id).await? {
+                        Err(_) if round >= 200 => self.world.ask("block-job-cancel", by_device).await?,
+                        answer => answer,
+                    },
                     "pending" => self.world.ask("job-finalize", by_id).await?,
                     "running" if partial => self.world.ask("job-cancel", by_id).await?,
                     "running" if round == 10 => {

@@ -68,7 +68,13 @@ impl Peer {
     fn ask(&mut self, text: &str) -> Json {
         self.stream.write_all(text.as_bytes()).expect("sent");
         self.stream.write_all(b"\n").expect("sent");
-        self.receive()
+        loop {
+            // On a busy machine the peer greets twice.
+            let reply = self.receive();
+            if reply.get("QMP").is_none() {
+                return reply;
+            }
+        }
     }
 }
 
