@@ -7,11 +7,14 @@
 //! An instant command guards what it changes by the claims of an operation of its own. It
 //! is asked about ([`reopen::settle`]) and gone again before the draft is published.
 
+use std::rc::Rc;
+
 use dolmen_graph::{BackingName, ClaimScope, Class, Cx, Draft, NodeOpener, OpClaim, OpInfo, Prealloc};
 use dolmen_qmp::QmpError;
 use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Options, Result};
 
 use crate::jobs::{self, Started};
+use crate::owed::Owed;
 use crate::task::Task;
 use crate::{Change, commands, images, operations, overlay, reopen};
 
@@ -53,14 +56,16 @@ pub(crate) async fn propose(
         }
         Change::BlockdevSetActive { node, active } => reopen::propose_active(draft, node.as_deref(), active),
         Change::ExportAdd(add) => commands::propose_export(task, draft, &add).map(drop),
-        Change::ExportDel { id, .. } => match task.exports.iter().find(|e| e.id.as_str() == id) {
-            Some(e) => {
-                draft.remove_op(&e.id);
-                draft.sweep();
-                Ok(())
+        Change::ExportDel { id, .. } => {
+            match task.shared.exports.borrow().iter().find(|e| e.id.as_str() == id) {
+                Some(e) => {
+                    draft.remove_op(&e.id);
+                    draft.sweep();
+                    Ok(())
+                }
+                None => Err(QmpError::generic(format!("Export '{id}' is not found"))),
             }
-            None => Err(QmpError::generic(format!("Export '{id}' is not found"))),
-        },
+        }
         Change::JobStart(start) => {
             started.push(jobs::start_in_draft(task, draft, start).await?);
             Ok(())
@@ -115,7 +120,7 @@ pub(crate) async fn propose(
 }
 
 /// Makes a proposal and publishes it.
-pub(crate) async fn carry_out(task: &mut Task, change: Change) -> Done {
+pub(crate) async fn carry_out(task: &Task, change: Change) -> Done {
     let grouped = matches!(change, Change::Transaction { grouped: true, .. });
     let mut draft = task.owner.draft();
     let mut started = Vec::new();
@@ -123,7 +128,7 @@ pub(crate) async fn carry_out(task: &mut Task, change: Change) -> Done {
     // A server may not answer. Dropping the draft on the way out closes what was opened.
     let made = proposed.unless_quitting(propose(task, &mut draft, change, &mut started)).await;
     let done = match made {
-        Ok(()) => task.owner.commit(draft).await.map(drop).map_err(QmpError::from),
+        Ok(()) => task.commit(draft).await,
         Err(e) => {
             drop(draft);
             Err(e)
@@ -138,8 +143,10 @@ pub(crate) async fn carry_out(task: &mut Task, change: Change) -> Done {
     task.report_events().map_or(Ok(()), Err)
 }
 
-fn command(draft: &mut Draft, name: &str, detail: String) -> Result<OpId> {
-    let op = OpId::internal(format!("command:{name}"));
+/// The operation of an instant command on a node. Several of one kind may be there at one time, on
+/// different nodes.
+fn command(draft: &mut Draft, name: &str, node: &NodeName, detail: String) -> Result<OpId> {
+    let op = OpId::internal(format!("command:{name}:{node}"));
     draft.add_op(OpInfo {
         id: op.clone(),
         kind: "command".into(),
@@ -196,7 +203,7 @@ pub(crate) fn propose_snapshot(draft: &mut Draft, node: &str, overlay: &str) -> 
         return Err(Error::new(ErrorKind::Busy, format!("The overlay is already in use: {user}"))
             .remedy("remove what uses it first"));
     }
-    let op = command(draft, "blockdev-snapshot", format!("snapshot of '{node}' in '{overlay}'"))?;
+    let op = command(draft, "blockdev-snapshot", &node, format!("snapshot of '{node}' in '{overlay}'"))?;
     claim(draft, &op, &node, Actions::P, "puts an overlay above it")?;
     let sizes = (draft.built_node(&node)?.size(), draft.built_node(&overlay)?.size());
     let under = draft.resolve(&node)?;
@@ -221,7 +228,12 @@ fn propose_change_backing(draft: &mut Draft, device: &str, image: &str) -> Resul
         return Err(invalid(format!("node '{image}' has no backing file that could get another name"))
             .remedy("link one first (blockdev-reopen)"));
     }
-    let op = command(draft, "change-backing-file", format!("change of the backing file named by '{image}'"))?;
+    let op = command(
+        draft,
+        "change-backing-file",
+        &image,
+        format!("change of the backing file named by '{image}'"),
+    )?;
     claim(draft, &op, &image, Actions::G | Actions::M, "rewrites its header")?;
     let opened = draft.set_read_only(&image, false)?;
     Ok((op, opened))
@@ -237,7 +249,7 @@ async fn check_backing(opener: &NodeOpener<'_>, draft: &Draft, image: &str, file
 }
 
 /// `change-backing-file`: the header names another file, nothing else changes.
-pub(crate) async fn change_backing_file(task: &mut Task, device: &str, image: &str, file: &str) -> Done {
+pub(crate) async fn change_backing_file(task: &Rc<Task>, device: &str, image: &str, file: &str) -> Done {
     let mut draft = task.owner.draft();
     let shared = task.shared.clone();
     let opener = task.opener(&shared.rt);
@@ -245,37 +257,33 @@ pub(crate) async fn change_backing_file(task: &mut Task, device: &str, image: &s
     let (op, opened) = propose_change_backing(&mut draft, device, image)?;
     draft.solve()?;
     draft.mark_started(&op);
-    task.owner.commit(draft).await?;
+    task.commit(draft).await?;
+    let owed = Owed::new(task, op, opened);
     let rt = task.shared.rt.clone();
-    let graph = task.owner.graph().clone();
-    let done = match graph.node(image) {
-        None => Err(invalid(format!("node '{image}' is gone"))),
-        Some(node) => {
-            let mut below = node.backing();
-            while let Some(next) = below
-                .and_then(|n| n.filtered())
-                .filter(|_| below.is_some_and(|n| n.driver.kind().class == Class::Filter))
-            {
-                below = Some(next);
-            }
-            let format = below.map(|n| n.driver.kind().name);
-            let to = Some(BackingName { name: file, format }).filter(|_| !file.is_empty());
-            node.driver.set_backing(Cx { node, rt: &rt }, to).await
+    let rewritten = async {
+        let graph = task.owner.graph();
+        let node = graph.node(image).ok_or_else(|| invalid(format!("node '{image}' is gone")))?;
+        let mut below = node.backing();
+        while let Some(next) = below
+            .and_then(|n| n.filtered())
+            .filter(|_| below.is_some_and(|n| n.driver.kind().class == Class::Filter))
+        {
+            below = Some(next);
         }
+        let format = below.map(|n| n.driver.kind().name);
+        let to = Some(BackingName { name: file, format }).filter(|_| !file.is_empty());
+        Ok(node.driver.set_backing(Cx { node, rt: &rt }, to).await?)
     };
-    drop(graph);
-    let mut draft = task.owner.draft();
-    draft.remove_op(&op);
-    draft.restore_read_only(&opened);
-    task.owner.commit(draft).await?;
-    Ok(done?)
+    let rewritten = task.shared.unless_closing(rewritten).await;
+    owed.give_back().await;
+    rewritten
 }
 
 /// The operation of `block_resize`: an edge of its own at the node that was named.
 fn propose_resize(draft: &mut Draft, node: &str, size: u64) -> Result<OpId> {
     let node = find(draft, node)?;
     let now = draft.built_node(&node)?.size();
-    let op = command(draft, "block_resize", format!("resize of '{node}' to {size} bytes"))?;
+    let op = command(draft, "block_resize", &node, format!("resize of '{node}' to {size} bytes"))?;
     // Filters hand it down: it is the image that gets another size.
     let image = draft.content(&node);
     if size < now {
@@ -295,22 +303,21 @@ fn propose_resize(draft: &mut Draft, node: &str, size: u64) -> Result<OpId> {
 }
 
 /// `block_resize`.
-pub(crate) async fn block_resize(task: &mut Task, node: &str, size: u64) -> Done {
+pub(crate) async fn block_resize(task: &Rc<Task>, node: &str, size: u64) -> Done {
     let mut draft = task.owner.draft();
     let op = propose_resize(&mut draft, node, size)?;
     draft.solve()?;
     draft.mark_started(&op);
-    task.owner.commit(draft).await?;
+    task.commit(draft).await?;
+    let edge = task.owner.edges(&op).next();
+    let owed = Owed::new(task, op, Vec::new());
     let rt = task.shared.rt.clone();
-    let edge = task.owner.edges(&op).next().cloned();
     let resized = async {
         let edge = edge.ok_or_else(|| invalid(format!("node '{node}' is gone")))?;
         let token = edge.begin().await?;
-        token.resize(&rt)?.resize(size, Prealloc::Off).await
+        Ok(token.resize(&rt)?.resize(size, Prealloc::Off).await?)
     };
-    let resized = resized.await;
-    let mut draft = task.owner.draft();
-    draft.remove_op(&op);
-    task.owner.commit(draft).await?;
-    Ok(resized?)
+    let resized = task.shared.unless_closing(resized).await;
+    owed.give_back().await;
+    resized
 }

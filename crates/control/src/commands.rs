@@ -1,6 +1,7 @@
 //! The commands that change something.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use dolmen_exports::{NbdExport, NbdServer, NbdServerConfig};
 use dolmen_graph::{Draft, OpInfo};
@@ -9,18 +10,19 @@ use dolmen_rt::Addr;
 use dolmen_types::{Actions, Claim, Error, ErrorKind, OpId, Options};
 
 use crate::export::{Export, stop_server};
+use crate::owed::Owed;
 use crate::task::{Gone, Reply, Task, answer};
 use crate::{ExportAdd, NbdServerStart};
 
 type Done = Result<(), QmpError>;
 
 /// Opens a node and what is defined inside it: all of it, or nothing.
-pub(crate) async fn blockdev_add(task: &mut Task, options: Options) -> Done {
+pub(crate) async fn blockdev_add(task: &Task, options: Options) -> Done {
     let mut draft = task.owner.draft();
     // A server may not answer. Dropping the draft on the way out closes what was opened.
     let shared = task.shared.clone();
     shared.unless_quitting(propose_add(task, &mut draft, options)).await?;
-    task.owner.commit(draft).await?;
+    task.commit(draft).await?;
     Ok(())
 }
 
@@ -35,10 +37,10 @@ pub(crate) async fn propose_add(task: &Task, draft: &mut Draft, options: Options
 }
 
 /// Closes a node and those below it that nobody else holds.
-pub(crate) async fn blockdev_del(task: &mut Task, name: &str) -> Done {
+pub(crate) async fn blockdev_del(task: &Task, name: &str) -> Done {
     let mut draft = task.owner.draft();
     propose_del(task, &mut draft, name)?;
-    task.owner.commit(draft).await?;
+    task.commit(draft).await?;
     // The node is gone either way, but who removed it wants to know that data are missing.
     task.report_events().map_or(Ok(()), Err)
 }
@@ -64,8 +66,8 @@ pub(crate) fn propose_del(task: &Task, draft: &mut Draft, name: &str) -> Done {
 }
 
 /// Sets the write threshold of a node. Changes no link and no grant, so nothing is drafted.
-pub(crate) fn set_write_threshold(task: &mut Task, name: &str, threshold: u64) -> Done {
-    let Some(node) = task.owner.graph().node(name) else {
+pub(crate) fn set_write_threshold(task: &Task, name: &str, threshold: u64) -> Done {
+    let Some(node) = task.owner.graph().node(name).cloned() else {
         return Err(QmpError::generic(format!("Device '{name}' not found")));
     };
     node.state.set_write_threshold(Some(threshold).filter(|t| *t != 0));
@@ -73,8 +75,8 @@ pub(crate) fn set_write_threshold(task: &mut Task, name: &str, threshold: u64) -
 }
 
 /// Starts the NBD server.
-pub(crate) async fn nbd_server_start(task: &mut Task, start: NbdServerStart) -> Done {
-    if task.server.is_some() {
+pub(crate) async fn nbd_server_start(task: &Task, start: NbdServerStart) -> Done {
+    if task.server.borrow().is_some() {
         return Err(QmpError::generic("NBD server already running"));
     }
     let address = match start.address {
@@ -91,18 +93,20 @@ pub(crate) async fn nbd_server_start(task: &mut Task, start: NbdServerStart) -> 
     // A name may take long to resolve.
     let listen = async { Ok(NbdServer::listen(&task.shared.rt, &address, config).await?) };
     let server = task.shared.unless_quitting(listen).await?;
-    task.server = Some(Rc::new(server));
+    task.server.replace(Some(Rc::new(server)));
     Ok(())
 }
 
-/// Disconnects everybody and stops the server. Answers when that is done.
-pub(crate) fn nbd_server_stop(task: &mut Task, reply: &Reply) -> Done {
+/// Disconnects everybody and stops the server. Answers when that is done, or soon if clients don't go.
+pub(crate) fn nbd_server_stop(task: &Task, reply: &Reply) -> Done {
     let Some(server) = task.server.take() else {
         return Err(QmpError::generic("NBD server not running"));
     };
-    task.exports.iter_mut().for_each(|e| e.shutting_down = true);
-    let ids = task.exports.iter().map(|e| e.id.clone()).collect();
-    let names: Vec<String> = task.exports.iter().map(|e| e.name.clone()).collect();
+    let mut exports = task.shared.exports.borrow_mut();
+    exports.iter_mut().for_each(|e| e.shutting_down = true);
+    let ids = exports.iter().map(|e| e.id.clone()).collect();
+    let names: Vec<String> = exports.iter().map(|e| e.name.clone()).collect();
+    answer_in_time(task, reply);
     let (gone, reply) = (task.gone.clone(), Some(reply.clone()));
     task.shared.rt.spawn(async move {
         stop_server(server, &names).await;
@@ -121,11 +125,11 @@ pub(crate) fn propose_export(task: &Task, draft: &mut Draft, add: &ExportAdd) ->
     if !draft.has_node(&add.node) {
         return Err(QmpError::generic(format!("Cannot find device='' nor node-name='{}'", add.node)));
     }
-    if task.server.is_none() {
+    if task.server.borrow().is_none() {
         return Err(QmpError::generic("NBD server not running"));
     }
     let name = add.name.as_ref().unwrap_or(&add.node);
-    if task.exports.iter().any(|e| e.name == *name) {
+    if task.shared.exports.borrow().iter().any(|e| e.name == *name) {
         return Err(QmpError::generic(format!("NBD server already has export named '{name}'")));
     }
     let read_only = task.owner.graph().node(&add.node).is_some_and(|n| n.flags.read_only);
@@ -156,17 +160,20 @@ pub(crate) fn propose_export(task: &Task, draft: &mut Draft, add: &ExportAdd) ->
 }
 
 /// Adds an export: an operation with an edge in the graph, and a name at the server.
-pub(crate) async fn export_add(task: &mut Task, add: ExportAdd) -> Done {
+pub(crate) async fn export_add(task: &Rc<Task>, add: ExportAdd) -> Done {
     let mut draft = task.owner.draft();
     let id = propose_export(task, &mut draft, &add)?;
-    let Some(server) = task.server.clone() else {
+    let Some(server) = task.server.borrow().clone() else {
         return Err(QmpError::generic("NBD server not running"));
     };
     let name = add.name.unwrap_or_else(|| add.node.clone());
-    task.owner.commit(draft).await?;
-    let edge = task.owner.edges(&id).next().cloned();
+    task.commit(draft).await?;
+    let owed = Owed::new(task, id.clone(), Vec::new());
+    let edge = task.owner.edges(&id).next();
+    let same_server = task.server.borrow().as_ref().is_some_and(|s| Rc::ptr_eq(s, &server));
     let offered = match edge {
         None => Err(QmpError::generic(format!("Export '{id}' has lost its node"))),
+        Some(_) if !same_server => Err(QmpError::generic("NBD server was stopped meanwhile")),
         Some(edge) => server
             .add_export(NbdExport {
                 name: name.clone(),
@@ -178,32 +185,47 @@ pub(crate) async fn export_add(task: &mut Task, add: ExportAdd) -> Done {
             .map_err(QmpError::from),
     };
     if let Err(e) = offered {
-        let mut draft = task.owner.draft();
-        draft.remove_op(&id);
-        task.owner.commit(draft).await?;
+        owed.give_back().await;
         return Err(e);
     }
-    task.exports.push_front(Export { id, name, shutting_down: false });
+    owed.keep();
+    task.shared.exports.borrow_mut().push_front(Export { id, name, shutting_down: false });
     Ok(())
 }
 
-/// Removes an export. Answers when its clients are gone, or at once when they are not
+/// How long who removes exports waits until their clients are gone.
+const CLIENTS_GO: Duration = Duration::from_secs(1);
+
+/// Answers soon whatever clients do: a request of theirs may wait for storage that never answers, and
+/// whoever asked wants to go on. An event tells when the export is gone.
+fn answer_in_time(task: &Task, reply: &Reply) {
+    let (rt, reply) = (task.shared.rt.clone(), reply.clone());
+    task.shared.rt.spawn(async move {
+        rt.sleep(CLIENTS_GO).await;
+        // Nobody waits any more if the export is gone.
+        answer(&reply, Ok(serde_json::json!({})));
+    });
+}
+
+/// Removes an export. Answers when its clients are gone, or soon if they don't go, or at once when they are not
 /// to be disturbed.
-pub(crate) fn export_del(task: &mut Task, id: &str, hard: bool, reply: &Reply) -> Done {
-    let Some(export) = task.exports.iter_mut().find(|e| e.id.as_str() == id) else {
+pub(crate) fn export_del(task: &Task, id: &str, hard: bool, reply: &Reply) -> Done {
+    let mut exports = task.shared.exports.borrow_mut();
+    let Some(export) = exports.iter_mut().find(|e| e.id.as_str() == id) else {
         return Err(QmpError::generic(format!("Export '{id}' is not found")));
     };
     if export.shutting_down {
         return Err(QmpError::generic(format!("Export '{id}' is already shutting down")));
     }
-    let clients = task.server.as_ref().and_then(|s| s.clients(&export.name)).unwrap_or(0);
+    let clients = task.server.borrow().as_ref().and_then(|s| s.clients(&export.name)).unwrap_or(0);
     if !hard && clients > 0 {
         return Err(QmpError::generic(format!(
             "export '{id}' still in use by {clients} client(s) (disconnect them first, or use mode='hard' to disconnect them)"
         )));
     }
     export.shutting_down = true;
-    let (server, name, op) = (task.server.clone(), export.name.clone(), export.id.clone());
+    answer_in_time(task, reply);
+    let (server, name, op) = (task.server.borrow().clone(), export.name.clone(), export.id.clone());
     let (gone, reply) = (task.gone.clone(), reply.clone());
     task.shared.rt.spawn(async move {
         if let Some(server) = server {

@@ -1,14 +1,15 @@
 //! The handle that everybody but the task holds.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::fmt;
 use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_channel::{Receiver, Sender};
-use dolmen_graph::{Graph, GraphOwner, OpClaim, OpInfo, OpenPolicy, Registry, common_options};
+use dolmen_graph::{Graph, GraphOwner, OpClaim, OpInfo, OpenPolicy, Patience, Registry, common_options};
 use dolmen_jobs::JobTable;
 use dolmen_qmp::model::{self, BlockExportInfo};
 use dolmen_qmp::schema::{Branch, Sources};
@@ -17,11 +18,17 @@ use dolmen_rt::Rt;
 use dolmen_types::{Options, Value};
 use serde_json::{Value as Json, json};
 
+use crate::export::Export;
 use crate::monitor::Outgoing;
+use crate::turns::Scope;
 use crate::{Change, export, jobs, operations, query, stats};
 
 /// What is said to those who come too late.
 const ENDING: &str = "The daemon is shutting down";
+
+/// How long a command waits for storage.
+pub(crate) const PATIENCE: Patience =
+    Patience { publish: Duration::from_secs(30), close: Some(Duration::from_secs(30)) };
 
 /// Receives lines about what goes wrong without anybody waiting for it.
 pub type Log = fn(&str);
@@ -37,7 +44,7 @@ pub struct Config {
     pub log: Log,
 }
 
-/// What the last change left: the answer to every query.
+/// The state of things, as queries see it.
 #[derive(Debug)]
 pub(crate) struct Published {
     pub(crate) graph: Arc<Graph>,
@@ -49,6 +56,10 @@ pub(crate) struct Published {
 /// A change on its way to the task, and where its result goes.
 pub(crate) struct Job {
     pub(crate) change: Change,
+    /// The command, for messages.
+    pub(crate) what: String,
+    /// What it names.
+    pub(crate) scope: Scope,
     pub(crate) reply: Sender<Result<Json, QmpError>>,
 }
 
@@ -56,7 +67,9 @@ pub(crate) struct Shared {
     pub(crate) rt: Rt,
     pub(crate) schema: Schema,
     pub(crate) version: Version,
-    pub(crate) published: RefCell<Rc<Published>>,
+    pub(crate) owner: GraphOwner,
+    /// Newest first, as queries list them.
+    pub(crate) exports: RefCell<VecDeque<Export>>,
     pub(crate) monitors: RefCell<Vec<Rc<Outgoing>>>,
     pub(crate) log: Log,
     /// Every job, so that queries and verbs never wait for the task.
@@ -65,16 +78,31 @@ pub(crate) struct Shared {
     pub(crate) hurry: Cell<bool>,
     /// The task has begun to end.
     pub(crate) quitting: Cell<bool>,
-    /// The task has ended: everything is closed.
-    pub(crate) ended: Cell<bool>,
+    /// Nodes are being closed: nothing changes any more.
+    pub(crate) closing: Cell<bool>,
     /// Some node could not be closed: what it held may be lost.
     pub(crate) unclean: Cell<bool>,
-    /// Raised when either changes.
+    /// The task has ended: everything is closed.
+    pub(crate) ended: Cell<bool>,
+    /// Raised when one of them changes, and when a job has ended.
     pub(crate) progress: event_listener::Event,
     introspection: Json,
 }
 
 impl Shared {
+    /// The state of things, now.
+    pub(crate) fn published(&self) -> Published {
+        let graph = self.owner.graph();
+        let exports = self.exports.borrow().iter().map(|e| e.info(&graph)).collect();
+        Published { ops: self.owner.ops(), claims: self.owner.claims(), exports, graph }
+    }
+
+    /// Sets one of the flags, and wakes who waits for it.
+    pub(crate) fn raise(&self, flag: &Cell<bool>) {
+        flag.set(true);
+        self.progress.notify(usize::MAX);
+    }
+
     /// Completes when `flag` is set.
     pub(crate) async fn until(&self, flag: &Cell<bool>) {
         while !flag.get() {
@@ -94,8 +122,27 @@ impl Shared {
         &self,
         work: impl Future<Output = Result<T, QmpError>>,
     ) -> Result<T, QmpError> {
+        self.unless(&self.hurry, work).await
+    }
+
+    /// The same for something that had better be finished: it is given up only when nodes are closed.
+    ///
+    /// # Errors
+    /// As [`Shared::unless_quitting`].
+    pub(crate) async fn unless_closing<T>(
+        &self,
+        work: impl Future<Output = Result<T, QmpError>>,
+    ) -> Result<T, QmpError> {
+        self.unless(&self.closing, work).await
+    }
+
+    async fn unless<T>(
+        &self,
+        flag: &Cell<bool>,
+        work: impl Future<Output = Result<T, QmpError>>,
+    ) -> Result<T, QmpError> {
         let given_up = async {
-            self.until(&self.hurry).await;
+            self.until(flag).await;
             Err(QmpError::generic(ENDING))
         };
         futures_lite::future::or(work, given_up).await
@@ -144,30 +191,26 @@ impl Control {
             exports: export::TYPES,
         });
         let introspection = schema.introspection();
-        let published = Published {
-            graph: Arc::new(Graph::empty()),
-            ops: Vec::new(),
-            claims: Vec::new(),
-            exports: Vec::new(),
-        };
         let shared = Rc::new(Shared {
             rt: rt.clone(),
             schema,
             version: Version::current(),
-            published: RefCell::new(Rc::new(published)),
+            owner: owner.with_patience(PATIENCE),
+            exports: RefCell::default(),
             monitors: RefCell::default(),
             log: config.log,
             jobs: JobTable::default(),
             hurry: Cell::new(false),
             quitting: Cell::new(false),
-            ended: Cell::new(false),
+            closing: Cell::new(false),
             unclean: Cell::new(false),
+            ended: Cell::new(false),
             progress: event_listener::Event::new(),
             introspection,
         });
         // As many jobs wait as there are monitors and removals: each waits for its own.
         let (jobs, queue): (Sender<Job>, Receiver<Job>) = async_channel::unbounded();
-        rt.spawn(crate::task::run(shared.clone(), config, owner, queue));
+        rt.spawn(crate::task::run(shared.clone(), config, queue));
         Control { shared, jobs }
     }
 
@@ -183,7 +226,7 @@ impl Control {
 
     /// The snapshot that the last change left.
     pub fn graph(&self) -> Arc<Graph> {
-        self.shared.published.borrow().graph.clone()
+        self.shared.owner.graph()
     }
 
     /// Executes a checked command: a query at once, a change when its turn comes.
@@ -196,10 +239,10 @@ impl Control {
         }
         if request.name == "what-if" {
             let change = self.supposed(request)?;
-            return self.change(Change::WhatIf(Box::new(change))).await;
+            return self.send(Change::WhatIf(Box::new(change)), request.name, Scope::All).await;
         }
         match Change::from_request(request)? {
-            Some(change) => self.change(change).await,
+            Some(change) => self.send(change, request.name, Scope::of(&request.arguments)).await,
             None => self.query(request),
         }
     }
@@ -225,14 +268,22 @@ impl Control {
     /// # Errors
     /// As the change says; `GenericError` when the program is ending.
     pub async fn change(&self, change: Change) -> Result<Json, QmpError> {
+        self.send(change, "a change", Scope::All).await
+    }
+
+    async fn send(&self, change: Change, what: &str, scope: Scope) -> Result<Json, QmpError> {
         let ending = || QmpError::generic(ENDING);
         if matches!(change, Change::Quit) {
-            self.shared.hurry.set(true);
-            self.shared.progress.notify(usize::MAX);
+            self.hurry();
         }
         let (reply, result) = async_channel::bounded(1);
-        self.jobs.send(Job { change, reply }).await.map_err(|_| ending())?;
+        self.jobs.send(Job { change, what: what.to_owned(), scope, reply }).await.map_err(|_| ending())?;
         result.recv().await.map_err(|_| ending())?
+    }
+
+    /// The end is wanted: nobody waits any more for what may take for ever.
+    pub(crate) fn hurry(&self) {
+        self.shared.raise(&self.shared.hurry);
     }
 
     /// Whether the end has been asked for.
@@ -256,7 +307,7 @@ impl Control {
     }
 
     fn query(&self, request: &Request) -> Result<Json, QmpError> {
-        let published = self.shared.published.borrow().clone();
+        let published = self.shared.published();
         Ok(match request.name {
             "query-version" => self.shared.version.to_json(),
             "query-commands" => {
@@ -295,6 +346,6 @@ fn flag(request: &Request, name: &str) -> bool {
 
 impl fmt::Debug for Control {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Control({:?})", self.shared.published.borrow().graph)
+        write!(f, "Control({:?})", self.graph())
     }
 }

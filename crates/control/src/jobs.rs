@@ -25,6 +25,7 @@ use serde_json::{Value as Json, json};
 
 use crate::handle::Shared;
 use crate::task::Task;
+use crate::turns::Scope;
 
 /// How long after a failed attempt to publish the end of jobs it is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -148,7 +149,7 @@ impl Started {
 }
 
 /// Starts a job by itself.
-pub(crate) async fn start(task: &mut Task, start: JobStart) -> Result<(), QmpError> {
+pub(crate) async fn start(task: &Task, start: JobStart) -> Result<(), QmpError> {
     let (kind, options) = (start.work.kind(), start.options.clone());
     let mut draft = task.owner.draft();
     let mut refusal = None;
@@ -164,17 +165,20 @@ pub(crate) async fn start(task: &mut Task, start: JobStart) -> Result<(), QmpErr
             _ => return Err(e),
         },
     };
-    task.owner.commit(draft).await?;
+    task.commit(draft).await?;
     Started::after_commit(vec![started], task);
     Ok(())
 }
 
 /// `job-finalize`: makes results visible, and answers when they are.
-pub(crate) async fn finalize(task: &mut Task, id: &str, block: bool) -> Result<(), QmpError> {
+pub(crate) async fn finalize(task: &Task, id: &str, block: bool) -> Result<(), QmpError> {
     let job = find(&task.shared.jobs, id, block)?;
     job.check_finalize()?;
     if let Some(group) = job.group() {
-        let ended = group.finalize(&mut task.owner).await;
+        let mut owner = task.owner.clone();
+        // What makes a result visible is given up late only.
+        let finalized = async { Ok(group.finalize(&mut owner).await?) };
+        let ended = task.shared.unless_closing(finalized).await;
         if ended.is_err() {
             // Its jobs are still aborting.
             task.try_again(job);
@@ -185,18 +189,23 @@ pub(crate) async fn finalize(task: &mut Task, id: &str, block: bool) -> Result<(
     Ok(())
 }
 
+/// What the end of a job has to do with: its whole group.
+pub(crate) fn scope(job: &Rc<Job>) -> Scope {
+    let members = job.group().map(|g| g.members()).unwrap_or_default();
+    Scope::names(members.iter().map(|j| j.id().clone()).chain([job.id().clone()]))
+}
+
 impl Task {
     /// A job's work has ended, or it is to end: moves its group on.
-    pub(crate) async fn attend(&mut self, job: Rc<Job>) {
+    pub(crate) async fn attend(&self, job: Rc<Job>) {
         self.describe_jobs();
         if let Some(group) = job.group()
-            && let Err(e) = group.advance(&mut self.owner).await
+            && let Err(e) = group.advance(&mut self.owner.clone()).await
         {
             (self.shared.log)(&e.context(format!("job '{}' can't end yet", job.id())).to_string());
             self.try_again(job);
         }
         self.shared.jobs.sweep();
-        self.publish();
         self.report_events();
     }
 
@@ -211,9 +220,10 @@ impl Task {
     }
 
     /// Tells the graph what state jobs are in, for messages.
-    pub(crate) fn describe_jobs(&mut self) {
+    pub(crate) fn describe_jobs(&self) {
+        let mut owner = self.owner.clone();
         for job in self.shared.jobs.all() {
-            self.owner.describe_op(job.id(), job.detail());
+            owner.describe_op(job.id(), job.detail());
         }
     }
 }

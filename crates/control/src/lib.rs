@@ -1,20 +1,19 @@
 //! The control task of Dolmen.
 //!
 //! ```text
-//!   monitor --+                       +--> GraphOwner (nodes, operations)
-//!   monitor --+--> Control --jobs--> task --> exports, NBD server
-//!   command line                      |
-//!                 queries <-- Published (what the last change left)
+//!   monitor --+                       +--> a task for each change --> GraphOwner (nodes, operations)
+//!   monitor --+--> Control --jobs--> task                        --> exports, NBD server
+//!   command line   |
+//!                  +-- queries: the state of things as it is now
 //! ```
 //!
-//! One task owns the graph, the operations and the exports, and applies changes one by
-//! one in the order in which they come. Everybody else holds a [`Control`]: it puts
-//! changes into the task's queue and answers queries from the last published state, so
-//! that a query never waits for a change. What takes time outside the graph
-//! (disconnecting clients) runs beside the task and comes back to it as a change.
+//! One task gives every change its turn: changes that have to do with each other go one after the
+//! other, in the order in which they come, others side by side. It waits for nothing else, so storage that does not
+//! answer holds up only what depends on it. Everybody else holds a [`Control`]: it puts changes into the task's queue and
+//! answers queries at once. What takes time outside the graph (disconnecting clients) comes back as a change.
 //!
 //! The invariant: an operation that is in the graph has its export in the table, and the
-//! other way round, at every point where the task waits for its next change.
+//! other way round, at every point where no change about it is under way.
 #![forbid(unsafe_code)]
 
 mod act;
@@ -28,11 +27,13 @@ mod monitor;
 mod names;
 mod operations;
 mod overlay;
+mod owed;
 mod query;
 mod reopen;
 mod socket;
 mod stats;
 mod task;
+mod turns;
 
 pub use change::{Change, ExportAdd, NbdServerStart};
 pub use dolmen_graph::node_filename;

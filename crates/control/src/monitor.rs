@@ -1,7 +1,7 @@
 //! One monitor: a connection that speaks QMP.
 //!
-//! Two parts share a queue of lines: the reader executes commands one after the other
-//! and queues their replies; the writer sends what is queued. Events go into the same
+//! Three parts share two queues: the reader queues commands; they are executed one after the other
+//! and their replies queued; the writer sends these. Events go into the same
 //! queue, so that an event raised by a command comes before the command's reply.
 //!
 //! A client that does not read is no danger to others: commands wait until its replies
@@ -10,9 +10,10 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::time::Duration;
 
 use dolmen_qmp::{Session, Step, json, reply_error, reply_ok};
-use dolmen_rt::{Memory, Stream};
+use dolmen_rt::{Instant, Memory, Stream};
 use dolmen_types::Result;
 use event_listener::Event;
 use serde_json::Value as Json;
@@ -24,6 +25,12 @@ const HIGH_WATER: usize = 1 << 20;
 
 /// Bytes that may wait at all.
 const MAX_QUEUED: usize = 16 << 20;
+
+/// Commands that are looked at before their turn.
+const MAX_AHEAD: usize = 64;
+
+/// How long a command may take while a `quit` of the same client waits behind it.
+const QUIT_WAITS: Duration = Duration::from_secs(5);
 
 /// Bytes received at a time.
 const RECEIVE: usize = 64 << 10;
@@ -153,19 +160,62 @@ pub async fn serve_monitor(control: &Control, stream: Stream, options: MonitorOp
     served
 }
 
+/// Commands that have been received and not executed yet.
+#[derive(Default)]
+struct Incoming {
+    steps: RefCell<VecDeque<(Step, bool)>>,
+    /// The command that is being executed, and since when.
+    running: Cell<Option<(u64, Instant)>>,
+    /// The client has said everything.
+    ended: Cell<bool>,
+    changed: Event,
+}
+
+impl Incoming {
+    fn changed(&self) {
+        self.changed.notify(usize::MAX);
+    }
+
+    async fn until(&self, ready: impl Fn(&Incoming) -> bool) {
+        while !ready(self) {
+            let listener = self.changed.listen();
+            if !ready(self) {
+                listener.await;
+            }
+        }
+    }
+}
+
+/// Receives and executes at the same time: who wants to end the program must be heard while a command waits for
+/// storage that does not answer.
 async fn read_commands(control: &Control, stream: &Stream, out: &Outgoing) -> Result<()> {
     let mut session = Session::new(control.shared.version.clone());
     out.push(&session.greeting());
+    let incoming = Incoming::default();
+    let executed = execute_all(control, &incoming, out);
+    let minded = async {
+        mind_quit(control, &incoming).await;
+        std::future::pending().await
+    };
+    let received = async {
+        receive_all(control, stream, &mut session, &incoming).await?;
+        incoming.ended.set(true);
+        incoming.changed();
+        std::future::pending().await
+    };
+    futures_lite::future::or(executed, futures_lite::future::or(minded, received)).await
+}
+
+async fn receive_all(
+    control: &Control,
+    stream: &Stream,
+    session: &mut Session,
+    incoming: &Incoming,
+) -> Result<()> {
     let mut memory = Memory::zeroed(RECEIVE);
     loop {
         let n = stream.recv_buf(&memory.share()).await?;
         if n == 0 {
-            // The client may have ended its direction only, and wait for its replies; if the program
-            // ends, also for the events of that.
-            out.emptied().await;
-            if control.is_ending() {
-                control.ended().await;
-            }
             return Ok(());
         }
         let received = match memory.bytes() {
@@ -177,22 +227,60 @@ async fn read_commands(control: &Control, stream: &Stream, out: &Outgoing) -> Re
             let fed = session.feed(rest);
             rest = &rest[fed..];
             while let Some(step) = session.next_step(control.schema()) {
-                out.busy.set(true);
-                let reply = match step {
-                    Step::Reply(reply) => reply,
-                    Step::Execute(request) => match control.execute(&request).await {
-                        Ok(value) => reply_ok(value, request.id.as_ref()),
-                        Err(e) => reply_error(&e, request.id.as_ref()),
-                    },
-                };
-                out.push(&reply);
-                out.busy.set(false);
-                out.negotiated.set(session.is_negotiated());
-                out.until(|o| o.bytes.get() < HIGH_WATER || o.closed.get()).await;
+                incoming.steps.borrow_mut().push_back((step, session.is_negotiated()));
+                incoming.changed();
+                incoming.until(|i| i.steps.borrow().len() < MAX_AHEAD).await;
             }
             if rest.is_empty() {
                 break;
             }
+        }
+    }
+}
+
+/// Executes commands one after the other, until the client has said everything and has its replies.
+async fn execute_all(control: &Control, incoming: &Incoming, out: &Outgoing) -> Result<()> {
+    let mut number = 0;
+    loop {
+        incoming.until(|i| i.ended.get() || !i.steps.borrow().is_empty()).await;
+        let Some((step, negotiated)) = incoming.steps.borrow_mut().pop_front() else {
+            // The client may have ended its direction only, and wait for its replies; if the program
+            // ends, also for the events of that.
+            out.emptied().await;
+            if control.is_ending() {
+                control.ended().await;
+            }
+            return Ok(());
+        };
+        out.busy.set(true);
+        number += 1;
+        incoming.running.set(Some((number, control.rt().now())));
+        incoming.changed();
+        let reply = match step {
+            Step::Reply(reply) => reply,
+            Step::Execute(request) => match control.execute(&request).await {
+                Ok(value) => reply_ok(value, request.id.as_ref()),
+                Err(e) => reply_error(&e, request.id.as_ref()),
+            },
+        };
+        incoming.running.set(None);
+        out.push(&reply);
+        out.busy.set(false);
+        out.negotiated.set(negotiated);
+        out.until(|o| o.bytes.get() < HIGH_WATER || o.closed.get()).await;
+    }
+}
+
+/// Hears a `quit` that waits behind a command of the same client. Commands before it are executed as usual; but one that
+/// does not come to an end is given up.
+async fn mind_quit(control: &Control, incoming: &Incoming) {
+    let is_quit = |(step, _): &(Step, bool)| matches!(step, Step::Execute(r) if r.name == "quit");
+    loop {
+        incoming.until(|i| i.running.get().is_some() && i.steps.borrow().iter().any(is_quit)).await;
+        let Some((number, since)) = incoming.running.get() else { continue };
+        control.rt().sleep_until(since + QUIT_WAITS).await;
+        if incoming.running.get().is_some_and(|(n, _)| n == number) {
+            return control.hurry();
         }
     }
 }

@@ -49,7 +49,7 @@ pub(crate) async fn settle(draft: &mut Draft, op: &OpId, opener: &NodeOpener<'_>
 }
 
 /// Gives nodes other options and children: all of them or none.
-pub(crate) async fn blockdev_reopen(task: &mut Task, list: Vec<Options>) -> Done {
+pub(crate) async fn blockdev_reopen(task: &Task, list: Vec<Options>) -> Done {
     if list.is_empty() {
         return Ok(());
     }
@@ -62,7 +62,7 @@ pub(crate) async fn blockdev_reopen(task: &mut Task, list: Vec<Options>) -> Done
     };
     // A server may not answer.
     task.shared.unless_quitting(work).await?;
-    task.owner.commit(draft).await?;
+    task.commit(draft).await?;
     task.report_events().map_or(Ok(()), Err)
 }
 
@@ -88,12 +88,12 @@ pub(crate) fn propose_active(draft: &mut Draft, node: Option<&str>, active: bool
 }
 
 /// Hands images to another process, or takes them over.
-pub(crate) async fn blockdev_set_active(task: &mut Task, node: Option<&str>, active: bool) -> Done {
+pub(crate) async fn blockdev_set_active(task: &Task, node: Option<&str>, active: bool) -> Done {
     let mut draft = task.owner.draft();
     propose_active(&mut draft, node, active)?;
     let rt = task.shared.rt.clone();
     let prepare = async { Ok(draft.prepare(&rt).await.map(drop)?) };
     task.shared.unless_quitting(prepare).await?;
-    task.owner.commit(draft).await?;
+    task.commit(draft).await?;
     task.report_events().map_or(Ok(()), Err)
 }

@@ -10,6 +10,7 @@ mod options;
 
 use std::ffi::OsString;
 use std::path::Path;
+use std::time::Duration;
 
 use dolmen::control::{
     Change, Config, Control, ExportAdd, MonitorOptions, MonitorSocket, NbdServerStart, listen_monitor,
@@ -22,6 +23,9 @@ use dolmen::types::{Error, ErrorKind, Options, Result, Value};
 use crate::cli::{AllowBacking, Persona};
 use background::PidFile;
 use options::{Given, Kind};
+
+/// How long the kernel may take with requests that nobody waits for any more.
+const KERNEL_ENDS: Duration = Duration::from_secs(2);
 
 /// A failure with the option that it belongs to.
 struct Failed {
@@ -150,6 +154,12 @@ async fn serve(rt: &Rt, config: Config, plan: &Plan) -> std::result::Result<u8, 
         std::process::exit(1);
     }
     drop(pid_file);
+    // The runtime waits for requests that the kernel still runs. Some may never end, and nobody waits for their results.
+    std::thread::spawn(|| {
+        std::thread::sleep(KERNEL_ENDS);
+        log("ended with requests that the kernel has not finished");
+        std::process::exit(1);
+    });
     // What could not be closed has been logged.
     result.map(|code| if control.is_unclean() { 1 } else { code })
 }

@@ -77,7 +77,7 @@ impl Session {
     }
 
     /// The current snapshot.
-    pub fn graph(&self) -> &Arc<Graph> {
+    pub fn graph(&self) -> Arc<Graph> {
         self.owner.graph()
     }
 
@@ -204,7 +204,8 @@ impl Session {
         let notices = self.owner.notices();
         std::iter::from_fn(|| notices.take())
             .filter_map(|(name, n)| {
-                let node = self.graph().node(&name);
+                let graph = self.graph();
+                let node = graph.node(&name);
                 n.warning(&node.map_or_else(|| name.to_string(), dolmen_graph::node_filename))
             })
             .collect()

@@ -333,7 +333,8 @@ async fn attach(
     let node = opener.open(&mut draft, leaf, true).await?;
     use_alone(&mut draft, &node, name)?;
     owner.commit(draft).await?;
-    let node = owner.graph().node(&node).ok_or_else(|| crate::draft::no_such_node(&node))?;
+    let graph = owner.graph();
+    let node = graph.node(&node).ok_or_else(|| crate::draft::no_such_node(&node))?;
     Ok(node.driver.describe(node))
 }
 

@@ -9,6 +9,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use dolmen_rt::{Instant, Rt};
 use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Result, Value};
@@ -167,7 +168,8 @@ pub(crate) struct State {
     pub(crate) over: BTreeMap<NodeName, Vec<NodeName>>,
     /// What each leaf was last told that its parents need and allow.
     pub(crate) told: BTreeMap<NodeName, Claim>,
-    pub(crate) next_name: u32,
+    /// For names that are made up: drafts that are worked on at the same time must not make up the same.
+    pub(crate) next_name: Arc<AtomicU32>,
     pub(crate) notices: Arc<Notices>,
     /// Conflicts are ignored: see [`GraphOwner::unchecked`](crate::GraphOwner::unchecked).
     pub(crate) unchecked: bool,
@@ -255,6 +257,19 @@ impl State {
         false
     }
 
+    /// Drops the nodes and operations of these names. Whoever calls it names all that hang together.
+    pub(crate) fn drop_all(&mut self, names: &BTreeSet<String>) {
+        let (node, op) = (|n: &NodeName| names.contains(n.as_str()), |o: &OpId| names.contains(o.as_str()));
+        self.users.retain(|u| !op(&u.op));
+        self.claims.retain(|c| !op(&c.op));
+        self.kept.retain(|(o, _)| !op(o));
+        self.robbers.retain(|o| !op(o));
+        self.ops.retain(|o| !op(&o.id));
+        self.nodes.retain(|n| !node(&n.def.name));
+        self.over.retain(|n, _| !node(n));
+        self.told.retain(|n, _| !node(n));
+    }
+
     /// The nodes that a parent, a user, a pinning claim or an interposed filter holds.
     fn held(&self) -> BTreeSet<NodeName> {
         let parents = self.nodes.iter().flat_map(|n| &n.children).map(|c| &c.node);
@@ -267,7 +282,9 @@ impl State {
 /// A candidate for the next snapshot.
 pub struct Draft {
     pub(crate) state: State,
-    /// The generation it was copied from: a draft of an older one can't be published.
+    /// What it was copied from.
+    pub(crate) base: Arc<State>,
+    /// The generation of that.
     pub(crate) generation: u64,
     /// Published nodes, to be reused where nothing changed.
     pub(crate) published: Vec<Arc<Node>>,
@@ -301,11 +318,13 @@ impl Drop for Draft {
 }
 
 impl Draft {
-    pub(crate) fn new(state: State, generation: u64, published: Vec<Arc<Node>>, now: Instant) -> Draft {
+    pub(crate) fn new(base: Arc<State>, generation: u64, published: Vec<Arc<Node>>, now: Instant) -> Draft {
+        let state = State::clone(&base);
         let held_before = state.held();
         let ops_before = state.ops.iter().map(|o| o.id.clone()).collect();
         Draft {
             state,
+            base,
             generation,
             published,
             built: RefCell::default(),
@@ -319,11 +338,29 @@ impl Draft {
         }
     }
 
+    /// Makes the same change of a graph that was published meanwhile.
+    ///
+    /// # Errors
+    /// `Busy` when the two changes have to do with each other.
+    pub(crate) fn catch_up(&mut self, base: Arc<State>, graph: &Graph) -> Result<()> {
+        self.state = crate::merge::merge(&self.base, &self.state, &base)?;
+        self.base = base;
+        self.generation = graph.generation;
+        self.published = graph.nodes.to_vec();
+        Ok(())
+    }
+
+    /// Whether every driver has been told what its parents need and allow.
+    pub(crate) fn all_told(&self, grants: &Grants) -> bool {
+        self.state.nodes.iter().zip(&grants.total).all(|(n, total)| {
+            !n.retell && self.state.told.get(&n.def.name).copied().unwrap_or(Claim::IDLE) == *total
+        })
+    }
+
     /// Makes up a name that users can't type.
     pub fn fresh_name(&mut self) -> NodeName {
         loop {
-            let name = format!("#block{:03}", self.state.next_name);
-            self.state.next_name += 1;
+            let name = format!("#block{:03}", self.state.next_name.fetch_add(1, Relaxed));
             if self.state.node(&name).is_none() {
                 return NodeName::internal(name);
             }

@@ -186,10 +186,10 @@ impl<'a> Scene<'a> {
         let of_op = |id: &OpId, claim: Claim| {
             let info = self.op(id);
             let party = Party {
-                // A driver's claims are known by the node's name.
+                // A driver's claims are known by the node's name, a command's by the command.
                 id: id
                     .strip_prefix("driver:")
-                    .or_else(|| id.strip_prefix("command:"))
+                    .or_else(|| id.strip_prefix("command:")?.split(':').next())
                     .unwrap_or(id)
                     .to_owned(),
                 kind: info.map_or("operation".into(), |o| o.kind.clone()),

@@ -65,7 +65,7 @@
 //!     owner.commit(draft).await?;
 //!
 //!     // A token for each request; it proves what was granted.
-//!     let edge = owner.edges(&writer).next().expect("attached").clone();
+//!     let edge = owner.edges(&writer).next().expect("attached");
 //!     let token = edge.begin().await?;
 //!     let data = Memory::from_slice(b"stones");
 //!     token.write(&rt)?.write(Span::new(0, 6), &data.iovec(), WriteFlags::NONE).await?;
@@ -95,12 +95,14 @@ mod count;
 mod create;
 mod draft;
 mod driver;
+mod effect;
 mod epoch;
 mod explain;
 mod filename;
 mod io;
 mod late;
 mod loops;
+mod merge;
 mod names;
 mod node;
 mod notice;
@@ -134,7 +136,7 @@ pub use notice::{Notice, Notices};
 pub use open::{
     Implicit, MAX_CHAIN, MAX_NODES, OpenPolicy, Opener as NodeOpener, PROBE_BYTES, has_protocol, join,
 };
-pub use owner::{GraphEvent, GraphOwner};
+pub use owner::{Closing, GraphEvent, GraphOwner, Patience};
 pub use place::{FileId, path_options};
 pub use range_lock::{RangeGuard, RangeLock};
 pub use registry::{

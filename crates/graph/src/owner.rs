@@ -6,21 +6,35 @@
 //! failure resumes the old graph), publish, commit what was prepared, resume, retire
 //! (close the drivers of nodes that are gone). From "publish" on nothing can fail.
 //!
-//! The owner is not `Send`: one control task has it.
+//! Everything up to there may wait, and other commits go on meanwhile: when it is a draft's turn to be published, what
+//! was published since it was copied is merged into it ([`crate::merge`]), and the solver decides again.
+//! Publishing itself waits for nothing.
+//!
+//! The owner is not `Send`: its handles belong to one core.
 
-use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
-use dolmen_rt::Rt;
-use dolmen_types::{Actions, ChildRole, Error, ErrorKind, NodeName, OpId, Result, ResultExt};
+use dolmen_rt::{LocalFuture, Rt};
+use dolmen_types::{Error, ErrorKind, NodeName, OpId, Result, ResultExt};
+use event_listener::Event;
+use futures_lite::FutureExt;
 
-use crate::draft::State;
-use crate::{AccessRule, ChildEdge, Class, Draft, Graph, Node, Notices, OpClaim, OpInfo, UserEdge};
+use crate::draft::{DraftUser, State};
+use crate::effect::{Effect, given_up, in_flight};
+use crate::{Class, Draft, Grants, Graph, Node, Notices, OpClaim, OpInfo, UserEdge};
 
 /// How long a drain may take before the command that asked for it fails.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long a part that can't be closed may take to be flushed.
+const LAST_FLUSH: Duration = Duration::from_secs(5);
 
 /// Something that happened while the graph changed and did not stop the change.
 #[derive(Debug)]
@@ -34,35 +48,68 @@ pub enum GraphEvent {
     },
 }
 
-/// The owner of the graph.
+/// A handle of the owner of the graph. Handles are equal: several tasks may change the graph at the
+/// same time.
+#[derive(Clone)]
 pub struct GraphOwner {
-    state: State,
-    current: Arc<Graph>,
+    shared: Rc<Shared>,
     rt: Rt,
-    events: Vec<GraphEvent>,
-    /// Nodes that have left the graph and are not closed yet, children first.
-    retiring: Vec<Arc<Node>>,
+    patience: Patience,
+}
+
+/// How long somebody waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// For everything that has to happen before a draft can be published; then it is not.
+    pub publish: Duration,
+    /// For nodes that have left the graph to be closed; then they are closed without anybody waiting.
+    pub close: Option<Duration>,
+}
+
+impl Default for Patience {
+    /// For programs that have nothing else to do: closing takes as long as it takes.
+    fn default() -> Patience {
+        Patience { publish: DRAIN_DEADLINE, close: None }
+    }
+}
+
+/// What all handles share. Nothing is borrowed while anybody waits.
+struct Shared {
+    state: RefCell<Arc<State>>,
+    current: RefCell<Arc<Graph>>,
+    events: RefCell<Vec<GraphEvent>>,
+    /// How many [`Closing`]s are not done yet.
+    closing: Cell<usize>,
+    closed: Event,
 }
 
 impl GraphOwner {
     /// An owner of an empty graph.
     pub fn new(rt: Rt) -> GraphOwner {
-        GraphOwner {
-            state: State::default(),
-            current: Arc::new(Graph::empty()),
-            rt,
-            events: Vec::new(),
-            retiring: Vec::new(),
-        }
+        GraphOwner::of(State::default(), rt)
     }
 
     /// An owner who lets everybody do everything. Whoever uses it loses data: tests show with it
     /// what a refusal prevents.
     #[doc(hidden)]
     pub fn unchecked(rt: Rt) -> GraphOwner {
-        let mut owner = GraphOwner::new(rt);
-        owner.state.unchecked = true;
-        owner
+        GraphOwner::of(State { unchecked: true, ..State::default() }, rt)
+    }
+
+    fn of(state: State, rt: Rt) -> GraphOwner {
+        let shared = Shared {
+            state: RefCell::new(Arc::new(state)),
+            current: RefCell::new(Arc::new(Graph::empty())),
+            events: RefCell::default(),
+            closing: Cell::new(0),
+            closed: Event::new(),
+        };
+        GraphOwner { shared: Rc::new(shared), rt, patience: Patience::default() }
+    }
+
+    /// The same owner, for somebody who waits only so long.
+    pub fn with_patience(&self, patience: Patience) -> GraphOwner {
+        GraphOwner { patience, ..self.clone() }
     }
 
     /// The runtime that the owner's task runs on.
@@ -70,116 +117,112 @@ impl GraphOwner {
         &self.rt
     }
 
+    fn state(&self) -> Arc<State> {
+        self.shared.state.borrow().clone()
+    }
+
     /// The current snapshot.
-    pub fn graph(&self) -> &Arc<Graph> {
-        &self.current
+    pub fn graph(&self) -> Arc<Graph> {
+        self.shared.current.borrow().clone()
     }
 
     /// All operations.
-    pub fn ops(&self) -> &[OpInfo] {
-        &self.state.ops
+    pub fn ops(&self) -> Vec<OpInfo> {
+        self.state().ops.clone()
     }
 
     /// Gives an operation other words for messages: its state, for example.
     pub fn describe_op(&mut self, op: &OpId, detail: String) {
-        if let Some(o) = self.state.ops.iter_mut().find(|o| o.id == *op) {
+        let mut state = self.shared.state.borrow_mut();
+        if state.ops.iter().any(|o| o.id == *op && o.detail != detail)
+            && let Some(o) = Arc::make_mut(&mut state).ops.iter_mut().find(|o| o.id == *op)
+        {
             o.detail = detail;
         }
     }
 
     /// All claims.
-    pub fn claims(&self) -> &[OpClaim] {
-        &self.state.claims
+    pub fn claims(&self) -> Vec<OpClaim> {
+        self.state().claims.clone()
     }
 
     /// Whether a node stays until it is deleted by name.
     pub fn is_monitor_owned(&self, node: &str) -> bool {
-        self.state.node(node).is_some_and(|n| n.def.monitor)
+        self.state().node(node).is_some_and(|n| n.def.monitor)
     }
 
     /// What drivers notice by themselves.
     pub fn notices(&self) -> Arc<Notices> {
-        self.state.notices.clone()
+        self.state().notices.clone()
     }
 
     /// What has happened since the last call.
     pub fn take_events(&mut self) -> Vec<GraphEvent> {
-        std::mem::take(&mut self.events)
+        self.shared.events.take()
     }
 
     /// The edges of an operation, in the order in which they were added.
-    pub fn edges<'a>(&'a self, op: &'a OpId) -> impl Iterator<Item = &'a Arc<UserEdge>> {
-        self.state.users.iter().filter(move |u| u.op == *op).filter_map(|u| u.edge.as_ref())
+    pub fn edges(&self, op: &OpId) -> impl Iterator<Item = Arc<UserEdge>> + use<> {
+        let of_op = |u: &&DraftUser| u.op == *op;
+        let edges: Vec<_> = self.state().users.iter().filter(of_op).filter_map(|u| u.edge.clone()).collect();
+        edges.into_iter()
     }
 
     /// Starts a change.
     pub fn draft(&self) -> Draft {
-        Draft::new(self.state.clone(), self.current.generation, self.current.nodes.to_vec(), self.rt.now())
+        let graph = self.graph();
+        Draft::new(self.state(), graph.generation, graph.nodes.to_vec(), self.rt.now())
+    }
+
+    /// Publishes a draft, and waits until the nodes that have left the graph are closed. If it fails, the old
+    /// graph is in place and unchanged.
+    ///
+    /// # Errors
+    /// As [`GraphOwner::publish`].
+    pub async fn commit(&mut self, draft: Draft) -> Result<Arc<Graph>> {
+        let closing = self.publish(draft).await?;
+        let graph = self.graph();
+        closing.ended().await;
+        Ok(graph)
     }
 
     /// Publishes a draft. If it fails, the old graph is in place and unchanged, and files that were made for the draft
-    /// are gone again.
+    /// are gone again. When this returns, the
+    /// new one is there; nodes that have left it are closed while the result is awaited, or later if it is dropped.
     ///
     /// # Errors
     /// The solver's; what a driver's preparation says; `TimedOut` when a request did not
-    /// finish, naming who has it; what flushing says.
-    pub async fn commit(&mut self, mut draft: Draft) -> Result<Arc<Graph>> {
-        if draft.generation != self.current.generation {
-            return Err(Error::new(ErrorKind::Busy, "the graph was changed by somebody else meanwhile")
-                .remedy("try again"));
-        }
-        // Nodes whose closing was cut short by a caller who lost patience.
-        self.retire().await;
-        let published = self.publish(&mut draft).await;
+    /// finish, naming who has it; what flushing says; `Busy` when somebody else has changed
+    /// the same part of the graph meanwhile.
+    pub async fn publish(&mut self, mut draft: Draft) -> Result<Closing> {
+        let published = self.try_to_publish(&mut draft).await;
         if published.is_err() {
             draft.unmake(&self.rt).await;
         }
         drop(draft);
-        published?;
-        self.retire().await;
-        Ok(self.current.clone())
+        Ok(self.retire(published?))
     }
 
-    async fn publish(&mut self, draft: &mut Draft) -> Result<()> {
+    /// Publishes a draft; gives the nodes that are gone.
+    async fn try_to_publish(&self, draft: &mut Draft) -> Result<Vec<Arc<Node>>> {
+        self.catch_up(draft)?;
         draft.sweep();
-        let mut grants = draft.prepare(&self.rt).await?;
+        self.prepare(draft).await?;
         if !draft.new_images.is_empty() {
-            // Everything that can be refused has been: from here on files change.
+            // Everything that can be refused has been: from here on files change. How long that takes depends on what
+            // is asked for.
             Box::pin(draft.make_images(&self.rt)).await?;
-            grants = draft.prepare(&self.rt).await?;
         }
-        let built = draft.build(&grants);
-        if let Some(n) = draft.state.nodes.iter().find(|n| !built.contains_key(&n.def.name)) {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                format!("node '{}' has no driver, or a child without one", n.def.name),
-            ));
-        }
+        let grants = self.prepare(draft).await?;
+        let effect = Effect::of(draft, &grants)?;
+        let gates = Gates::close(effect.stopped());
+        self.quiesce_and_settle(&effect).await?;
+        let effect = self.as_it_is_now(draft, effect)?;
 
-        // Users whose path changes, or who are gone.
-        let gone: Vec<Arc<UserEdge>> = self
-            .state
-            .users
-            .iter()
-            .filter_map(|u| u.edge.clone())
-            .filter(|e| !draft.state.users.iter().any(|u| u.edge.as_ref().is_some_and(|d| Arc::ptr_eq(d, e))))
-            .collect();
-        let moved: Vec<(Arc<UserEdge>, Arc<Node>, dolmen_types::Claim)> = draft
-            .state
-            .users
-            .iter()
-            .filter_map(|u| Some((u.edge.clone()?, built[&u.node].clone(), u.claim)))
-            .filter(|(e, n, c)| !Arc::ptr_eq(&e.node(), n) || e.claim() != *c)
-            .collect();
-        let stopped: Vec<Arc<UserEdge>> =
-            gone.iter().cloned().chain(moved.iter().map(|m| m.0.clone())).collect();
-        let gates = Gates::close(&stopped);
-        let left = self.left_behind(&gone, &moved, &built);
-        self.quiesce_and_settle(&stopped, &built, &left, &draft.unflushed).await?;
-
-        // Publish. From here on nothing fails.
-        let retired: Vec<Arc<Node>> = self
-            .current
+        // Publish. From here on nothing fails, and nothing waits.
+        let Effect { built, gone, moved, .. } = effect;
+        let before = self.graph();
+        let retired: Vec<Arc<Node>> = before
             .nodes
             .iter()
             .filter(|old| !built.values().any(|n| Arc::ptr_eq(&n.state, &old.state)))
@@ -193,88 +236,60 @@ impl GraphOwner {
         for (edge, node, claim) in &moved {
             edge.rebind(node.clone(), *claim);
         }
-        self.current = Arc::new(Graph {
-            generation: self.current.generation + 1,
+        self.shared.current.replace(Arc::new(Graph {
+            generation: before.generation + 1,
             nodes: children_first(&built),
             users: draft.state.users.iter().filter_map(|u| u.edge.clone()).collect(),
-        });
-        self.state = std::mem::take(&mut draft.state);
+        }));
+        self.shared.state.replace(Arc::new(std::mem::take(&mut draft.state)));
         draft.commit_prepared();
         gone.iter().for_each(|e| e.detach());
         drop(gates);
-        self.retiring.extend(retired);
-        Ok(())
+        Ok(retired)
     }
 
-    /// The nodes that hold what has been written and that later flushes do not reach, because a
-    /// flush ends at a backing file. What a flush of a user promises covers everything that the
-    /// user has written before, wherever it lies; so these nodes have to be durable before the
-    /// graph is published.
-    ///
-    /// They are those that lay on the way of a user's writes and are only read by it from now
-    /// on, and those that become a backing file and may hold writes of a user who is gone. A node
-    /// that its user does not even read any more is not among them: what was written to it lies
-    /// elsewhere now, and who brought it there (a job that replaces a node) has made it durable.
-    fn left_behind(
-        &self,
-        gone: &[Arc<UserEdge>],
-        moved: &[(Arc<UserEdge>, Arc<Node>, dolmen_types::Claim)],
-        built: &BTreeMap<NodeName, Arc<Node>>,
-    ) -> Vec<Arc<Node>> {
-        let writes = |e: &Arc<UserEdge>| e.claim().needs.intersects(Actions::V | Actions::M);
-        let mut left: Vec<Arc<Node>> = Vec::new();
-        let mut reached: Vec<Arc<Node>> = Vec::new();
-        for edge in self.current.users.iter().filter(|e| writes(e)) {
-            if gone.iter().any(|g| Arc::ptr_eq(g, edge)) {
-                continue;
-            }
-            match moved.iter().find(|m| Arc::ptr_eq(&m.0, edge)) {
-                None => reached.extend(flushed_with(&edge.node())),
-                Some((_, new, _)) => {
-                    let (old_way, new_way, read) =
-                        (flushed_with(&edge.node()), flushed_with(new), new.subtree());
-                    left.extend(old_way.into_iter().filter(|n| has(&read, n) && !has(&new_way, n)));
-                    reached.extend(new_way);
-                }
-            }
+    async fn prepare(&self, draft: &mut Draft) -> Result<Grants> {
+        let secs = self.patience.publish.as_secs();
+        let late = || format!("what the change needs was not opened and locked within {secs} s");
+        self.in_time(draft.prepare(&self.rt), late).await
+    }
+
+    /// Brings a draft up to what is published now.
+    fn catch_up(&self, draft: &mut Draft) -> Result<()> {
+        let graph = self.graph();
+        if draft.generation == graph.generation { Ok(()) } else { draft.catch_up(self.state(), &graph) }
+    }
+
+    /// What is to be published, after everything that it does was waited for: on top of what others
+    /// have published meanwhile.
+    fn as_it_is_now(&self, draft: &mut Draft, waited_for: Effect) -> Result<Effect> {
+        if draft.generation == self.graph().generation {
+            return Ok(waited_for);
         }
-        let was_below = below_overlays(self.current.nodes.iter());
-        let becomes = below_overlays(built.values()).into_iter();
-        left.extend(becomes.filter(|n| !has(&was_below, n) && !has(&reached, n)));
-        // Parents first, and nothing twice.
-        let mut out: Vec<Arc<Node>> = Vec::new();
-        let mut done: Vec<Arc<Node>> = Vec::new();
-        for node in self.current.nodes.iter().rev().filter(|n| has(&left, n)) {
-            if !has(&done, node) && !node.flags.read_only && !node.flags.inactive {
-                done.extend(flushed_with(node));
-                out.push(node.clone());
-            }
+        self.catch_up(draft)?;
+        let grants = draft.solve()?;
+        let effect = Effect::of(draft, &grants)?;
+        if draft.all_told(&grants) && effect.is_within(&waited_for) {
+            return Ok(effect);
         }
-        out
+        Err(Error::new(ErrorKind::Busy, "what this depends on was changed by somebody else meanwhile")
+            .remedy("try again"))
     }
 
     /// Waits for the requests in flight, then flushes what is left behind or about to be linked
     /// elsewhere; all of it within the deadline.
-    async fn quiesce_and_settle(
-        &self,
-        stopped: &[Arc<UserEdge>],
-        built: &BTreeMap<NodeName, Arc<Node>>,
-        left: &[Arc<Node>],
-        unflushed: &[NodeName],
-    ) -> Result<()> {
+    async fn quiesce_and_settle(&self, effect: &Effect) -> Result<()> {
+        let stopped = effect.stopped();
         let flushing: RefCell<Option<NodeName>> = RefCell::new(None);
-        let mut unsettled = self.below_changes(built);
-        let more: Vec<Arc<Node>> = left.iter().filter(|n| !has(&unsettled, n)).cloned().collect();
-        unsettled.extend(more);
         let done = async {
-            for e in stopped {
+            for e in &stopped {
                 e.drained().await;
             }
             // What was given up without its user (a filter lost patience with its target) or by a user who is gone.
-            for node in &unsettled {
+            for node in &effect.unsettled {
                 node.state.no_more_given_up().await;
             }
-            for node in left {
+            for node in &effect.left {
                 flushing.replace(Some(node.name.clone()));
                 crate::io::submit(node, &self.rt, crate::Op::Flush, None).await.context(|| {
                     format!(
@@ -285,20 +300,14 @@ impl GraphOwner {
             }
             // Nodes that existed and whose links or options change write out what they hold,
             // so that every crash point is right in the old graph and in the new one.
-            for old in &self.current.nodes {
-                let Some(new) = built.get(&old.name) else { continue };
-                let relinked = relinked(old, new) && !unflushed.contains(&old.name);
-                let reopened = !Arc::ptr_eq(&old.driver, &new.driver);
-                if (relinked || reopened) && !old.flags.read_only && !old.flags.inactive {
-                    flushing.replace(Some(old.name.clone()));
-                    crate::io::submit(old, &self.rt, crate::Op::Flush, None)
-                        .await
-                        .context(|| format!("node '{}' must be flushed before its links change", old.name))?;
-                }
+            for (old, reopened) in &effect.settled {
+                flushing.replace(Some(old.name.clone()));
+                crate::io::submit(old, &self.rt, crate::Op::Flush, None)
+                    .await
+                    .context(|| format!("node '{}' must be flushed before its links change", old.name))?;
                 // The image may not be written any more from here on, or be left: nothing must
                 // remain to be given back later.
-                let format = old.driver.kind().class == Class::Format;
-                if reopened && format && !old.flags.read_only && !old.flags.inactive {
+                if *reopened && old.driver.kind().class == Class::Format {
                     crate::io::close(old, &self.rt)
                         .await
                         .context(|| format!("node '{}' can't be reopened", old.name))?;
@@ -306,147 +315,210 @@ impl GraphOwner {
             }
             Ok(())
         };
-        let late = async {
-            self.rt.sleep(DRAIN_DEADLINE).await;
-            let secs = DRAIN_DEADLINE.as_secs();
-            let message = match flushing.take() {
-                Some(node) => format!("node '{node}' was not flushed within {secs} s"),
-                None => {
-                    let users = stopped.iter().filter(|e| e.in_flight() > 0).map(in_flight);
-                    let nodes = unsettled.iter().filter(|n| n.state.given_up() > 0).map(given_up);
-                    let who: Vec<String> = users.chain(nodes).collect();
-                    format!("requests did not finish within {secs} s: {}", who.join(", "))
-                }
-            };
-            Err(Error::new(ErrorKind::TimedOut, message)
-                .remedy("look for the storage that does not answer, then try again"))
+        let secs = self.patience.publish.as_secs();
+        let late = || match flushing.take() {
+            Some(node) => format!("node '{node}' was not flushed within {secs} s"),
+            None => {
+                let users = stopped.iter().filter(|e| e.in_flight() > 0).map(in_flight);
+                let nodes = effect.unsettled.iter().filter(|n| n.state.given_up() > 0).map(given_up);
+                let who: Vec<String> = users.chain(nodes).collect();
+                format!("requests did not finish within {secs} s: {}", who.join(", "))
+            }
         };
-        futures_lite::future::or(done, late).await
+        self.in_time(done, late).await
     }
 
-    /// The nodes that lose or change their driver or a link, and all below them: nothing that was given up may still be
-    /// under way there when that happens.
-    fn below_changes(&self, built: &BTreeMap<NodeName, Arc<Node>>) -> Vec<Arc<Node>> {
-        let mut out: Vec<Arc<Node>> = Vec::new();
-        for old in &self.current.nodes {
-            let changes = built.get(&old.name).is_none_or(|new| {
-                !Arc::ptr_eq(&old.state, &new.state)
-                    || !Arc::ptr_eq(&old.driver, &new.driver)
-                    || relinked(old, new)
-            });
-            if !changes {
-                continue;
-            }
-            for node in old.subtree() {
-                if !out.iter().any(|o| Arc::ptr_eq(&o.state, &node.state)) {
-                    out.push(node);
-                }
-            }
+    /// Does something within the deadline; `late` says what was not done by then.
+    async fn in_time<T>(
+        &self,
+        work: impl Future<Output = Result<T>>,
+        late: impl FnOnce() -> String,
+    ) -> Result<T> {
+        let deadline = async {
+            self.rt.sleep(self.patience.publish).await;
+            None
+        };
+        match futures_lite::future::or(async { Some(work.await) }, deadline).await {
+            Some(done) => done,
+            None => Err(Error::new(ErrorKind::TimedOut, late())
+                .remedy("look for the storage that does not answer, then try again")),
         }
-        out
     }
 
     /// Closes the drivers of nodes that no snapshot reaches any more, parents first.
-    ///
-    /// A future that is dropped here leaves the rest for the next commit: their data are
-    /// not lost.
-    async fn retire(&mut self) {
-        while let Some(node) = self.retiring.pop() {
-            if let Err(error) = crate::io::close(&node, &self.rt).await {
-                self.events.push(GraphEvent::CloseFailed { node: node.name.clone(), error });
-            }
+    fn retire(&self, mut nodes: Vec<Arc<Node>>) -> Closing {
+        let at = Rc::new(RefCell::new(None));
+        if nodes.is_empty() {
+            return Closing { work: None, at, owner: self.clone() };
         }
+        let (shared, rt, now) = (self.shared.clone(), self.rt.clone(), at.clone());
+        shared.closing.set(shared.closing.get() + 1);
+        let work = async move {
+            while let Some(node) = nodes.pop() {
+                now.replace(Some(node.name.clone()));
+                if let Err(error) = crate::io::close(&node, &rt).await {
+                    shared
+                        .events
+                        .borrow_mut()
+                        .push(GraphEvent::CloseFailed { node: node.name.clone(), error });
+                }
+            }
+            shared.closing.set(shared.closing.get() - 1);
+            shared.closed.notify(usize::MAX);
+        };
+        Closing { work: Some(Box::pin(work)), at, owner: self.clone() }
     }
 
-    /// Ends everything: users are stopped, every node is closed, parents first.
+    /// Ends everything: users are stopped, every node is closed, parents first. A part of the graph that
+    /// can't be closed does not keep the others from being closed; what it holds is at least flushed.
     ///
     /// # Errors
     /// The first failure; the rest is closed all the same.
     pub async fn close(&mut self) -> Result<()> {
-        let mut draft = self.draft();
-        draft.state.users.clear();
-        draft.state.claims.clear();
-        draft.state.kept.clear();
-        draft.state.robbers.clear();
-        draft.state.ops.retain(|_| false);
-        draft.state.nodes.clear();
-        draft.state.over.clear();
-        draft.state.told.clear();
-        self.commit(draft).await?;
-        match self.take_events().into_iter().next() {
+        let draft = self.draft();
+        let mut seen = BTreeSet::new();
+        let mut parts = Vec::new();
+        let ops = draft.ops().iter().map(|o| o.id.as_str());
+        for name in draft.node_names().map(|n| n.as_str()).chain(ops) {
+            if !seen.contains(name) {
+                let part = draft.connected([name]);
+                seen.extend(part.iter().cloned());
+                let mut owner = self.clone();
+                parts.push(Box::pin(async move { owner.close_part(&part).await }));
+            }
+        }
+        drop(draft);
+        let closed = all(parts).await.into_iter().collect::<Result<()>>();
+        let all_closed = async {
+            while self.shared.closing.get() > 0 {
+                let listener = self.shared.closed.listen();
+                if self.shared.closing.get() > 0 {
+                    listener.await;
+                }
+            }
+        };
+        self.while_patient(all_closed).await;
+        let failed = self.take_events().into_iter().next();
+        closed?;
+        match failed {
             Some(GraphEvent::CloseFailed { node, error }) => {
                 Err(error.context(format!("closing node '{node}'")))
             }
             None => Ok(()),
         }
     }
+
+    async fn close_part(&mut self, part: &BTreeSet<String>) -> Result<()> {
+        let mut draft = self.draft();
+        draft.state.drop_all(part);
+        let Err(e) = self.commit(draft).await else { return Ok(()) };
+        // Somebody still waits for storage that does not answer. What the others hold in memory must not be lost with
+        // it; a flush is always permitted.
+        let graph = self.graph();
+        let writable =
+            |n: &&Arc<Node>| !n.flags.read_only && !n.flags.inactive && part.contains(n.name.as_str());
+        let flushes = graph.nodes.iter().filter(writable).map(|n| {
+            Box::pin(async { crate::io::submit(n, &self.rt, crate::Op::Flush, None).await.map(drop) })
+        });
+        let flushes = flushes.collect();
+        let flushed = async { Some(all(flushes).await.into_iter().collect::<Result<()>>()) };
+        let late = async {
+            self.rt.sleep(LAST_FLUSH).await;
+            None
+        };
+        match flushed.or(late).await {
+            Some(Ok(())) => Err(e.context("everything was flushed, but not closed")),
+            Some(Err(_)) | None => Err(e.context("not everything was flushed")),
+        }
+    }
+
+    /// Does something for as long as this handle has patience; true if it was done by then.
+    async fn while_patient(&self, work: impl Future<Output = ()>) -> bool {
+        let late = async {
+            match self.patience.close {
+                Some(limit) => self.rt.sleep(limit).await,
+                None => std::future::pending().await,
+            }
+            false
+        };
+        let done = async {
+            work.await;
+            true
+        };
+        futures_lite::future::or(done, late).await
+    }
+}
+
+/// Runs all to their ends.
+async fn all<F: Future + Unpin>(work: Vec<F>) -> Vec<F::Output> {
+    let mut out: Vec<Option<F::Output>> = work.iter().map(|_| None).collect();
+    let mut work: Vec<Option<F>> = work.into_iter().map(Some).collect();
+    std::future::poll_fn(|cx| {
+        for (w, out) in work.iter_mut().zip(&mut out) {
+            if let Some(Poll::Ready(v)) = w.as_mut().map(|w| Pin::new(w).poll(cx)) {
+                (*w, *out) = (None, Some(v));
+            }
+        }
+        if work.iter().all(Option::is_none) { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+    out.into_iter().flatten().collect()
+}
+
+/// Nodes that have left the graph, to be closed. Dropping it lets them be closed without anybody waiting.
+#[must_use = "the nodes are closed while somebody waits for it, or when it is dropped"]
+pub struct Closing {
+    work: Option<LocalFuture<'static, ()>>,
+    /// The one that is being closed.
+    at: Rc<RefCell<Option<NodeName>>>,
+    owner: GraphOwner,
+}
+
+impl Closing {
+    /// Waits until they are closed, as long as the owner's handle has patience. What went
+    /// wrong is in [`GraphOwner::take_events`].
+    pub async fn ended(mut self) {
+        let Some(work) = self.work.as_mut() else { return };
+        if self.owner.while_patient(work).await {
+            self.work = None;
+        } else if let Some(node) = self.at.borrow().clone() {
+            let error =
+                Error::new(ErrorKind::TimedOut, "it does not end in time; it goes on in the background")
+                    .remedy("look for the storage that does not answer");
+            self.owner.shared.events.borrow_mut().push(GraphEvent::CloseFailed { node, error });
+        }
+    }
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        if let Some(work) = self.work.take() {
+            self.owner.rt.spawn(work);
+        }
+    }
+}
+
+impl std::fmt::Debug for Closing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Closing({:?})", self.at.borrow())
+    }
 }
 
 /// Closed gates; they open again when this is dropped, however the commit ends. An edge
 /// that has been detached meanwhile stays shut.
-struct Gates<'a>(&'a [Arc<UserEdge>]);
+struct Gates(Vec<Arc<UserEdge>>);
 
-impl<'a> Gates<'a> {
-    fn close(edges: &'a [Arc<UserEdge>]) -> Gates<'a> {
+impl Gates {
+    fn close(edges: Vec<Arc<UserEdge>>) -> Gates {
         edges.iter().for_each(|e| e.close_gate());
         Gates(edges)
     }
 }
 
-impl Drop for Gates<'_> {
+impl Drop for Gates {
     fn drop(&mut self) {
         self.0.iter().for_each(|e| e.open_gate());
     }
-}
-
-/// The nodes that a flush of `node` makes durable: those that hold what is written to it. It ends at backing
-/// files, which nobody writes through an overlay, and at targets, whose durability is the business of who copies.
-fn flushed_with(node: &Arc<Node>) -> Vec<Arc<Node>> {
-    let mut out: Vec<Arc<Node>> = Vec::new();
-    let mut todo = vec![node.clone()];
-    while let Some(n) = todo.pop() {
-        if !has(&out, &n) {
-            // A flush of a view of the past does nothing.
-            let ends = n.driver.access_rule() == AccessRule::SnapshotAccess;
-            let holds = |c: &&ChildEdge| !ends && !matches!(c.role, ChildRole::Backing | ChildRole::Target);
-            todo.extend(n.children.iter().filter(holds).map(|c| c.node.clone()));
-            out.push(n);
-        }
-    }
-    out
-}
-
-/// The nodes that hold the data of backing files.
-fn below_overlays<'a>(nodes: impl Iterator<Item = &'a Arc<Node>>) -> Vec<Arc<Node>> {
-    nodes.filter_map(|n| n.backing()).flat_map(flushed_with).collect()
-}
-
-/// Whether the node is among these, whatever its links were then.
-fn has(nodes: &[Arc<Node>], node: &Node) -> bool {
-    nodes.iter().any(|n| Arc::ptr_eq(&n.state, &node.state))
-}
-
-fn in_flight(edge: &Arc<UserEdge>) -> String {
-    let (n, given_up) = (edge.in_flight(), edge.given_up());
-    let plural = if n == 1 { "" } else { "s" };
-    let mut text = format!("'{}' with {n} request{plural} on node '{}'", edge.op(), edge.node().name);
-    if given_up > 0 {
-        text.push_str(&format!(" ({given_up} given up, but the storage still works on it)"));
-    }
-    text
-}
-
-fn given_up(node: &Arc<Node>) -> String {
-    let n = node.state.given_up();
-    let plural = if n == 1 { "" } else { "s" };
-    format!("node '{}' with {n} request{plural} given up that the storage still works on", node.name)
-}
-
-/// Whether a node that stays has other children.
-fn relinked(old: &Node, new: &Node) -> bool {
-    let other = |(a, b): (&ChildEdge, &ChildEdge)| !Arc::ptr_eq(&a.node.state, &b.node.state);
-    Arc::ptr_eq(&old.state, &new.state)
-        && (old.children.len() != new.children.len() || old.children.iter().zip(&new.children).any(other))
 }
 
 pub(crate) fn children_first(built: &BTreeMap<NodeName, Arc<Node>>) -> Box<[Arc<Node>]> {
@@ -464,6 +536,7 @@ pub(crate) fn children_first(built: &BTreeMap<NodeName, Arc<Node>>) -> Box<[Arc<
 
 impl std::fmt::Debug for GraphOwner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "GraphOwner(generation {}, {} nodes)", self.current.generation, self.current.nodes.len())
+        let graph = self.graph();
+        write!(f, "GraphOwner(generation {}, {} nodes)", graph.generation, graph.nodes.len())
     }
 }

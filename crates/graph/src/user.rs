@@ -32,7 +32,8 @@ pub struct UserEdge {
     in_flight: AtomicUsize,
     /// How many of them were given up.
     given_up: AtomicUsize,
-    closed: AtomicBool,
+    /// How many changes keep the gate shut.
+    closed: AtomicUsize,
     /// The edge is gone: tokens are refused.
     detached: AtomicBool,
     opened: Event,
@@ -52,7 +53,7 @@ impl UserEdge {
             binding: ArcSwap::from_pointee(Binding { node, claim, size: None }),
             in_flight: AtomicUsize::new(0),
             given_up: AtomicUsize::new(0),
-            closed: AtomicBool::new(false),
+            closed: AtomicUsize::new(0),
             detached: AtomicBool::new(false),
             opened: Event::new(),
             drained: Event::new(),
@@ -140,7 +141,7 @@ impl UserEdge {
                 return Ok(token);
             }
             let listener = self.opened.listen();
-            if self.closed.load(SeqCst) && !self.detached.load(SeqCst) {
+            if self.is_shut() && !self.detached.load(SeqCst) {
                 listener.await;
             }
         }
@@ -154,7 +155,7 @@ impl UserEdge {
         // Count first, then look at the gate: `quiesce` closes the gate first, then
         // looks at the count, so one of the two sees the other.
         self.in_flight.fetch_add(1, SeqCst);
-        if self.closed.load(SeqCst) {
+        if self.is_shut() {
             self.put_back();
             if self.detached.load(SeqCst) {
                 return Err(Error::new(
@@ -169,13 +170,17 @@ impl UserEdge {
     }
 
     fn put_back(&self) {
-        if self.in_flight.fetch_sub(1, SeqCst) == 1 && self.closed.load(SeqCst) {
+        if self.in_flight.fetch_sub(1, SeqCst) == 1 && self.is_shut() {
             self.drained.notify(usize::MAX);
         }
     }
 
     pub(crate) fn close_gate(&self) {
-        self.closed.store(true, SeqCst);
+        self.closed.fetch_add(1, SeqCst);
+    }
+
+    fn is_shut(&self) -> bool {
+        self.closed.load(SeqCst) != 0
     }
 
     pub(crate) async fn drained(&self) {
@@ -199,17 +204,16 @@ impl UserEdge {
         self.binding.store(Arc::new(Binding { node, claim, size }));
     }
 
-    /// Opens the gate, unless the edge is gone.
+    /// Takes back one [`UserEdge::close_gate`].
     pub(crate) fn open_gate(&self) {
-        if !self.detached.load(SeqCst) {
-            self.closed.store(false, SeqCst);
-        }
+        self.closed.fetch_sub(1, SeqCst);
         self.opened.notify(usize::MAX);
     }
 
+    /// Shuts the gate for ever.
     pub(crate) fn detach(&self) {
         self.detached.store(true, SeqCst);
-        self.closed.store(true, SeqCst);
+        self.close_gate();
         self.opened.notify(usize::MAX);
     }
 }

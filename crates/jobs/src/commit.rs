@@ -469,7 +469,7 @@ impl Work for Commit {
                 }
                 self.core.settle(cx.rt, route).await?;
                 if self.core.pivots() {
-                    self.pivot.rename(cx.owner.graph(), cx.rt, &b.top, &b.base).await?;
+                    self.pivot.rename(&cx.owner.graph(), cx.rt, &b.top, &b.base).await?;
                 }
                 Ok(())
             } else {

@@ -60,7 +60,7 @@ pub fn launch(jobs: Vec<Rc<Job>>, owner: &GraphOwner) -> Rc<Group> {
     jobs.iter().for_each(|j| j.announce());
     for job in &jobs {
         *job.group.borrow_mut() = Rc::downgrade(&group);
-        job.start(owner.edges(job.id()).cloned().collect());
+        job.start(owner.edges(job.id()).collect());
     }
     *group.members.borrow_mut() = jobs;
     group
@@ -78,6 +78,11 @@ pub struct Group {
 }
 
 impl Group {
+    /// Its jobs, until they have ended.
+    pub fn members(&self) -> Vec<Rc<Job>> {
+        self.members.borrow().clone()
+    }
+
     /// Whether all its jobs have ended.
     pub fn is_concluded(&self) -> bool {
         self.concluded.get()

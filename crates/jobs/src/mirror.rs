@@ -292,7 +292,7 @@ impl Work for Mirror {
             self.core.settle(cx.rt, self.route(cx.edge(0)?)?).await?;
             if self.core.pivots() {
                 let replaced = self.replaces.as_deref().unwrap_or(&self.source);
-                self.overlays.rename(cx.owner.graph(), cx.rt, replaced, &self.target).await?;
+                self.overlays.rename(&cx.owner.graph(), cx.rt, replaced, &self.target).await?;
             }
             Ok(())
         })

@@ -101,7 +101,7 @@ impl SettleCx<'_> {
     /// # Errors
     /// `NotFound` when there are not so many.
     pub fn edge(&self, i: usize) -> Result<Arc<UserEdge>> {
-        self.owner.edges(self.op).nth(i).cloned().ok_or_else(|| no_edge(self.op, i))
+        self.owner.edges(self.op).nth(i).ok_or_else(|| no_edge(self.op, i))
     }
 }
 

@@ -394,7 +394,7 @@ pub(crate) async fn read_image(rt: &Rt, disk: &str) -> Result<Vec<u8>> {
     let claim = Claim { needs: Actions::D | Actions::V, allows: Actions::EVERY };
     draft.add_user(&op, node.as_str(), claim)?;
     owner.commit(draft).await?;
-    let edge = owner.edges(&op).next().cloned().expect("just attached");
+    let edge = owner.edges(&op).next().expect("just attached");
     let user = User::new(edge, rt.clone());
     let bytes = user.read(0, user.size() as usize).await?;
     drop(user);

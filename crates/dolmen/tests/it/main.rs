@@ -14,6 +14,7 @@ mod features;
 mod full_disk;
 mod graph_changes;
 mod handover;
+mod hang;
 mod hazards;
 mod inspect;
 mod io;

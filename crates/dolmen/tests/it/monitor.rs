@@ -123,3 +123,24 @@ fn the_node_that_is_served_is_named() {
     ready(&mut m, "m");
     assert_eq!(exported(&mut m), "t");
 }
+
+/// A command took its operation out in a second change. When that failed, because the image could not be flushed,
+/// the operation stayed for ever: the same command, and others, were refused from then on.
+#[test]
+fn a_command_that_fails_leaves_no_operation() {
+    let mut d = Daemon::start_in(chain(), |_| serve(), &[]);
+    let mut m = d.monitor();
+    let file = |name: &str| json!({"driver": "file", "filename": name});
+    let base = json!({"driver": "qcow2", "read-only": true, "file": file("base")});
+    let failing = json!([{"event": "none", "iotype": "flush", "errno": 5}]);
+    let below = json!({"driver": "blkdebug", "image": file("top"), "inject-error": failing});
+    let top =
+        json!({"driver": "qcow2", "node-name": "top", "read-only": true, "backing": base, "file": below});
+    m.ok("blockdev-add", top);
+    let change = json!({"device": "top", "image-node-name": "top", "backing-file": "base"});
+    for _ in 0..2 {
+        let reply = m.ask(&json!({"execute": "change-backing-file", "arguments": change}));
+        assert!(reply["error"]["desc"].to_string().contains("injected"), "{reply}");
+        assert_eq!(m.ok("query-operations", json!({})), json!([]));
+    }
+}

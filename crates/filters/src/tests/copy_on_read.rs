@@ -81,7 +81,7 @@ fn bottom_limits_what_is_copied() {
         user.read_with(0, C as usize, ReadFlags::PREFETCH).await.unwrap();
         assert_eq!(clusters(&top), [0, 2, 0, 0]);
         // The chain down to mid is claimed: nobody may relink or replace top.
-        let on_top: Vec<_> = h.owner.claims().iter().filter(|c| c.node.as_str() == "top").collect();
+        let on_top: Vec<_> = h.owner.claims().into_iter().filter(|c| c.node.as_str() == "top").collect();
         assert_eq!(on_top.len(), 1);
         assert!(!on_top[0].claim.allows.intersects(Actions::G | Actions::P));
         // And mid is pinned.

@@ -4,6 +4,8 @@
 //! H1 to H5 are measured failures of the established implementation: sequences that it
 //! accepts and that lose data or give a silently wrong copy.
 
+use std::sync::Arc;
+
 use dolmen_graph::Draft;
 use dolmen_sim::Sim;
 use dolmen_sim::stand_in::{self as op, World, assert_refused};
@@ -23,7 +25,7 @@ fn try_steps(steps: &'static [Step]) -> Result<()> {
         let result = world.run(last).await;
         if result.is_err() {
             assert_eq!(world.owner.graph().generation, graph.generation, "a refusal leaves no trace");
-            assert!(std::ptr::eq(&**world.owner.graph(), &*graph));
+            assert!(Arc::ptr_eq(&world.owner.graph(), &graph));
             assert_eq!(
                 world.owner.graph().node("base").map(|n| n.size()),
                 Some(1 << 20),

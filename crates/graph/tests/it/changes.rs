@@ -129,7 +129,7 @@ fn a_failed_preparation_leaves_no_trace() {
         let e = owner.commit(attach(&owner)).await.unwrap_err();
         assert_eq!(e.to_string(), "prepare failed");
         assert_eq!(log.take(), ["prepare a D/DVM", "refuse b", "abort a"]);
-        assert!(Arc::ptr_eq(owner.graph(), &before));
+        assert!(Arc::ptr_eq(&owner.graph(), &before));
         assert!(owner.ops().is_empty());
 
         // The next attempt tells both leaves everything again.
@@ -221,7 +221,7 @@ fn a_drain_has_a_deadline_and_says_who_it_waited_for() {
         assert_eq!(error.to_string(), "requests did not finish within 30 s: 'e' with 1 request on node 'f'");
         assert_eq!(rt.now().since(start), Duration::from_secs(30));
         assert_eq!(log.take(), ["prepare a -/DVMS", "prepare b D/DVM", "abort b", "abort a"]);
-        assert!(Arc::ptr_eq(owner.graph(), &before));
+        assert!(Arc::ptr_eq(&owner.graph(), &before));
         // The request is not harmed, and new ones are let in again.
         a.requests.open();
         assert_eq!(read_byte(&e, &rt).await.unwrap(), b'a');
@@ -270,7 +270,7 @@ fn a_flush_that_fails_or_hangs_keeps_the_old_graph() {
         a.flushes.shut();
         let error = relink(&mut owner, "b").await.unwrap_err();
         assert_eq!(error.to_string(), "node 'f' was not flushed within 30 s");
-        assert!(Arc::ptr_eq(owner.graph(), &before));
+        assert!(Arc::ptr_eq(&owner.graph(), &before));
         assert_eq!(read_byte(&edge(&owner, "e"), &rt).await.unwrap(), b'a');
     });
 }
@@ -400,6 +400,7 @@ fn closing_goes_on_after_a_caller_gave_up() {
         assert!(owner.graph().nodes.is_empty(), "published");
         assert_eq!(log.take(), ["close b"]);
         a.closes.open();
+        b.closes.open();
         owner.close().await.unwrap();
         assert_eq!(log.take(), ["close a"]);
     });
@@ -607,7 +608,7 @@ fn names_lead_to_the_outermost_filter_whichever_goes_first() {
                 // Parents moved onto the filter.
                 assert_eq!(e.node().children[0].node.name.as_str(), filter);
             }
-            let outer = owner.graph().node("outer").unwrap();
+            let outer = owner.graph().node("outer").unwrap().clone();
             assert_eq!(outer.children[0].node.name.as_str(), "inner");
             assert_eq!(outer.owner.as_deref(), Some("j2"));
 
@@ -617,7 +618,7 @@ fn names_lead_to_the_outermost_filter_whichever_goes_first() {
             d.remove_op(&OpId::internal(first));
             assert_eq!(d.resolve("a").unwrap().as_str(), left);
             owner.commit(d).await.unwrap();
-            let e2 = owner.graph().node("f").unwrap();
+            let e2 = owner.graph().node("f").unwrap().clone();
             assert_eq!(e2.children[0].node.name.as_str(), left);
             let mut d = owner.draft();
             add_filter(&mut d, "late", "a");
@@ -793,7 +794,7 @@ fn an_image_that_can_not_be_made_durable_does_not_become_a_backing_file() {
         d.set_backing_link(&name("ov"), Some("top")).unwrap();
         let e = owner.commit(d).await.unwrap_err();
         assert!(e.to_string().contains("flush failed"), "{e:?}");
-        assert!(Arc::ptr_eq(owner.graph(), &before));
+        assert!(Arc::ptr_eq(&owner.graph(), &before));
         assert_eq!(edge(&owner, "e").node().name.as_str(), "top");
         assert!(flushes(&log).contains(&"flush t".to_owned()));
     });
@@ -832,5 +833,94 @@ fn a_node_that_was_replaced_is_not_flushed() {
         owner.commit(d).await.unwrap();
         assert_eq!(flushes(&log), [""; 0]);
         assert_eq!(edge(&owner, "e").node().name.as_str(), "ov");
+    });
+}
+
+/// An operation without edges.
+fn user_of(d: &mut dolmen_graph::Draft, id: &str) {
+    d.add_op(OpInfo {
+        id: OpId::internal(id),
+        kind: "tool".into(),
+        detail: String::new(),
+        since: None,
+        ends_with: None,
+        instead_of_writing: None,
+    })
+    .unwrap();
+}
+
+/// While a change waits for a request, others are published. It is published on top of them, if they have nothing to do
+/// with each other, with everything in its place: a job finds its edges by their order.
+#[test]
+fn a_change_that_waits_holds_up_no_other() {
+    Sim::run(1, |rt| async move {
+        let mut owner = GraphOwner::new(rt.clone());
+        let log = Log::default();
+        let mut d = owner.draft();
+        for n in ["a", "b", "c", "x"] {
+            add_probe(&mut d, n, &log);
+        }
+        for (id, nodes) in [("guest", &["a"][..]), ("job", &["b", "c"]), ("other", &["x"])] {
+            user_of(&mut d, id);
+            for n in nodes {
+                d.add_user(&OpId::internal(id), n, Claim { needs: Actions::D, allows: Actions::EVERY })
+                    .unwrap();
+            }
+        }
+        owner.commit(d).await.unwrap();
+        let guest = owner.edges(&OpId::internal("guest")).next().unwrap();
+        let token = guest.begin().await.unwrap();
+
+        // Waits for the token.
+        let mut d = owner.draft();
+        d.remove_op(&OpId::internal("guest"));
+        d.remove_node("a").unwrap();
+        let mut first = owner.clone();
+        let mut waits = Box::pin(first.commit(d));
+        assert!(poll_once(&mut waits).await.is_none());
+
+        // Publishes meanwhile.
+        let mut d = owner.draft();
+        d.remove_op(&OpId::internal("other"));
+        d.remove_node("x").unwrap();
+        owner.commit(d).await.unwrap();
+
+        drop(token);
+        waits.await.unwrap();
+        let names: Vec<_> = owner.graph().nodes.iter().map(|n| n.name.to_string()).collect();
+        assert_eq!(names, ["b", "c"]);
+        let edges: Vec<_> = owner.edges(&OpId::internal("job")).map(|e| e.node().name.to_string()).collect();
+        assert_eq!(edges, ["b", "c"]);
+        assert!(owner.ops().iter().all(|o| o.id.as_str() == "job"));
+    });
+}
+
+/// The same for changes of one node: the later one is refused, and nothing of it is there.
+#[test]
+fn a_change_of_what_was_changed_meanwhile_is_refused() {
+    Sim::run(1, |rt| async move {
+        let mut owner = GraphOwner::new(rt.clone());
+        let log = Log::default();
+        let mut d = owner.draft();
+        add_probe(&mut d, "a", &log);
+        user_of(&mut d, "guest");
+        let claim = Claim { needs: Actions::D, allows: Actions::EVERY };
+        d.add_user(&OpId::internal("guest"), "a", claim).unwrap();
+        owner.commit(d).await.unwrap();
+        let guest = owner.edges(&OpId::internal("guest")).next().unwrap();
+        let token = guest.begin().await.unwrap();
+        let mut d = owner.draft();
+        d.remove_op(&OpId::internal("guest"));
+        let mut first = owner.clone();
+        let mut waits = Box::pin(first.commit(d));
+        assert!(poll_once(&mut waits).await.is_none());
+        let mut d = owner.draft();
+        user_of(&mut d, "late");
+        d.add_user(&OpId::internal("late"), "a", claim).unwrap();
+        owner.commit(d).await.unwrap();
+        drop(token);
+        assert_eq!(waits.await.unwrap_err().kind(), ErrorKind::Busy);
+        assert_eq!(owner.ops().len(), 2);
+        assert!(guest.begin().await.is_ok(), "its gate is open again");
     });
 }

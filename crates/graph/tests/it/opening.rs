@@ -588,7 +588,7 @@ async fn stack_and_reopen(rt: &Rt, chains: Vec<Shape>, order: Vec<(usize, bool, 
         opener.reopen(&mut draft, &op, vec![o]).await?;
         draft.remove_op(&op);
         owner.commit(draft).await?;
-        assert_eq!(links(owner.graph()), before, "after '{}' was reopened", node.name);
+        assert_eq!(links(&owner.graph()), before, "after '{}' was reopened", node.name);
     }
     Ok(())
 }

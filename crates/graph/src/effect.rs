@@ -1,0 +1,203 @@
+//! What publishing a draft does to what is there: whom it stops, and what has to be durable before.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, Result};
+
+use crate::{AccessRule, ChildEdge, Draft, Grants, Node, UserEdge};
+
+/// What publishing a draft does to what is there.
+pub(crate) struct Effect {
+    pub(crate) built: BTreeMap<NodeName, Arc<Node>>,
+    /// Users who are gone.
+    pub(crate) gone: Vec<Arc<UserEdge>>,
+    /// Users whose path changes.
+    pub(crate) moved: Vec<(Arc<UserEdge>, Arc<Node>, Claim)>,
+    /// Nodes that existed and whose links or options change; true for those whose driver was opened again.
+    pub(crate) settled: Vec<(Arc<Node>, bool)>,
+    /// Nodes that later flushes do not reach.
+    pub(crate) left: Vec<Arc<Node>>,
+    /// Nodes where nothing that was given up may still be under way.
+    pub(crate) unsettled: Vec<Arc<Node>>,
+}
+
+impl Effect {
+    pub(crate) fn of(draft: &Draft, grants: &Grants) -> Result<Effect> {
+        let built = draft.build(grants);
+        if let Some(n) = draft.state.nodes.iter().find(|n| !built.contains_key(&n.def.name)) {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("node '{}' has no driver, or a child without one", n.def.name),
+            ));
+        }
+        let users = &draft.state.users;
+        let stays =
+            |e: &Arc<UserEdge>| users.iter().any(|u| u.edge.as_ref().is_some_and(|d| Arc::ptr_eq(d, e)));
+        let users_before: Vec<_> = draft.base.users.iter().filter_map(|u| u.edge.clone()).collect();
+        let gone: Vec<_> = users_before.iter().filter(|e| !stays(e)).cloned().collect();
+        let moved: Vec<_> = users
+            .iter()
+            .filter_map(|u| Some((u.edge.clone()?, built[&u.node].clone(), u.claim)))
+            .filter(|(e, n, c)| !Arc::ptr_eq(&e.node(), n) || e.claim() != *c)
+            .collect();
+        let mut settled = Vec::new();
+        for old in &draft.published {
+            let Some(new) = built.get(&old.name) else { continue };
+            let reopened = !Arc::ptr_eq(&old.driver, &new.driver);
+            let relinked = relinked(old, new) && !draft.unflushed.contains(&old.name);
+            if (relinked || reopened) && !old.flags.read_only && !old.flags.inactive {
+                settled.push((old.clone(), reopened));
+            }
+        }
+        let before = Before { nodes: &draft.published, users: &users_before };
+        let left = before.left_behind(&gone, &moved, &built);
+        let mut unsettled = before.below_changes(&built);
+        let more: Vec<Arc<Node>> = left.iter().filter(|n| !has(&unsettled, n)).cloned().collect();
+        unsettled.extend(more);
+        Ok(Effect { built, gone, moved, settled, left, unsettled })
+    }
+
+    /// The users who may have no request in flight when it is published.
+    pub(crate) fn stopped(&self) -> Vec<Arc<UserEdge>> {
+        self.gone.iter().chain(self.moved.iter().map(|m| &m.0)).cloned().collect()
+    }
+
+    /// Whether everything that has to be waited for was waited for when `other` was.
+    pub(crate) fn is_within(&self, other: &Effect) -> bool {
+        let stopped = other.stopped();
+        let same =
+            |a: &(Arc<Node>, bool), b: &(Arc<Node>, bool)| Arc::ptr_eq(&a.0.state, &b.0.state) && a.1 == b.1;
+        self.stopped().iter().all(|e| stopped.iter().any(|s| Arc::ptr_eq(s, e)))
+            && self.settled.iter().all(|n| other.settled.iter().any(|s| same(n, s)))
+            && self.left.iter().all(|n| has(&other.left, n))
+            && self.unsettled.iter().all(|n| has(&other.unsettled, n))
+    }
+}
+
+/// The graph that a draft was copied from.
+struct Before<'a> {
+    nodes: &'a [Arc<Node>],
+    users: &'a [Arc<UserEdge>],
+}
+
+impl Before<'_> {
+    /// The nodes that hold what has been written and that later flushes do not reach, because a
+    /// flush ends at a backing file. What a flush of a user promises covers everything that the
+    /// user has written before, wherever it lies; so these nodes have to be durable before the
+    /// graph is published.
+    ///
+    /// They are those that lay on the way of a user's writes and are only read by it from now
+    /// on, and those that become a backing file and may hold writes of a user who is gone. A node
+    /// that its user does not even read any more is not among them: what was written to it lies
+    /// elsewhere now, and who brought it there (a job that replaces a node) has made it durable.
+    fn left_behind(
+        &self,
+        gone: &[Arc<UserEdge>],
+        moved: &[(Arc<UserEdge>, Arc<Node>, Claim)],
+        built: &BTreeMap<NodeName, Arc<Node>>,
+    ) -> Vec<Arc<Node>> {
+        let writes = |e: &Arc<UserEdge>| e.claim().needs.intersects(Actions::V | Actions::M);
+        let mut left: Vec<Arc<Node>> = Vec::new();
+        let mut reached: Vec<Arc<Node>> = Vec::new();
+        for edge in self.users.iter().filter(|e| writes(e)) {
+            if gone.iter().any(|g| Arc::ptr_eq(g, edge)) {
+                continue;
+            }
+            match moved.iter().find(|m| Arc::ptr_eq(&m.0, edge)) {
+                None => reached.extend(flushed_with(&edge.node())),
+                Some((_, new, _)) => {
+                    let (old_way, new_way, read) =
+                        (flushed_with(&edge.node()), flushed_with(new), new.subtree());
+                    left.extend(old_way.into_iter().filter(|n| has(&read, n) && !has(&new_way, n)));
+                    reached.extend(new_way);
+                }
+            }
+        }
+        let was_below = below_overlays(self.nodes.iter());
+        let becomes = below_overlays(built.values()).into_iter();
+        left.extend(becomes.filter(|n| !has(&was_below, n) && !has(&reached, n)));
+        // Parents first, and nothing twice.
+        let mut out: Vec<Arc<Node>> = Vec::new();
+        let mut done: Vec<Arc<Node>> = Vec::new();
+        for node in self.nodes.iter().rev().filter(|n| has(&left, n)) {
+            if !has(&done, node) && !node.flags.read_only && !node.flags.inactive {
+                done.extend(flushed_with(node));
+                out.push(node.clone());
+            }
+        }
+        out
+    }
+
+    /// The nodes that lose or change their driver or a link, and all below them: nothing that was given up may still be
+    /// under way there when that happens.
+    fn below_changes(&self, built: &BTreeMap<NodeName, Arc<Node>>) -> Vec<Arc<Node>> {
+        let mut out: Vec<Arc<Node>> = Vec::new();
+        for old in self.nodes {
+            let changes = built.get(&old.name).is_none_or(|new| {
+                !Arc::ptr_eq(&old.state, &new.state)
+                    || !Arc::ptr_eq(&old.driver, &new.driver)
+                    || relinked(old, new)
+            });
+            if !changes {
+                continue;
+            }
+            for node in old.subtree() {
+                if !out.iter().any(|o| Arc::ptr_eq(&o.state, &node.state)) {
+                    out.push(node);
+                }
+            }
+        }
+        out
+    }
+}
+
+/// The nodes that a flush of `node` makes durable: those that hold what is written to it. It ends at backing
+/// files, which nobody writes through an overlay, and at targets, whose durability is the business of who copies.
+fn flushed_with(node: &Arc<Node>) -> Vec<Arc<Node>> {
+    let mut out: Vec<Arc<Node>> = Vec::new();
+    let mut todo = vec![node.clone()];
+    while let Some(n) = todo.pop() {
+        if !has(&out, &n) {
+            // A flush of a view of the past does nothing.
+            let ends = n.driver.access_rule() == AccessRule::SnapshotAccess;
+            let holds = |c: &&ChildEdge| !ends && !matches!(c.role, ChildRole::Backing | ChildRole::Target);
+            todo.extend(n.children.iter().filter(holds).map(|c| c.node.clone()));
+            out.push(n);
+        }
+    }
+    out
+}
+
+/// The nodes that hold the data of backing files.
+fn below_overlays<'a>(nodes: impl Iterator<Item = &'a Arc<Node>>) -> Vec<Arc<Node>> {
+    nodes.filter_map(|n| n.backing()).flat_map(flushed_with).collect()
+}
+
+/// Whether the node is among these, whatever its links were then.
+fn has(nodes: &[Arc<Node>], node: &Node) -> bool {
+    nodes.iter().any(|n| Arc::ptr_eq(&n.state, &node.state))
+}
+
+pub(crate) fn in_flight(edge: &Arc<UserEdge>) -> String {
+    let (n, given_up) = (edge.in_flight(), edge.given_up());
+    let plural = if n == 1 { "" } else { "s" };
+    let mut text = format!("'{}' with {n} request{plural} on node '{}'", edge.op(), edge.node().name);
+    if given_up > 0 {
+        text.push_str(&format!(" ({given_up} given up, but the storage still works on it)"));
+    }
+    text
+}
+
+pub(crate) fn given_up(node: &Arc<Node>) -> String {
+    let n = node.state.given_up();
+    let plural = if n == 1 { "" } else { "s" };
+    format!("node '{}' with {n} request{plural} given up that the storage still works on", node.name)
+}
+
+/// Whether a node that stays has other children.
+fn relinked(old: &Node, new: &Node) -> bool {
+    let other = |(a, b): (&ChildEdge, &ChildEdge)| !Arc::ptr_eq(&a.node.state, &b.node.state);
+    Arc::ptr_eq(&old.state, &new.state)
+        && (old.children.len() != new.children.len() || old.children.iter().zip(&new.children).any(other))
+}
