@@ -65,6 +65,8 @@ pub(crate) fn run(mut command: Command, args: &[impl AsRef<OsStr>]) -> (ExitStat
 pub(crate) struct Daemon {
     pub(crate) child: Child,
     pub(crate) dir: TempDir,
+    /// Its process identifier is written here at the end of its start.
+    started: Option<PathBuf>,
 }
 
 impl Daemon {
@@ -79,8 +81,14 @@ impl Daemon {
         let mut c = command(dir.path());
         c.arg("--chardev").arg(format!("socket,path={at}/m.sock,server=on,wait=off,id=m"));
         c.args(["--monitor", "chardev=m"]).args(args.iter().map(|a| a.replace("DIR", &at)));
+        let started = (!args.contains(&"--pidfile")).then(|| dir.path().join("started"));
+        if let Some(path) = &started {
+            // One that was killed in the same directory left its own.
+            let _ = std::fs::remove_file(path);
+            c.arg("--pidfile").arg(path);
+        }
         let child = c.current_dir(dir.path()).stdin(Stdio::null()).spawn().expect("starts");
-        Daemon { child, dir }
+        Daemon { child, dir, started }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -88,8 +96,20 @@ impl Daemon {
     }
 
     /// A monitor that is ready for commands.
+    ///
+    /// The socket is there before the daemon is: QEMU's monitor opens a second time when a
+    /// client comes while it starts, which greets twice and loses what has been received of a
+    /// command. The process identifier is written at the end of the start.
     pub(crate) fn monitor(&mut self) -> Monitor {
         let path = self.path("m.sock");
+        if let Some(started) = &self.started {
+            eventually("start of the daemon", || {
+                if let Some(status) = self.child.try_wait().expect("a child") {
+                    panic!("the daemon ended with {status}");
+                }
+                std::fs::read(started).ok().filter(|text| text.ends_with(b"\n"))
+            });
+        }
         eventually("monitor socket", || {
             if let Some(status) = self.child.try_wait().expect("a child") {
                 panic!("the daemon ended with {status}");
@@ -130,11 +150,7 @@ impl Monitor {
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         let mut m = Monitor { lines: BufReader::new(stream), events: Vec::new() };
         assert!(m.receive()?["QMP"].is_object());
-        let mut reply = m.ask(&json!({"execute": "qmp_capabilities"}));
-        // The established daemon has been seen to greet twice on a busy machine.
-        while reply["QMP"].is_object() {
-            reply = m.receive()?;
-        }
+        let reply = m.ask(&json!({"execute": "qmp_capabilities"}));
         assert_eq!(reply, json!({"return": {}}));
         Some(m)
     }

@@ -25,10 +25,13 @@ impl Peer {
     fn start() -> Option<Peer> {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("m.sock");
+        let started = dir.path().join("pid");
         let spawned = Command::new("qemu-storage-daemon")
             .arg("--chardev")
             .arg(format!("socket,path={},server=on,wait=off,id=m", path.display()))
             .args(["--monitor", "chardev=m"])
+            .arg("--pidfile")
+            .arg(&started)
             .stdin(Stdio::null())
             .spawn();
         let child = match spawned {
@@ -39,6 +42,12 @@ impl Peer {
             }
         };
         let deadline = Instant::now() + Duration::from_secs(30);
+        // The socket is there before the daemon is ready: a client that comes then is greeted twice,
+        // and what it has sent may be lost.
+        while !std::fs::read(&started).is_ok_and(|text| text.ends_with(b"\n")) {
+            assert!(Instant::now() < deadline, "the daemon does not start");
+            std::thread::yield_now();
+        }
         let stream = loop {
             match UnixStream::connect(&path) {
                 Ok(s) => break s,
