@@ -9,8 +9,9 @@ use dolmen_types::{Error, ErrorKind, OptionSpec, OptionType, Options, Result, Sp
 use super::driver::Core;
 use super::entry::refcount_set;
 use super::header::{COMPAT_LAZY_REFCOUNTS, CompressionType, EXT_BACKING_FORMAT, Header};
-use super::image::{Env, File, load_header};
+use super::image::{Env, File, load_header, read_bytes};
 use super::layout::{Geometry, HostOffset, put64};
+use super::replace::Replacement;
 
 const PREALLOCATION: &[&str] = &["off", "metadata", "falloc", "full"];
 const COMPAT: &[&str] = &["0.10", "1.1", "v2", "v3"];
@@ -318,15 +319,14 @@ pub async fn change_backing(
     if name.is_none() {
         header.extensions.retain(|e| e.id != EXT_BACKING_FORMAT);
     }
-    let bytes = match header.encode() {
-        Ok(b) => b,
-        // The names of features are only there for messages; make room.
-        Err(_) => {
-            header.extensions.retain(|e| e.id != super::header::EXT_FEATURE_NAMES);
-            header.encode()?
-        }
-    };
-    write.write_bytes(0, &bytes, WriteFlags::NONE).await?;
+    let mut old = vec![0; header.geometry().cluster_len()];
+    read_bytes(read, 0, &mut old).await?;
+    let Replacement { ahead, sector } = header.replace(&old)?;
+    if let Some((at, bytes)) = ahead {
+        write.write_bytes(at, &bytes, WriteFlags::NONE).await?;
+        write.flush().await?;
+    }
+    write.write_bytes(0, &sector, WriteFlags::NONE).await?;
     write.flush().await
 }
 

@@ -16,6 +16,8 @@ use super::layout::{
 
 /// "QFI\xfb".
 pub(super) const MAGIC: u32 = 0x5146_49fb;
+/// What a disk writes at once or not at all.
+pub(super) const SECTOR: usize = 512;
 /// Bytes of a version 2 header.
 pub(super) const V2_LENGTH: usize = 72;
 /// Bytes of the smallest version 3 header.
@@ -222,7 +224,7 @@ impl Header {
             )));
         }
         let extensions_end = if backing_at != 0 { backing_at as usize } else { b.len() };
-        h.extensions = decode_extensions(b, header_len, extensions_end)?;
+        h.extensions = decode_extensions(b, header_len, extensions_end)?.0;
         h.check_features()?;
         if version >= 3 {
             h.decode_compression(b, header_len)?;
@@ -449,6 +451,28 @@ impl Header {
     /// first cluster is zero. Fails when they do not fit into the cluster.
     pub fn encode(&self) -> Result<Vec<u8>> {
         let cluster_len = self.geometry().cluster_len();
+        let mut b = self.encode_head();
+        if let Some(name) = &self.backing_file {
+            let at = b.len();
+            let name = point_to_name(&mut b, at, name);
+            b.extend_from_slice(&name);
+        }
+        if b.len() > cluster_len {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                format!(
+                    "the header and the backing file name need {} bytes, a cluster has {cluster_len}",
+                    b.len()
+                ),
+            )
+            .remedy("use a shorter backing file name or a larger cluster size"));
+        }
+        b.resize(cluster_len, 0);
+        Ok(b)
+    }
+
+    /// The header and its extensions, without a backing file name.
+    pub(super) fn encode_head(&self) -> Vec<u8> {
         let mut b = vec![0u8; if self.version >= 3 { WRITTEN_LENGTH } else { V2_LENGTH }];
         b[0..4].copy_from_slice(&MAGIC.to_be_bytes());
         b[4..8].copy_from_slice(&self.version.to_be_bytes());
@@ -474,25 +498,7 @@ impl Header {
         }
         // End of the extension area.
         b.extend_from_slice(&[0; 8]);
-        if let Some(name) = &self.backing_file {
-            let at = b.len() as u64;
-            let name = bytes(name);
-            put64(&mut b, 8, at);
-            b[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
-            b.extend_from_slice(&name);
-        }
-        if b.len() > cluster_len {
-            return Err(Error::new(
-                ErrorKind::NoSpace,
-                format!(
-                    "the header and the backing file name need {} bytes, a cluster has {cluster_len}",
-                    b.len()
-                ),
-            )
-            .remedy("use a shorter backing file name or a larger cluster size"));
-        }
-        b.resize(cluster_len, 0);
-        Ok(b)
+        b
     }
 
     /// Stores the fields that change while an image is open into its first sector: one atomic write.
@@ -524,7 +530,16 @@ impl Header {
     }
 }
 
-fn decode_extensions(b: &[u8], start: usize, end: usize) -> Result<Vec<Extension>> {
+/// Makes a header refer to a name at `at`; the bytes of the name.
+pub(super) fn point_to_name(header: &mut [u8], at: usize, name: &str) -> Vec<u8> {
+    let name = bytes(name);
+    put64(header, 8, at as u64);
+    header[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
+    name.into_owned()
+}
+
+/// The extensions from `start` on, and where they end, the mark of their end included.
+pub(super) fn decode_extensions(b: &[u8], start: usize, end: usize) -> Result<(Vec<Extension>, usize)> {
     let mut out = Vec::new();
     let mut at = start;
     while at < end {
@@ -532,10 +547,10 @@ fn decode_extensions(b: &[u8], start: usize, end: usize) -> Result<Vec<Extension
             return Err(corrupt(format!("header extension at {at:#x} is cut off")));
         }
         let (id, len) = (be32(b, at), be32(b, at + 4) as usize);
+        at += 8;
         if id == 0 {
             break;
         }
-        at += 8;
         if len > end - at {
             return Err(corrupt(format!(
                 "header extension {id:#010x} at {:#x} is too large: {len} bytes",
@@ -548,7 +563,7 @@ fn decode_extensions(b: &[u8], start: usize, end: usize) -> Result<Vec<Extension
         out.push(Extension { id, data: b[at..at + len].to_vec() });
         at += len.next_multiple_of(8);
     }
-    Ok(out)
+    Ok((out, at.min(end)))
 }
 
 fn decode_backing_name(b: &[u8], at: usize, len: u32) -> Result<String> {
@@ -564,12 +579,9 @@ fn decode_backing_name(b: &[u8], at: usize, len: u32) -> Result<String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn sample(version: u32, bits: u32) -> Header {
+impl Header {
+    /// A header for tests.
+    pub(super) fn sample(version: u32, bits: u32) -> Header {
         Header {
             version,
             cluster_bits: bits,
@@ -590,6 +602,17 @@ mod tests {
             unknown_fields: Vec::new(),
             extensions: Vec::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn sample(version: u32, bits: u32) -> Header {
+        Header::sample(version, bits)
     }
 
     #[test]

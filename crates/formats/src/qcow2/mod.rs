@@ -39,6 +39,7 @@ mod header;
 mod image;
 mod layout;
 mod meta;
+mod replace;
 mod resize;
 mod round;
 mod rw;
