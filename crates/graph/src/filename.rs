@@ -141,10 +141,9 @@ impl Style {
         let says_more = options
             .iter()
             .any(|(k, _)| !allowed.contains(&k.as_str()) && !is_use(k) && !self.says_the_same(node, k));
-        match node.child("file") {
-            Some(file) if !says_more => self.plain_name(self.skip(&file.node)),
-            _ => None,
-        }
+        let file = self.skip(&node.child("file").filter(|_| !says_more)?.node);
+        // Whoever opens the name of an image in an image finds the inner one.
+        (file.driver.kind().class != Class::Format).then(|| self.plain_name(file))?
     }
 
     /// Whether an option names the backing file that the image names as well (or both say that there is none).

@@ -439,3 +439,41 @@ fn a_header_keeps_a_window() {
     let ran = bench.command("ours/qemu-io").current_dir("/").args(["-r", "-c", "read 0 8k", &path]).output();
     assert!(ran.expect("it runs").status.success());
 }
+
+/// The story: a snapshot was taken of the file node of an image, and then of the image. The name of
+/// the new header led to the inner image, which opens as well and shows something else.
+#[test]
+fn a_header_names_an_image_in_an_image() {
+    let Some(b) = Bench::with_peers() else { return };
+    b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "b", "1M"]);
+    b.ok("qemu-io", &["-c", "write -P 7 0 64k", "b"]);
+    // The image lies in a raw image, in a raw image with a window, and in an image of its own.
+    for between in [json!({"driver": "raw"}), json!({"driver": "raw", "offset": 0}), json!(null)] {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::copy(b.path("b"), dir.path().join("b")).expect("copied");
+        let mut d = Daemon::start_in(dir, by_established_name, &[]);
+        let mut m = d.monitor();
+        m.ok("blockdev-add", json!({"driver": "file", "filename": "b", "node-name": "bf"}));
+        let mut file = json!("bf");
+        if between.is_object() {
+            let mut raw = between.clone();
+            raw["file"] = json!("bf");
+            raw["node-name"] = json!("r");
+            m.ok("blockdev-add", raw);
+            file = json!("r");
+        }
+        m.ok("blockdev-add", json!({"driver": "qcow2", "file": file, "node-name": "b"}));
+        let snapshot = |node: &str, name: &str| json!({"node-name": node, "snapshot-file": name, "snapshot-node-name": name, "format": "qcow2"});
+        if between.is_null() {
+            m.ok("blockdev-snapshot-sync", snapshot("bf", "b1"));
+        }
+        m.ok("blockdev-snapshot-sync", snapshot("b", "b2"));
+        m.ok("quit", json!({}));
+        assert!(d.wait().success());
+        let over = d.path("b2");
+        for io in ["ours/qemu-io", "qemu-io"] {
+            let read = ["-r", "-c", "read -P 7 0 64k"].map(std::ffi::OsStr::new);
+            b.ok(io, &[read[0], read[1], read[2], over.as_os_str()]);
+        }
+    }
+}
