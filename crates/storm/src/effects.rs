@@ -110,6 +110,7 @@ impl World {
             }
             return;
         }
+        self.taken_raw(node);
         let (below, file) = (self.graph.file_of(node), self.graph.file_of(overlay));
         self.snapshot(node, overlay, from);
         // From now on its header has to name what is below.
@@ -125,7 +126,10 @@ impl World {
         let name = text(a, "node-name").to_owned();
         let child = reference(a, "file").or_else(|| reference(a, "image"));
         let content = match text(a, "driver") {
-            "raw" if !a["offset"].is_null() || !a["size"].is_null() => None,
+            "raw" if !a["offset"].is_null() || !a["size"].is_null() => {
+                self.windows.insert(name.clone());
+                None
+            }
             "raw" | "copy-on-read" | "blkdebug" if child.is_some() => child.map(|c| self.content_now(c)),
             "copy-before-write" if child.is_some() => {
                 child.map(|c| self.saves(&name, c, text(a, "target"), from))
@@ -166,7 +170,11 @@ impl World {
         let known = self.closed.get(&file).copied();
         let empty = self.empty.remove(&file);
         match (&a["backing"], self.backings.get(&file).cloned()) {
-            (_, None) => known,
+            (Json::Null, None) => known,
+            (_, None) => {
+                self.renamed.insert(file);
+                None
+            }
             (Json::String(b), Some(header)) => {
                 if self.graph.file_of(b).as_ref() != Some(&header) {
                     self.renamed.insert(file.clone());

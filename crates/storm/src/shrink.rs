@@ -12,7 +12,7 @@ use crate::steps::{Step, Way};
 use crate::storm::{Finding, Mode, Numbers, Outcome, Source, run};
 
 /// How long is tried.
-const TIME: Duration = Duration::from_secs(150);
+const TIME: Duration = Duration::from_secs(240);
 
 /// Whether a list of steps fails in the same way; a failure that depends on timing gets some tries.
 fn fails(seed: u64, steps: &[Step], kind: &str, tools: &Tools, mode: &Mode, tries: u32) -> Option<Finding> {

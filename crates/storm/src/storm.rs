@@ -432,6 +432,7 @@ impl Storm<'_> {
                 self.found("what-if", format!("what-if {} {} touched {file}, {t}", c.name, c.arguments));
             }
         }
+        self.let_go_below(c, &exports);
         let from = self.world.book().moment();
         let asked = Instant::now();
         let reply = self.monitors[0].ask(&c.name, &c.arguments);
@@ -522,6 +523,8 @@ impl Storm<'_> {
         if !self.findings.is_empty() || self.monitors.len() < 2 {
             return;
         }
+        let exports = self.exports();
+        self.let_go_below(a, &exports);
         let from = self.world.book().moment();
         let asked = Instant::now();
         self.monitors[0].send(&a.name, &a.arguments);
@@ -535,6 +538,38 @@ impl Storm<'_> {
                 Reply::Done(_) => self.accepted(c, from),
                 Reply::Refused(text) => self.refused(c, text),
                 Reply::Gone | Reply::Hangs => self.gone(&format!("after {} {}", c.name, c.arguments)),
+            }
+        }
+    }
+
+    /// A command takes what users of a node show to another node; users of what is below that node stay where they
+    /// are, and show something else than before from then on. They are not watched any longer.
+    fn let_go_below(&mut self, c: &Command, exports: &Json) {
+        let mut devices = Vec::new();
+        let actions = c.arguments["actions"].as_array().into_iter().flatten().map(|a| &a["data"]);
+        for a in actions.chain([&c.arguments]) {
+            for name in ["device", "node", "node-name", "top-node"] {
+                devices.extend(a[name].as_str().map(str::to_owned));
+            }
+        }
+        let moves = ["blockdev-snapshot", "blockdev-snapshot-sync", "block-commit", "blockdev-mirror", "drive-mirror"];
+        if !moves.contains(&c.name.as_str()) && c.name != "transaction" {
+            return;
+        }
+        if self.mode.verbose {
+            let at: Vec<String> =
+                exports.as_array().into_iter().flatten().map(|e| format!("{} at {}", e["id"], e["node-name"])).collect();
+            println!("    exports: {}", at.join(", "));
+        }
+        let below: Vec<String> = devices.iter().flat_map(|d| self.world.graph.down(d).into_iter().skip(1)).collect();
+        for e in exports.as_array().into_iter().flatten() {
+            let (id, node) = (e["id"].as_str().unwrap_or_default(), e["node-name"].as_str().unwrap_or_default());
+            if below.iter().any(|b| b == node) {
+                for w in self.workers.remove(id).into_iter().flatten() {
+                    self.count_requests(&w);
+                    let end = w.end();
+                    self.judge_worker(id, end, false);
+                }
             }
         }
     }

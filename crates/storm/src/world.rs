@@ -219,6 +219,8 @@ pub(crate) struct World {
     pub(crate) saved: BTreeMap<String, ContentId>,
     /// Formats of files.
     pub(crate) formats: BTreeMap<String, String>,
+    /// Nodes that show a part of what is below.
+    pub(crate) windows: BTreeSet<String>,
     /// Files that are longer than what is shown of them: bases of commits.
     pub(crate) longer: BTreeSet<String>,
     /// Files that still hold the image that they held in the beginning.
@@ -249,6 +251,7 @@ impl World {
             saved: BTreeMap::new(),
             backings: BTreeMap::new(),
             formats: BTreeMap::new(),
+            windows: BTreeSet::new(),
             longer: BTreeSet::new(),
             images: BTreeSet::new(),
             server: false,
@@ -329,6 +332,12 @@ impl World {
     /// Somebody writes to a file as it is, whatever format it had.
     pub(crate) fn taken_raw(&mut self, node: &str) {
         let down = self.graph.down(node);
+        // What is written through a window shows elsewhere in the whole.
+        if let Some(at) = down.iter().position(|n| self.windows.contains(n)) {
+            for n in &down[at + 1..] {
+                self.forget(n, "it is written through a window");
+            }
+        }
         let Some(leaf) = down.last().filter(|l| self.graph.child(l, &["file", "image"]).is_none()) else {
             return;
         };
@@ -365,6 +374,11 @@ impl World {
             book.copy(&name, c, from, 0..sectors)
         };
         self.show(node, frozen);
+        // A job that copies from below the overlay copies what is frozen.
+        let down = self.graph.down(node);
+        for j in self.jobs.values_mut().filter(|j| j.from == c && down.contains(&j.source)) {
+            j.from = frozen;
+        }
         if let Some(old) = old {
             let moved: Vec<String> = self.shows.iter().filter(|s| *s.1 == old).map(|s| s.0.clone()).collect();
             for n in moved {
