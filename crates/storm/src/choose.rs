@@ -122,8 +122,7 @@ impl Chooser<'_> {
     }
 
     fn fresh(&mut self, letter: &str) -> String {
-        self.world.count += 1;
-        format!("{letter}{}", self.world.count)
+        self.world.fresh_name(letter)
     }
 
     fn is_leaf(&self, name: &str) -> bool {

@@ -39,8 +39,10 @@ impl World {
         match command {
             "blockdev-add" => self.added(a, from),
             "block-export-add" => {
+                // Nobody knows to which disk of the two it would write.
+                let moving = self.is_moving(text(a, "node-name"));
                 let content = self.content_now(text(a, "node-name"));
-                let writable = a["writable"].as_bool().unwrap_or_default();
+                let writable = a["writable"].as_bool().unwrap_or_default() && !moving;
                 if writable {
                     self.taken_raw(text(a, "node-name"));
                 }
@@ -422,6 +424,8 @@ impl World {
                 Some((at, false)) if !job.ambiguous => {
                     self.copied(&job, job.from, at, sectors);
                 }
+                // Nobody wrote its top node, so it ended by itself, like one from the middle of a chain.
+                None if job.work == Work::ActiveCommit => self.pivot(&job, job.began),
                 _ => {
                     for n in [&job.source, &job.target] {
                         let c = self.book().unknown(n, "who knows how its job ended");

@@ -19,41 +19,103 @@ use crate::steps::Way;
 use crate::storm::{Numbers, Storm};
 use crate::world::{World, short};
 
-/// A file of a chain: its name, its format, what its header names.
+/// An image of a chain: the name of its file, its format, what its header names.
 struct Link {
     name: String,
     format: String,
     backing: Option<String>,
+    /// How it is opened, if that is more than a format of a file: an image in an image, say.
+    definition: Option<Json>,
+}
+
+impl Link {
+    /// What is served by the server behind the daemon, or what needs a definition of its own.
+    fn other(name: &str, definition: Option<Json>) -> Link {
+        Link { name: name.to_owned(), format: "raw".into(), backing: None, definition }
+    }
+
+    /// The files in it.
+    fn files(&self) -> Vec<String> {
+        fn collect(v: &Json, into: &mut Vec<String>) {
+            for (k, v) in v.as_object().into_iter().flatten() {
+                match v.as_str() {
+                    Some(name) if k == "filename" => into.push(short(name)),
+                    _ => collect(v, into),
+                }
+            }
+        }
+        let mut out = vec![self.name.clone()];
+        self.definition.iter().for_each(|d| collect(d, &mut out));
+        out
+    }
+}
+
+/// What a header, or a definition, names.
+enum Named {
+    Nothing,
+    File(String, String),
+    Definition(Json),
 }
 
 impl Storm<'_> {
     /// The chain that headers name, from the top.
     fn chain(&self, file: &str, format: &str) -> Result<Vec<Link>, String> {
-        let format = if format == "qcow2" { "qcow2" } else { "raw" };
-        let args = ["info", "-U", "--backing-chain", "--output=json", "-f", format, file];
-        let (code, text) = Tools::run(&self.dir, &self.tools.judge.join("qemu-img"), &args);
-        if code != 0 {
-            return Err(text);
+        let mut next = Named::File(file.to_owned(), format.to_owned());
+        let mut out: Vec<Link> = Vec::new();
+        loop {
+            if out.len() > 60 {
+                return Err(format!("the chain of {file} has no end"));
+            }
+            let (name, format, mut below) = match next {
+                Named::Nothing => return Ok(out),
+                Named::File(name, _) if name.starts_with("nbd") => {
+                    out.push(Link::other(SERVED, None));
+                    return Ok(out);
+                }
+                Named::File(name, format) => (short(&name), format, None),
+                Named::Definition(d) => match simple(&d) {
+                    Some((name, format)) => (short(&name), format, Some(d["backing"].clone())),
+                    None if d["driver"] == "nbd" || d["file"]["driver"] == "nbd" => {
+                        out.push(Link::other(SERVED, None));
+                        return Ok(out);
+                    }
+                    None => {
+                        out.push(Link::other(&format!("json:{d}"), Some(d)));
+                        return Ok(out);
+                    }
+                },
+            };
+            let format = if format == "qcow2" { "qcow2" } else { "raw" };
+            let args = ["info", "-U", "--output=json", "-f", format, &name];
+            let (code, text) = Tools::run(&self.dir, &self.tools.judge.join("qemu-img"), &args);
+            if code != 0 {
+                return Err(text);
+            }
+            let info: Json = serde_json::from_str(&text).map_err(|e| format!("{e}: {text}"))?;
+            let header = info["backing-filename"].as_str().map(str::to_owned);
+            below = below.filter(|b| !b.is_null());
+            next = match (below, &header) {
+                (Some(b), _) => Named::Definition(b),
+                (None, Some(b)) => match b.strip_prefix("json:") {
+                    Some(d) => Named::Definition(serde_json::from_str(d).map_err(|e| format!("{e}: {b}"))?),
+                    None => {
+                        let full = info["full-backing-filename"].as_str().unwrap_or(b);
+                        let format = info["backing-filename-format"].as_str().unwrap_or("raw");
+                        Named::File(full.to_owned(), format.to_owned())
+                    }
+                },
+                (None, None) => Named::Nothing,
+            };
+            let backing = header.as_deref().map(short_name);
+            out.push(Link { name, format: format.to_owned(), backing, definition: None });
         }
-        let list: Json = serde_json::from_str(&text).map_err(|e| format!("{e}: {text}"))?;
-        let links = list.as_array().into_iter().flatten().map(|l| Link {
-            name: match l["filename"].as_str().unwrap_or_default() {
-                n if n.starts_with("nbd") || n.starts_with("json") => SERVED.to_owned(),
-                n => short(n),
-            },
-            format: match l["format"].as_str().unwrap_or_default() {
-                "file" | "host_device" => "raw".to_owned(),
-                f => f.to_owned(),
-            },
-            backing: l["backing-filename"].as_str().map(short_name),
-        });
-        Ok(links.collect())
     }
 
     /// Everything that a reader of a file sees.
     fn read(&self, file: &str, format: &str, options: &[&str]) -> Result<Vec<u8>, String> {
         let mut args = vec!["convert", "-O", "raw"];
         match options {
+            [] if format == "json" => {}
             [] => args.extend(["-f", if format == "qcow2" { "qcow2" } else { "raw" }]),
             o => args.extend(o),
         }
@@ -152,17 +214,26 @@ impl Storm<'_> {
         let chain = self.chain(top, &format)?;
         let mut below = Json::Null;
         for link in chain.iter().rev() {
-            let name = if link.name == SERVED { "served".to_owned() } else { node_name(&link.name) };
+            let name = match &link.definition {
+                _ if link.name == SERVED => "served".to_owned(),
+                Some(_) => self.world.fresh_name("w"),
+                None => node_name(&link.name),
+            };
             if self.world.shows.contains_key(&name) {
                 // Two disks that share what is below.
                 below = name.into();
                 continue;
             }
-            let mut a = match link.name == SERVED {
-                true => json!({
+            let mut a = match &link.definition {
+                _ if link.name == SERVED => json!({
                     "driver": "nbd", "node-name": name, "export": "b", "server": {"type": "unix", "path": "back.nbd"},
                 }),
-                false => {
+                Some(d) => {
+                    let mut d = d.clone();
+                    d["node-name"] = name.clone().into();
+                    d
+                }
+                None => {
                     let device = self.world.formats.get(&link.name).is_some_and(|f| f == "device");
                     let protocol = if device { "host_device" } else { "file" };
                     json!({
@@ -180,6 +251,14 @@ impl Storm<'_> {
             self.must("blockdev-add", &a)?;
             let c = match self.world.closed.get(&link.name) {
                 Some(c) => *c,
+                None if link.definition.is_some() => {
+                    let seen = self.read(&link.name, "json", &[]);
+                    let tags = seen.ok().and_then(|d| tags_of(&d).into_iter().collect::<Option<Vec<Tag>>>());
+                    match tags {
+                        Some(t) => self.world.book().known(&name, &t),
+                        None => self.world.book().unknown(&name, "it holds what nobody wrote"),
+                    }
+                }
                 None => self.world.book().unknown(&name, "it is served by another"),
             };
             self.world.shows.insert(name.clone(), c);
@@ -341,7 +420,7 @@ impl Storm<'_> {
                 (book.is_known(*c), book.sectors(*c) * SECTOR)
             };
             let Some(format) = self.world.formats.get(file).cloned().filter(|_| known) else { continue };
-            let honest = |l: &Link| !self.world.renamed.contains(&l.name);
+            let honest = |l: &Link| !l.files().iter().any(|f| self.world.renamed.contains(f));
             let chain = match self.chain(file, &format) {
                 Ok(c) => c,
                 Err(e) => {
@@ -418,9 +497,26 @@ fn is_dirty(path: &Path) -> bool {
     version_3 && feature[7] & 1 != 0
 }
 
-/// The name in a header, as files are called here.
+/// The name in a header, as files are called here; an empty one for what is more than a format of a file.
 fn short_name(name: &str) -> String {
-    if name.starts_with("nbd") || name.starts_with("json") { SERVED.to_owned() } else { short(name) }
+    match name.strip_prefix("json:").map(serde_json::from_str::<Json>) {
+        None if name.starts_with("nbd") => SERVED.to_owned(),
+        None => short(name),
+        Some(Ok(d)) if d["driver"] == "nbd" || d["file"]["driver"] == "nbd" => SERVED.to_owned(),
+        Some(d) => d.ok().and_then(|d| simple(&d)).map(|n| short(&n.0)).unwrap_or_default(),
+    }
+}
+
+/// The file and the format of a definition that is no more than that.
+fn simple(d: &Json) -> Option<(String, String)> {
+    let driver = d["driver"].as_str()?;
+    let leaf = |v: &Json| ["file", "host_device"].contains(&v["driver"].as_str().unwrap_or_default());
+    if leaf(d) {
+        return Some((d["filename"].as_str()?.to_owned(), "raw".into()));
+    }
+    let plain = d.as_object()?.keys().all(|k| ["driver", "file", "backing"].contains(&k.as_str()));
+    let format = ["qcow2", "raw"].contains(&driver) && plain && leaf(&d["file"]);
+    format.then(|| Some((d["file"]["filename"].as_str()?.to_owned(), driver.to_owned())))?
 }
 
 /// A node's name for a file.

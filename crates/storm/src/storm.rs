@@ -552,18 +552,30 @@ impl Storm<'_> {
                 devices.extend(a[name].as_str().map(str::to_owned));
             }
         }
-        let moves = ["blockdev-snapshot", "blockdev-snapshot-sync", "block-commit", "blockdev-mirror", "drive-mirror"];
+        let moves = [
+            "blockdev-snapshot",
+            "blockdev-snapshot-sync",
+            "block-commit",
+            "blockdev-mirror",
+            "drive-mirror",
+        ];
         if !moves.contains(&c.name.as_str()) && c.name != "transaction" {
             return;
         }
         if self.mode.verbose {
-            let at: Vec<String> =
-                exports.as_array().into_iter().flatten().map(|e| format!("{} at {}", e["id"], e["node-name"])).collect();
+            let at: Vec<String> = exports
+                .as_array()
+                .into_iter()
+                .flatten()
+                .map(|e| format!("{} at {}", e["id"], e["node-name"]))
+                .collect();
             println!("    exports: {}", at.join(", "));
         }
-        let below: Vec<String> = devices.iter().flat_map(|d| self.world.graph.down(d).into_iter().skip(1)).collect();
+        let below: Vec<String> =
+            devices.iter().flat_map(|d| self.world.graph.down(d).into_iter().skip(1)).collect();
         for e in exports.as_array().into_iter().flatten() {
-            let (id, node) = (e["id"].as_str().unwrap_or_default(), e["node-name"].as_str().unwrap_or_default());
+            let (id, node) =
+                (e["id"].as_str().unwrap_or_default(), e["node-name"].as_str().unwrap_or_default());
             if below.iter().any(|b| b == node) {
                 for w in self.workers.remove(id).into_iter().flatten() {
                     self.count_requests(&w);

@@ -264,6 +264,12 @@ impl World {
         open(&self.book)
     }
 
+    /// A name that nothing has.
+    pub(crate) fn fresh_name(&mut self, letter: &str) -> String {
+        self.count += 1;
+        format!("{letter}{}", self.count)
+    }
+
     /// What a node shows; a node that nobody knows is looked through.
     pub(crate) fn content(&mut self, node: &str) -> ContentId {
         if let Some(c) = self.shows.get(node) {
