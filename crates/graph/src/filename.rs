@@ -33,6 +33,11 @@ const USE_OPTIONS: &[&str] = &[
     "cache.direct",
     "cache.no-flush",
     "active",
+    "aio",
+    "locking",
+    "pass-discard-request",
+    "reconnect-delay",
+    "open-timeout",
 ];
 
 /// A text that opens the same image again: a file name where that says it all,
@@ -138,9 +143,9 @@ impl Style {
             Class::Filter => return describe(node).filename,
         };
         let Value::Map(options) = &node.options else { return None };
-        let says_more = options
-            .iter()
-            .any(|(k, _)| !allowed.contains(&k.as_str()) && !is_use(k) && !self.says_the_same(node, k));
+        let says_more = options.iter().any(|(k, _)| {
+            !allowed.contains(&k.as_str()) && !is_use_of(node, k) && !self.says_the_same(node, k)
+        });
         let file = self.skip(&node.child("file").filter(|_| !says_more)?.node);
         // Whoever opens the name of an image in an image finds the inner one.
         (file.driver.kind().class != Class::Format).then(|| self.plain_name(file))?
@@ -173,7 +178,7 @@ impl Style {
                     }
                     (None, v) => v.clone(),
                 };
-                if k != "driver" && !is_use(k) && !self.says_the_same(node, k) {
+                if k != "driver" && !is_use_of(node, k) && !self.says_the_same(node, k) {
                     keys.push((k.clone(), value));
                 }
             }
@@ -195,6 +200,11 @@ fn leaf_name(node: &Arc<Node>) -> Option<String> {
 /// Whether an option says how a node is used rather than what it is: a name needs no such options.
 pub fn is_use(name: &str) -> bool {
     USE_OPTIONS.contains(&name) || name.starts_with("x-")
+}
+
+/// The same for an option of this node: what has no effect on it says nothing, either.
+fn is_use_of(node: &Arc<Node>, name: &str) -> bool {
+    is_use(name) || node.driver.kind().options.iter().any(|o| o.name == name && o.hint)
 }
 
 /// What a node is, in options that open it again: equal for nodes that were defined alike.

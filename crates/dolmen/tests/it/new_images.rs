@@ -418,6 +418,38 @@ impl World {
     }
 }
 
+/// The story: a version 2 image was reopened with `lazy-refcounts`, and the next snapshot named it
+/// `json:{..., "lazy-refcounts": true}`, which QEMU's tools refuse to open. How an image is used is not what it is.
+#[test]
+fn headers_name_images_without_how_they_are_used() {
+    let Some(mut w) = world() else { return };
+    let uses = [
+        json!({"lazy-refcounts": true}),
+        json!({"overlap-check": "all", "l2-cache-size": 1 << 20, "refcount-cache-size": 1 << 20}),
+        json!({"pass-discard-request": true, "cache-size": 1 << 20}),
+        json!({"file": {"driver": "file", "filename": "old3", "locking": "on", "aio": "threads"}}),
+    ];
+    for (i, more) in uses.iter().enumerate() {
+        let (old, over) = (format!("old{i}"), format!("over{i}"));
+        let path = w.path(&old);
+        w.bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "compat=0.10", &path, "1M"]);
+        let file = json!({"driver": "file", "filename": old});
+        let mut node = json!({"driver": "qcow2", "node-name": old, "file": file});
+        node.as_object_mut().expect("a map").extend(more.as_object().expect("a map").clone());
+        let m = &mut w.monitor;
+        m.ok("blockdev-add", node);
+        let nodes = m.ok("query-named-block-nodes", json!({"flat": true}));
+        let shown = nodes.as_array().expect("a list").iter().find(|n| n["node-name"] == *old).expect("it");
+        assert_eq!(shown["file"], *old, "{more}");
+        m.ok("blockdev-snapshot-sync", json!({"node-name": old, "snapshot-file": over}));
+    }
+    let paths: Vec<String> = (0..uses.len()).map(|i| w.path(&format!("over{i}"))).collect();
+    let (bench, _daemon) = w.quit();
+    for (i, path) in paths.iter().enumerate() {
+        assert_eq!(backing(&bench, path), (format!("old{i}"), "qcow2".to_owned()), "{}", uses[i]);
+    }
+}
+
 /// A window of a raw image is other content than its file: it stays in the header.
 #[test]
 fn a_header_keeps_a_window() {
