@@ -37,6 +37,8 @@ pub enum Seek {
     Data,
     /// The next byte in a hole; the end of the file counts as one.
     Hole,
+    /// The end of the file, the given offset behind it.
+    End,
 }
 
 impl CoreIo {
@@ -276,6 +278,7 @@ impl CoreIo {
         let whence = match what {
             Seek::Data => libc::SEEK_DATA,
             Seek::Hole => libc::SEEK_HOLE,
+            Seek::End => libc::SEEK_END,
         };
         let f = file.clone();
         let call = move || {

@@ -7,6 +7,7 @@ mod peer;
 mod backup;
 mod clients;
 mod create;
+mod cut_off;
 mod damage;
 mod durable;
 mod events;

@@ -19,11 +19,12 @@ use event_listener::Event;
 use super::bitmap::BitmapEntry;
 use super::check::recount;
 use super::create;
+use super::cut_off;
 use super::header::{
-    COMPAT_LAZY_REFCOUNTS, Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2, looks_like_qcow2,
+    COMPAT_LAZY_REFCOUNTS, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2, looks_like_qcow2,
 };
-use super::image::{self, Env, File};
-use super::layout::{Geometry, corrupt};
+use super::image::{self, Env, File, in_file};
+use super::layout::Geometry;
 use super::meta::{Meta, Own, Place, Run, Try};
 
 /// The registry row of qcow2.
@@ -211,20 +212,24 @@ impl Core {
             recount(io, file.write()?, file.resize()?).await?;
             (header, sector) = image::load_header(io).await?;
         }
+        let l1_bytes = u64::from(header.l1_entries) * 8;
+        in_file("the active L1 table", header.l1_table.0, l1_bytes, io.size())?;
         if writable {
             header.check_writable()?;
-            tables_in_file(&header, io.size())?;
+            let bytes = u64::from(header.reftable_clusters) << header.cluster_bits;
+            in_file("the refcount table", header.reftable.0, bytes, io.size()).map_err(mendable)?;
         }
         let l1 = image::load_l1(io, &header).await?;
         let reftable = if writable { image::load_reftable(io, &header).await? } else { Vec::new() };
         let (snapshots, table_bytes) = match image::load_snapshots(io, &header).await {
             Ok(s) => s,
-            Err(e) if writable => {
-                return Err(e.remedy("open it with read-only=on, or repair it with 'img check -r all'"));
-            }
+            Err(e) if writable => return Err(mendable(e)),
             // Nothing that is only read is found by way of snapshots.
             Err(_) => (Vec::new(), 0),
         };
+        if writable {
+            cut_off::check(io, &header, &l1, &reftable, &snapshots).await?;
+        }
         // Damaged bitmaps do not keep anybody from the data.
         let bitmaps = image::load_bitmaps(io, &header).await.unwrap_or_default();
         let (size, geo) = (header.size, header.geometry());
@@ -416,21 +421,9 @@ impl Core {
     }
 }
 
-/// Fails when a table that is written back where it is lies beyond the end of the file: that is damage, and would
-/// grow the file to wherever the header says.
-fn tables_in_file(h: &Header, file_size: u64) -> Result<()> {
-    let geo = h.geometry();
-    let end = geo.clusters_for(file_size) << geo.cluster_bits;
-    for (what, at, bytes) in [
-        ("Active L1 table", h.l1_table, u64::from(h.l1_entries) * 8),
-        ("Refcount table", h.reftable, u64::from(h.reftable_clusters) << geo.cluster_bits),
-    ] {
-        if at.0 + bytes > end {
-            return Err(corrupt(format!("{what} at {at} lies beyond the end of the file"))
-                .remedy("open the image with read-only=on, or repair it with 'img check -r all'"));
-        }
-    }
-    Ok(())
+/// The error of opening an image for writing that can be read all the same.
+fn mendable(e: Error) -> Error {
+    e.remedy("open the image with read-only=on, or repair it with 'img check -r all'")
 }
 
 /// Whether a run of an image's own clusters begins at a place in the file.

@@ -114,21 +114,30 @@ impl<'a> Env<'a> {
     }
 }
 
-/// Reads from the file; what lies beyond its end reads as zeroes, as an image may end within its last cluster.
-pub(super) async fn read_into(io: Io<'_, Read>, at: u64, to: &IoVec) -> Result<()> {
-    let len = to.len() as u64;
-    let have = io.size().saturating_sub(at).min(len);
-    if have == len {
-        return io.read(Span::new(at, len), to, ReadFlags::NONE).await;
+/// Whatever a table refers to lies in the file, to the last byte: a file that is shorter has been cut off, and what
+/// is missing must not be taken for zeroes.
+pub(super) fn in_file(what: &str, at: u64, len: u64, file_size: u64) -> Result<()> {
+    if at.checked_add(len).is_some_and(|end| end <= file_size) {
+        return Ok(());
     }
-    if have > 0 {
-        io.read(Span::new(at, have), &to.slice(0, have as usize), ReadFlags::NONE).await?;
-    }
-    to.slice(have as usize, (len - have) as usize).fill(0);
-    Ok(())
+    Err(corrupt(format!(
+        "{what} at {at:#x} of the image file, {len} bytes, lies beyond the end of the file at {file_size:#x}: \
+         the file has been cut off"
+    ))
+    .remedy(
+        "get the whole file from where it came from, or read what is there with read-only=on; if nothing is \
+         missing, lengthen the file with 'truncate -s SIZE FILE'",
+    ))
 }
 
-/// The same into a slice.
+/// Reads guest data from the file.
+pub(super) async fn read_data(io: Io<'_, Read>, at: u64, to: &IoVec) -> Result<()> {
+    let len = to.len() as u64;
+    in_file("a data cluster", at, len, io.size())?;
+    io.read(Span::new(at, len), to, ReadFlags::NONE).await
+}
+
+/// Reads into a slice; what lies beyond the end of the file reads as zeroes.
 pub(super) async fn read_bytes(io: Io<'_, Read>, at: u64, out: &mut [u8]) -> Result<()> {
     let have = io.size().saturating_sub(at).min(out.len() as u64) as usize;
     out[have..].fill(0);

@@ -31,6 +31,7 @@ mod bitmap;
 mod check;
 mod compress;
 mod create;
+mod cut_off;
 mod driver;
 mod entry;
 mod features;

@@ -19,7 +19,7 @@ use super::alloc::Allocated;
 use super::driver::Core;
 use super::entry::L2Entry;
 use super::header::INCOMPAT_CORRUPT;
-use super::image::{Env, File, read_bytes, read_into};
+use super::image::{Env, File, in_file, read_bytes, read_data};
 use super::layout::{GuestOffset, HostOffset};
 use super::meta::{Freed, Meta, Need, Own, Place, Run, Try};
 use super::round::Patch;
@@ -96,6 +96,11 @@ impl Core {
             Need::L2(_) => BlkEvent::L2Load,
             Need::Refblock(_) => BlkEvent::RefblockLoad,
         })?;
+        let what = match need {
+            Need::L2(_) => "an L2 table",
+            Need::Refblock(_) => "a refcount block",
+        };
+        in_file(what, host.0, len as u64, io.size())?;
         let mut table = vec![0u8; len].into_boxed_slice();
         read_bytes(io, host.0, &mut table).await?;
         self.meta().loaded(need, host, table);
@@ -223,7 +228,9 @@ impl Core {
                 Place::Data { host, .. } => {
                     let io = env.file.read()?;
                     io.event(BlkEvent::ReadAio)?;
-                    read_into(io, host.0, &part).await?;
+                    read_data(io, host.0, &part)
+                        .await
+                        .context(|| format!("guest offset {:#x}", piece.offset()))?;
                 }
                 Place::Compressed { host, len, raw } => {
                     let within = piece.offset() % self.geo.cluster_size();
@@ -274,7 +281,9 @@ impl Core {
         };
         let io = env.file.read()?;
         io.event(BlkEvent::ReadCompressed)?;
-        let mut packed = vec![0u8; len as usize];
+        // The stream may end before the length that the table says, and the file with it.
+        in_file("a compressed cluster", host.0, 1, io.size()).context(|| format!("guest offset {at:#x}"))?;
+        let mut packed = vec![0u8; len.min(io.size() - host.0) as usize];
         read_bytes(io, host.0, &mut packed).await?;
         let data = super::compress::unpack(compression, &packed, geo.cluster_len())
             .context(|| format!("compressed cluster at {host} (guest offset {at:#x})"))?;

@@ -1,6 +1,7 @@
 //! Formats from outside: random work against a model, and images exchanged with the installed tools.
 
 mod beyond;
+mod cut_off;
 mod full_disk;
 mod images;
 mod interop;

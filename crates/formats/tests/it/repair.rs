@@ -14,12 +14,12 @@ use crate::support::{EVERYTHING, Files, REGISTRY, must, node, own_check, run};
 use crate::view::{Disks, Seen, View};
 
 /// Bytes of a cluster: small, so that a small image has several tables of each kind.
-const CLUSTER: u64 = 4096;
+pub(crate) const CLUSTER: u64 = 4096;
 
 /// An image with data, zeroes, compressed clusters, and two snapshots.
-struct Base {
+pub(crate) struct Base {
     files: Files,
-    bytes: Vec<u8>,
+    pub(crate) bytes: Vec<u8>,
     backing: u64,
 }
 
@@ -27,7 +27,7 @@ struct Base {
 type Field = (String, u64, u64);
 
 impl Base {
-    fn new(compat: &str, backed: bool) -> Base {
+    pub(crate) fn new(compat: &str, backed: bool) -> Base {
         let files = Files::new();
         let path = files.path("base.qcow2");
         let o = format!("compat={compat},cluster_size={CLUSTER}");
@@ -65,7 +65,7 @@ impl Base {
         self.be(at) & 0x00ff_ffff_ffff_fe00
     }
 
-    fn disks(&self, bytes: &[u8]) -> Disks {
+    pub(crate) fn disks(&self, bytes: &[u8]) -> Disks {
         View { bytes, backing: self.backing }.disks()
     }
 

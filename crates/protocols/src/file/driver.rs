@@ -163,16 +163,36 @@ impl FileDriver {
         if self.is_aligned(span, to) {
             let n = io.read_full_at(&self.file, to, span.offset()).await?;
             if n < to.len() {
+                self.check_end(span.offset() + n as u64)?;
                 to.slice(n, to.len() - n).fill(0);
             }
             return Ok(());
         }
         let outer = span.align_out(self.align.into());
         let bounce = Memory::zeroed(outer.len() as usize).iovec();
-        io.read_full_at(&self.file, &bounce, outer.offset()).await?;
+        let n = io.read_full_at(&self.file, &bounce, outer.offset()).await?;
+        if n < bounce.len() && outer.offset() + (n as u64) < span.end() {
+            self.check_end(outer.offset() + n as u64)?;
+        }
         to.copy_from(&bounce.slice((span.offset() - outer.offset()) as usize, to.len()));
         io.note_copied(to.len());
         Ok(())
+    }
+
+    /// A file that ends before its size was cut off by somebody else, and what is missing must not be taken for zeroes.
+    fn check_end(&self, end: u64) -> Result<()> {
+        let size = self.size_now();
+        if end >= size {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Io,
+            format!(
+                "{} ends at byte {end} now, and had {size} bytes: something else has cut it off",
+                self.name()
+            ),
+        )
+        .remedy("restore the file; copies made since it was cut off are not complete"))
     }
 
     async fn write(&self, rt: &Rt, io: &CoreIo, span: Span, from: &IoVec, dsync: bool) -> Result<()> {
@@ -404,7 +424,11 @@ impl FileDriver {
         }
         let began = self.status.epoch();
         let (end, data) = match io.seek(&self.file, Seek::Data, at).await {
-            Ok(None) => (size, false),
+            Ok(None) => match io.seek(&self.file, Seek::End, 0).await?.unwrap_or(0) {
+                // Missing, so reading it is an error.
+                end if end <= at => (size, true),
+                end => (end.min(size), false),
+            },
             Ok(Some(data)) if data > at => (data, false),
             Ok(Some(_)) => (io.seek(&self.file, Seek::Hole, at).await?.unwrap_or(size), true),
             Err(e) if e.kind() == ErrorKind::Unsupported => {
