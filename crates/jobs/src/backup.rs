@@ -221,6 +221,24 @@ impl Backup {
         Ok(())
     }
 
+    /// With sync=none, an overlay of the source shows the source as it was when the backup began: where it holds
+    /// something from before, it would show that.
+    async fn check_empty(&self, source: &Arc<Node>, target: &Arc<Node>, rt: &Rt) -> Result<()> {
+        let below = content(target).backing();
+        if below.is_none() || !same_chain(Some(content(source)), below) {
+            return Ok(());
+        }
+        if let Some(at) = first_allocated(target, rt).await? {
+            return Err(invalid(format!(
+                "target '{}' is an overlay of '{}' and holds data of its own (at byte {at}), which would show instead \
+                 of what '{}' held when the backup began",
+                self.target, self.device, self.device
+            ))
+            .remedy("use a new image as the target"));
+        }
+        Ok(())
+    }
+
     async fn begin(&self, cx: BeginCx<'_>) -> Result<()> {
         use Actions as A;
         let source = self.known(cx.draft, &self.device)?;
@@ -245,8 +263,10 @@ impl Backup {
         }
         let size = source_node.size();
         let images = draft.images(&source);
-        if self.sync == Sync::Top {
-            self.check_overlay(&source_node, &target_node, cx.rt).await?;
+        match self.sync {
+            Sync::Top => self.check_overlay(&source_node, &target_node, cx.rt).await?,
+            Sync::None => self.check_empty(&source_node, &target_node, cx.rt).await?,
+            _ => {}
         }
         drop((source_node, target_node));
 

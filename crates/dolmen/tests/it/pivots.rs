@@ -183,6 +183,13 @@ fn old_data_of_a_target_never_show() {
     w.add("over", "over", json!("other"), false);
     let backup = json!({"job-id": "b", "device": "top", "target": "over", "sync": "top"});
     w.refused("blockdev-backup", backup, "lies over other images");
+    // Found by the storm: an overlay that had been used before, as the place of a point in time.
+    w.image("used", Some("top"), "4M", Some("write -P 9 2M 64k"));
+    w.add("used", "used", json!("top"), false);
+    let backup = json!({"job-id": "b", "device": "top", "target": "used", "sync": "none"});
+    w.refused("blockdev-backup", backup.clone(), "holds data of its own (at byte 2097152)");
+    let actions = json!([{"type": "blockdev-backup", "data": backup}]);
+    w.refused("transaction", json!({ "actions": actions }), "holds data of its own (at byte 2097152)");
     // Of a source without a backing file, everything is copied.
     w.image("alone", None, "4M", Some("write -P 2 0 64k"));
     w.add("alone", "alone", Json::Null, false);
