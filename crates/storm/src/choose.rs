@@ -45,6 +45,7 @@ const CHOICES: &[(u64, Choice)] = &[
     (5, |c| c.transaction()),
     (2, |c| c.create()),
     (1, |c| c.threshold()),
+    (3, |c| c.operation()),
     (4, |c| c.nonsense()),
 ];
 
@@ -549,6 +550,39 @@ impl Chooser<'_> {
     fn threshold(&mut self) -> Option<Command> {
         let a = json!({"node-name": self.node()?, "write-threshold": self.rng.below(4 << 20)});
         Some(Command::new("block-set-write-threshold", a))
+    }
+
+    /// An external tool says what it relies on. They end soon, or nothing else would be allowed.
+    fn operation(&mut self) -> Option<Command> {
+        let begun: Vec<String> = self.world.operations.iter().cloned().collect();
+        if self.rng.percent(if begun.is_empty() { 3 } else { 65 }) {
+            let id = self.rng.pick(&begun).map_or("nobody", String::as_str);
+            return Some(Command::new("operation-end", json!({ "id": id })));
+        }
+        let actions = [
+            "consistent-read",
+            "write",
+            "write-unchanged",
+            "resize",
+            "relink-children",
+            "relink-parents",
+            "read-metadata",
+            "everything",
+        ];
+        let mut claims = Vec::new();
+        for _ in 0..1 + self.rng.below(2) {
+            let (needs, denies) = (self.rng.one(&actions), self.rng.one(&actions));
+            let mut claim = json!({"node-name": self.node()?});
+            if self.rng.percent(70) {
+                claim["needs"] = json!([needs]);
+            }
+            if self.rng.percent(70) {
+                claim["denies"] = json!([denies]);
+            }
+            claims.push(claim);
+        }
+        let id = self.fresh("op");
+        Some(Command::new("operation-begin", json!({"id": id, "detail": "storm", "claims": claims})))
     }
 
     /// What must be refused.

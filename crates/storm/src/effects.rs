@@ -54,6 +54,12 @@ impl World {
                     e.ending = true;
                 }
             }
+            "operation-begin" => {
+                self.operations.insert(text(a, "id").to_owned());
+            }
+            "operation-end" => {
+                self.operations.remove(text(a, "id"));
+            }
             "nbd-server-start" => self.server = true,
             "nbd-server-stop" => {
                 self.server = false;
@@ -64,11 +70,16 @@ impl World {
                     self.apply(text(action, "type"), &action["data"], from);
                 }
             }
-            "blockdev-snapshot" => self.covered(text(a, "node"), text(a, "overlay"), from),
+            "blockdev-snapshot" => {
+                let file = self.graph.file_of(text(a, "overlay"));
+                self.covered(text(a, "node"), text(a, "overlay"), file, from);
+            }
             "blockdev-snapshot-sync" => {
                 self.images.remove(text(a, "snapshot-file"));
                 self.formats.insert(text(a, "snapshot-file").to_owned(), text(a, "format").to_owned());
-                self.covered(text(a, "node-name"), text(a, "snapshot-node-name"), from);
+                // Its node is not in the graph that we know.
+                let file = Some(text(a, "snapshot-file").to_owned());
+                self.covered(text(a, "node-name"), text(a, "snapshot-node-name"), file, from);
             }
             "block_resize" => {
                 self.taken_raw(text(a, "node-name"));
@@ -104,7 +115,7 @@ impl World {
         }
     }
 
-    fn covered(&mut self, node: &str, overlay: &str, from: Moment) {
+    fn covered(&mut self, node: &str, overlay: &str, file: Option<String>, from: Moment) {
         if self.is_moving(node) {
             for n in [node, overlay] {
                 let c = self.book().unknown(n, "a snapshot beside the end of a job");
@@ -113,12 +124,15 @@ impl World {
             return;
         }
         self.taken_raw(node);
-        let (below, file) = (self.graph.file_of(node), self.graph.file_of(overlay));
+        let below = self.graph.file_of(node);
         self.snapshot(node, overlay, from);
         // From now on its header has to name what is below.
         if let Some(f) = file {
             self.renamed.remove(&f);
             if let Some(b) = below {
+                if self.longer.contains(&b) {
+                    self.longer.insert(f.clone());
+                }
                 self.backings.insert(f, b);
             }
         }

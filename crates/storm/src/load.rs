@@ -1,13 +1,15 @@
-//! Clients that read and write all the time, and compare.
+//! Clients that read, write and ask for the status of blocks all the time, several requests at once, and compare.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::book::{Book, ContentId, Look, SECTOR, fill};
-use crate::nbd::{Answer, Client};
+use crate::book::{Book, ContentId, Look, Moment, SECTOR, fill};
+use crate::nbd::{Answer, Client, Reply};
 use crate::rng::Rng;
 use crate::world::open;
 
@@ -42,7 +44,16 @@ struct Guest {
     rng: Rng,
     writes: bool,
     sectors: u64,
+    asked: BTreeMap<u64, Asked>,
     end: End,
+}
+
+/// A request in flight.
+enum Asked {
+    Read(Range<u64>, Moment),
+    Status(Range<u64>, Moment),
+    Change(&'static str, Range<u64>, Moment),
+    Flush(Moment),
 }
 
 impl Worker {
@@ -52,9 +63,9 @@ impl Worker {
         book: &Arc<Mutex<Book>>,
         content: ContentId,
         writes: bool,
-        rng: Rng,
+        mut rng: Rng,
     ) -> std::io::Result<Worker> {
-        let client = Client::connect(socket, export)?;
+        let client = Client::connect(socket, export, rng.percent(50))?;
         let size = client.size;
         let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let mut guest = Guest {
@@ -68,21 +79,13 @@ impl Worker {
                 0 => size / SECTOR,
                 known => known.min(size / SECTOR),
             },
+            asked: BTreeMap::new(),
             end: End::default(),
         };
         let (halt, count) = (stop.clone(), done.clone());
         let thread = std::thread::spawn(move || {
-            while !halt.load(Ordering::Relaxed) && guest.sectors > 0 {
-                match guest.step() {
-                    Ok(true) => {}
-                    Ok(false) => break,
-                    Err(e) => {
-                        guest.end.lost = Some(e.to_string());
-                        break;
-                    }
-                }
-                count.fetch_add(1, Ordering::Relaxed);
-                std::thread::sleep(Duration::from_micros(guest.rng.one(&[0, 0, 200, 1000, 3000])));
+            if let Err(e) = guest.work(&halt, &count) {
+                guest.end.lost = Some(e.to_string());
             }
             guest.end
         });
@@ -104,8 +107,31 @@ impl Worker {
 }
 
 impl Guest {
+    /// Keeps some requests in flight until it is told to stop, or has found something.
+    fn work(&mut self, halt: &AtomicBool, count: &AtomicU64) -> std::io::Result<()> {
+        while !halt.load(Ordering::Relaxed) && self.sectors > 0 {
+            let depth = self.rng.one(&[1, 1, 2, 4, 12]);
+            while self.client.in_flight() < depth {
+                let asked = self.ask()?;
+                self.asked.insert(asked.0, asked.1);
+            }
+            while self.client.in_flight() >= depth {
+                if !self.hear(count)? {
+                    return Ok(());
+                }
+            }
+            std::thread::sleep(Duration::from_micros(self.rng.one(&[0, 0, 200, 1000, 3000])));
+        }
+        while self.client.in_flight() > 0 {
+            if !self.hear(count)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     /// Somewhere, and some length.
-    fn range(&mut self) -> std::ops::Range<u64> {
+    fn range(&mut self) -> Range<u64> {
         let most = self.rng.one(&[1, 8, 16, 128, MOST]).min(self.sectors);
         let len = 1 + self.rng.below(most);
         // Half of everything happens in one place.
@@ -117,78 +143,116 @@ impl Guest {
         at..at + len
     }
 
-    /// One request; false when there is no sense in going on.
-    fn step(&mut self) -> std::io::Result<bool> {
+    /// Sends a request.
+    fn ask(&mut self) -> std::io::Result<(u64, Asked)> {
         let range = self.range();
-        let (at, len) = (range.start * SECTOR, (range.end - range.start) * SECTOR);
-        let what = if self.writes { self.rng.below(100) } else { 0 };
+        let (at, len) = (range.start * SECTOR, ((range.end - range.start) * SECTOR) as u32);
+        let what = if self.writes { self.rng.below(100) } else { self.rng.below(35) };
         let fua = self.rng.percent(10);
+        let moment = || open(&self.book).moment();
         match what {
-            0..35 => self.read(range),
+            0..5 if self.client.can_tell_status() => {
+                let began = moment();
+                Ok((self.client.block_status(at, len)?, Asked::Status(range, began)))
+            }
+            0..35 => {
+                let began = moment();
+                Ok((self.client.read(at, len)?, Asked::Read(range, began)))
+            }
             35..80 => {
                 let tag = open(&self.book).fresh_tag();
                 let mut data = vec![0; len as usize];
                 fill(tag, range.start, &mut data);
-                self.change(range, tag, true, fua, "write", |c| c.write(at, &data, fua))
+                let asked = self.begin("write", range, tag, true, fua);
+                Ok((self.client.write(at, &data, fua)?, asked))
             }
             80..87 if self.client.can_zero() => {
                 let no_hole = self.rng.percent(50);
-                self.change(range, 0, true, fua, "zero write", |c| c.zero(at, len as u32, fua, no_hole))
+                let asked = self.begin("zero write", range, 0, true, fua);
+                Ok((self.client.zero(at, len, fua, no_hole)?, asked))
             }
             87..90 if self.client.can_trim() => {
-                self.change(range, 0, false, false, "discard", |c| c.trim(at, len as u32))
+                let asked = self.begin("discard", range, 0, false, false);
+                Ok((self.client.trim(at, len)?, asked))
             }
             _ => {
-                let began = open(&self.book).moment();
-                match self.client.flush()? {
-                    Answer::Done => open(&self.book).flushed(self.content, began),
-                    Answer::Failed(e) => self.failed("flush", 0..0, e),
-                }
-                Ok(true)
+                let began = moment();
+                Ok((self.client.flush()?, Asked::Flush(began)))
             }
         }
     }
 
-    fn failed(&mut self, what: &str, range: std::ops::Range<u64>, errno: u32) {
+    /// A change begins. When the connection breaks, it may still be done at any time.
+    fn begin(&self, what: &'static str, range: Range<u64>, tag: u64, strong: bool, fua: bool) -> Asked {
+        let began = open(&self.book).begin(self.content, range.clone(), tag, strong, fua);
+        Asked::Change(what, range, began)
+    }
+
+    /// Takes a reply; false when there is no sense in going on.
+    fn hear(&mut self, count: &AtomicU64) -> std::io::Result<bool> {
+        let Reply { cookie, answer, data, extents } = self.client.receive()?;
+        count.fetch_add(1, Ordering::Relaxed);
+        let asked = self.asked.remove(&cookie).expect("the client knows what it waits for");
+        let failed = match answer {
+            Answer::Done => None,
+            Answer::Failed(e) => Some(e),
+        };
+        let judged = match &asked {
+            Asked::Read(range, began) if failed.is_none() => {
+                open(&self.book).judge(self.content, range.start, &data, Look::Live(*began))
+            }
+            Asked::Status(range, began) if failed.is_none() => self.judge_status(range, *began, &extents),
+            Asked::Flush(began) if failed.is_none() => {
+                open(&self.book).flushed(self.content, *began);
+                Ok(())
+            }
+            Asked::Change(_, range, began) => {
+                open(&self.book).end(self.content, range.clone(), *began, failed.is_none());
+                Ok(())
+            }
+            _ => Ok(()),
+        };
+        if let Err(e) = judged {
+            self.end.wrong = Some(e);
+            return Ok(false);
+        }
+        if let Some(errno) = failed {
+            self.failed(&asked, errno);
+        }
+        Ok(true)
+    }
+
+    /// What is said to read as zeroes must be able to.
+    fn judge_status(&self, range: &Range<u64>, began: Moment, extents: &[(u32, u32)]) -> Result<(), String> {
+        let mut at = range.start * SECTOR;
+        if extents.is_empty() || extents[0].0 == 0 {
+            return Err(format!("a block status of sectors {range:?} that says nothing"));
+        }
+        for (len, flags) in extents {
+            let end = at + u64::from(*len);
+            if flags & 2 != 0 {
+                let (first, last) = (at.div_ceil(SECTOR), (end / SECTOR).min(range.end));
+                let zeroes = vec![0; (last.saturating_sub(first) * SECTOR) as usize];
+                open(&self.book)
+                    .judge(self.content, first, &zeroes, Look::Live(began))
+                    .map_err(|e| format!("by a block status that says zeroes: {e}"))?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn failed(&mut self, asked: &Asked, errno: u32) {
+        let (what, range) = match asked {
+            Asked::Read(r, _) => ("read", r.clone()),
+            Asked::Status(r, _) => ("block status", r.clone()),
+            Asked::Change(what, r, _) => (*what, r.clone()),
+            Asked::Flush(_) => ("flush", 0..0),
+        };
         if self.end.errors.len() < 100 {
             self.end.errors.push(format!("{what} of sectors {range:?}: error {errno}"));
         }
         // A full disk stays full for a while.
         std::thread::sleep(Duration::from_millis(if errno == ENOSPC { 10 } else { 2 }));
-    }
-
-    fn read(&mut self, range: std::ops::Range<u64>) -> std::io::Result<bool> {
-        let mut data = vec![0; ((range.end - range.start) * SECTOR) as usize];
-        let began = open(&self.book).moment();
-        match self.client.read(range.start * SECTOR, &mut data)? {
-            Answer::Failed(e) => self.failed("read", range, e),
-            Answer::Done => {
-                let judged = open(&self.book).judge(self.content, range.start, &data, Look::Live(began));
-                if let Err(e) = judged {
-                    self.end.wrong = Some(e);
-                    return Ok(false);
-                }
-            }
-        }
-        Ok(true)
-    }
-
-    fn change(
-        &mut self,
-        range: std::ops::Range<u64>,
-        tag: u64,
-        strong: bool,
-        fua: bool,
-        what: &str,
-        request: impl FnOnce(&mut Client) -> std::io::Result<Answer>,
-    ) -> std::io::Result<bool> {
-        let began = open(&self.book).begin(self.content, range.clone(), tag, strong, fua);
-        // When the connection breaks, it may still be done at any time.
-        let answer = request(&mut self.client)?;
-        open(&self.book).end(self.content, range.clone(), began, answer == Answer::Done);
-        if let Answer::Failed(e) = answer {
-            self.failed(what, range, e);
-        }
-        Ok(true)
     }
 }

@@ -168,7 +168,9 @@ fn one(seed: u64, tools: &Tools, numbers: &Arc<Numbers>, options: &Options, stop
                 if let Some(kept) = &outcome.kept {
                     println!("  kept in {}", kept.display());
                 }
-                if !options.no_shrink {
+                if options.no_shrink {
+                    shrink::print(seed, &outcome.steps, f, &outcome);
+                } else {
                     shrink::shrink(seed, &outcome, tools, &mode);
                 }
                 false

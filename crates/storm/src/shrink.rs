@@ -60,7 +60,7 @@ pub(crate) fn shrink(seed: u64, outcome: &Outcome, tools: &Tools, mode: &Mode) {
     print(seed, &steps, &finding, outcome);
 }
 
-fn print(seed: u64, steps: &[Step], finding: &Finding, outcome: &Outcome) {
+pub(crate) fn print(seed: u64, steps: &[Step], finding: &Finding, outcome: &Outcome) {
     let file = std::env::temp_dir().join(format!("storm-{seed}.json"));
     let list: Vec<Json> = steps.iter().map(Step::to_json).collect();
     let text = json!({"seed": seed, "kind": finding.kind, "text": finding.text, "steps": list});

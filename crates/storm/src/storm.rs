@@ -121,6 +121,13 @@ pub(crate) struct Storm<'a> {
 /// open, when they were changed.
 type Traces = BTreeMap<String, Option<(u64, u64, i64, i64)>>;
 
+/// Whether a directory has room for the files of some seeds: containers have small ones.
+fn has_room(dir: &Path) -> bool {
+    let (_, text) =
+        Tools::run(Path::new("/"), Path::new("df"), &["-k", "--output=avail", &dir.to_string_lossy()]);
+    text.lines().last().and_then(|l| l.trim().parse().ok()).is_some_and(|kib: u64| kib > 1 << 20)
+}
+
 /// Runs a seed.
 pub(crate) fn run(
     seed: u64,
@@ -131,7 +138,7 @@ pub(crate) fn run(
     stop: &AtomicBool,
 ) -> Result<Outcome, String> {
     let memory = Path::new("/dev/shm");
-    let dir = match seed.is_multiple_of(2) && memory.is_dir() {
+    let dir = match seed.is_multiple_of(2) && has_room(memory) {
         true => tempfile::Builder::new().prefix("storm").tempdir_in(memory),
         false => tempfile::Builder::new().prefix("storm").tempdir(),
     }
@@ -571,8 +578,7 @@ impl Storm<'_> {
                 .collect();
             println!("    exports: {}", at.join(", "));
         }
-        let below: Vec<String> =
-            devices.iter().flat_map(|d| self.world.graph.down(d).into_iter().skip(1)).collect();
+        let below: Vec<String> = devices.iter().flat_map(|d| self.world.graph.beside(d)).collect();
         for e in exports.as_array().into_iter().flatten() {
             let (id, node) =
                 (e["id"].as_str().unwrap_or_default(), e["node-name"].as_str().unwrap_or_default());

@@ -109,6 +109,17 @@ impl Graph {
         out
     }
 
+    /// The nodes that show the same as what lies below a node, but not because of it: when something takes the
+    /// node's place, they stay where they are.
+    pub(crate) fn beside(&self, node: &str) -> Vec<String> {
+        let below = &self.down(node)[1..];
+        let stays = |n: &&String| {
+            let down = self.down(n);
+            down.iter().all(|d| d != node) && down.iter().any(|d| below.contains(d))
+        };
+        self.nodes.keys().filter(stays).cloned().collect()
+    }
+
     /// The format node that a node shows: the last that is no protocol.
     pub(crate) fn format_node(&self, name: &str) -> String {
         let down = self.down(name);
@@ -226,6 +237,8 @@ pub(crate) struct World {
     /// Files that still hold the image that they held in the beginning.
     pub(crate) images: BTreeSet<String>,
     pub(crate) server: bool,
+    /// Operations that an external tool has begun.
+    pub(crate) operations: BTreeSet<String>,
     /// Numbers of names.
     pub(crate) count: u64,
     /// Jobs that ended in success.
@@ -255,6 +268,7 @@ impl World {
             longer: BTreeSet::new(),
             images: BTreeSet::new(),
             server: false,
+            operations: BTreeSet::new(),
             count: 0,
             ended_well: 0,
         }
@@ -379,12 +393,7 @@ impl World {
             let sectors = book.sectors(c);
             book.copy(&name, c, from, 0..sectors)
         };
-        self.show(node, frozen);
-        // A job that copies from below the overlay copies what is frozen.
-        let down = self.graph.down(node);
-        for j in self.jobs.values_mut().filter(|j| j.from == c && down.contains(&j.source)) {
-            j.from = frozen;
-        }
+        self.stays(node, c, frozen);
         if let Some(old) = old {
             let moved: Vec<String> = self.shows.iter().filter(|s| *s.1 == old).map(|s| s.0.clone()).collect();
             for n in moved {
@@ -397,6 +406,22 @@ impl World {
         self.shows.insert(overlay.to_owned(), c);
     }
 
+    /// A node, what it shows and whoever shows that too have `kept` from now on, since something has taken the node's place.
+    fn stays(&mut self, node: &str, was: ContentId, kept: ContentId) {
+        self.show(node, kept);
+        let mut here = self.graph.beside(node);
+        for n in &here {
+            if self.shows.get(n) == Some(&was) {
+                self.shows.insert(n.clone(), kept);
+            }
+        }
+        here.extend(self.graph.down(node));
+        // A job that copies from there copies what is kept.
+        for j in self.jobs.values_mut().filter(|j| j.from == was && here.contains(&j.source)) {
+            j.from = kept;
+        }
+    }
+
     /// The source of a job gives way to its target.
     pub(crate) fn pivot(&mut self, job: &Job, from: Moment) {
         let frozen = {
@@ -405,7 +430,7 @@ impl World {
             let name = format!("{} after a pivot", job.source);
             book.copy(&name, job.from, from, 0..sectors)
         };
-        self.show(&job.source, frozen);
+        self.stays(&job.source, job.from, frozen);
         {
             let mut book = open(&self.book);
             book.feed(job.from, job.to);
