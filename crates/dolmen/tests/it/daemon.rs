@@ -14,7 +14,7 @@ use tempfile::TempDir;
 /// Nothing here takes longer than this unless it hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Waits until `ready` gives something. Gives way to others rather than sleeping a fixed time.
+/// Waits until `ready` gives something: asks again and again, and leaves the processor to what it waits for.
 pub(crate) fn eventually<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -22,7 +22,7 @@ pub(crate) fn eventually<T>(what: &str, mut ready: impl FnMut() -> Option<T>) ->
             return v;
         }
         assert!(Instant::now() < deadline, "waited too long: {what}");
-        std::thread::yield_now();
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

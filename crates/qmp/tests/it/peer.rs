@@ -46,14 +46,14 @@ impl Peer {
         // and what it has sent may be lost.
         while !std::fs::read(&started).is_ok_and(|text| text.ends_with(b"\n")) {
             assert!(Instant::now() < deadline, "the daemon does not start");
-            std::thread::yield_now();
+            std::thread::sleep(Duration::from_millis(1));
         }
         let stream = loop {
             match UnixStream::connect(&path) {
                 Ok(s) => break s,
                 Err(e) => assert!(Instant::now() < deadline, "no monitor socket: {e}"),
             }
-            std::thread::yield_now();
+            std::thread::sleep(Duration::from_millis(1));
         };
         stream.set_read_timeout(Some(Duration::from_secs(30))).expect("a timeout");
         let mut peer = Peer { child, stream, framer: Framer::new(), _dir: dir };
