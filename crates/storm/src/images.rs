@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::book::{Book, SECTOR, Tag, fill, tag_of};
 use crate::daemon::Tools;
 use crate::rng::Rng;
+use crate::testcase::{Made, runs};
 
 /// An image file.
 #[derive(Clone, Debug, Default)]
@@ -33,8 +34,8 @@ pub(crate) struct Files {
     pub(crate) full: bool,
     /// The loop device that the link `blk` leads to.
     pub(crate) device: Option<PathBuf>,
-    /// What was done, as lines of a shell.
-    pub(crate) script: Vec<String>,
+    /// What was done.
+    pub(crate) script: Vec<Made>,
 }
 
 const CLUSTERS: [u64; 6] = [512, 4096, 16 << 10, 64 << 10, 64 << 10, 1 << 20];
@@ -52,7 +53,7 @@ pub(crate) struct Builder<'a> {
 
 impl Builder<'_> {
     fn run(&mut self, tool: &str, args: &[&str]) -> Result<String, String> {
-        self.files.script.push(format!("{tool} {}", args.join(" ")));
+        self.files.script.push(Made::Tool(tool.into(), args.iter().map(|a| (*a).to_owned()).collect()));
         let (code, text) = Tools::run(self.dir, &self.tools.judge.join(tool), args);
         if code == 0 { Ok(text) } else { Err(format!("{tool} {}: {text}", args.join(" "))) }
     }
@@ -61,7 +62,7 @@ impl Builder<'_> {
     fn system(&mut self, program: &str, args: &[&str]) -> Option<String> {
         let (code, text) = Tools::run(self.dir, Path::new(program), args);
         if code == 0 {
-            self.files.script.push(format!("{program} {}", args.join(" ")));
+            self.files.script.push(Made::System(format!("{program} {}", args.join(" "))));
         }
         (code == 0).then_some(text)
     }
@@ -82,7 +83,8 @@ impl Builder<'_> {
     }
 
     /// Writes a raw file with this content; zeroes are holes.
-    fn raw(&self, name: &str, tags: &[Tag]) -> Result<(), String> {
+    fn raw(&mut self, name: &str, tags: &[Tag]) -> Result<(), String> {
+        self.files.script.push(Made::Raw(name.into(), tags.len() as u64, runs(tags)));
         let text = |e: std::io::Error| format!("{name}: {e}");
         let file = fs::File::create(self.dir.join(name)).map_err(text)?;
         file.set_len(tags.len() as u64 * SECTOR).map_err(text)?;

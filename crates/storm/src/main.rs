@@ -4,7 +4,7 @@
 //! - [`images`] makes the files, [`choose`] the commands, [`load`] and [`pester`] the clients;
 //! - [`book`] judges what is read, [`world`] and [`effects`] know which node and export shows what;
 //! - [`storm`] does one seed, [`rounds`] the beginning and the end of a daemon's life in it;
-//! - [`shrink`] looks for the shortest list of steps that still fails.
+//! - [`shrink`] looks for the shortest list of steps that still fails, [`testcase`] writes it down as a test.
 //!
 //! What is chosen depends on the seed and on what the daemon answers, so a seed does the same again as far as
 //! timing lets it. Steps are values ([`steps`]): a list of them can be done again exactly.
@@ -24,6 +24,7 @@ mod rounds;
 mod shrink;
 mod steps;
 mod storm;
+mod testcase;
 mod world;
 
 use std::path::PathBuf;
@@ -169,7 +170,7 @@ fn one(seed: u64, tools: &Tools, numbers: &Arc<Numbers>, options: &Options, stop
                     println!("  kept in {}", kept.display());
                 }
                 if options.no_shrink {
-                    shrink::print(seed, &outcome.steps, f, &outcome);
+                    shrink::print(seed, &outcome);
                 } else {
                     shrink::shrink(seed, &outcome, tools, &mode);
                 }

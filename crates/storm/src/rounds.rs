@@ -132,6 +132,7 @@ impl Storm<'_> {
 
     pub(crate) fn begin_round(&mut self) -> Result<(), String> {
         let first = self.round == 0;
+        self.opened.push(Vec::new());
         let (count, formats) = (self.world.count, std::mem::take(&mut self.world.formats));
         let images = std::mem::take(&mut self.world.images);
         self.world = World::new(self.book.clone());

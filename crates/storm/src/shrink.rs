@@ -9,70 +9,76 @@ use serde_json::{Value as Json, json};
 
 use crate::daemon::Tools;
 use crate::steps::{Step, Way};
-use crate::storm::{Finding, Mode, Numbers, Outcome, Source, run};
+use crate::storm::{Mode, Numbers, Outcome, Source, run};
+use crate::testcase;
 
 /// How long is tried.
 const TIME: Duration = Duration::from_secs(240);
 
-/// Whether a list of steps fails in the same way; a failure that depends on timing gets some tries.
-fn fails(seed: u64, steps: &[Step], kind: &str, tools: &Tools, mode: &Mode, tries: u32) -> Option<Finding> {
+/// What a list of steps comes to, if it fails in the same way; a failure that depends on timing gets some tries.
+fn fails(seed: u64, steps: &[Step], kind: &str, tools: &Tools, mode: &Mode, tries: u32) -> Option<Outcome> {
     let numbers = Arc::new(Numbers::default());
     (0..tries).find_map(|_| {
-        let outcome =
-            run(seed, &Source::Recorded(steps), tools, &numbers, mode, &AtomicBool::new(false)).ok()?;
-        outcome.finding.filter(|f| f.kind == kind)
+        let stop = AtomicBool::new(false);
+        let outcome = run(seed, &Source::Recorded(steps), tools, &numbers, mode, &stop).ok()?;
+        outcome.finding.as_ref().is_some_and(|f| f.kind == kind).then_some(outcome)
     })
 }
 
 /// Takes steps away as long as it still fails; prints what is left.
 pub(crate) fn shrink(seed: u64, outcome: &Outcome, tools: &Tools, mode: &Mode) {
     let mode = &Mode { verbose: false, ..mode.clone() };
-    let Some(finding) = &outcome.finding else { return };
-    let mut steps = outcome.steps.clone();
+    let Some(kind) = outcome.finding.as_ref().map(|f| f.kind) else { return };
     let until = Instant::now() + TIME;
     let tries = 3;
-    if fails(seed, &steps, finding.kind, tools, mode, tries).is_none() {
+    let Some(mut best) = fails(seed, &outcome.steps, kind, tools, mode, tries) else {
         println!("  it does not fail again with the same steps: a matter of timing");
-        return print(seed, &steps, finding, outcome);
-    }
-    let mut finding = finding.clone();
-    let mut size = steps.len() / 2;
+        return print(seed, outcome);
+    };
+    let mut size = best.steps.len() / 2;
     while size > 0 && Instant::now() < until {
         let mut at = 0;
-        while at < steps.len() && Instant::now() < until {
-            let end = (at + size).min(steps.len());
-            let mut shorter = steps.clone();
+        while at < best.steps.len() && Instant::now() < until {
+            let end = (at + size).min(best.steps.len());
+            let mut shorter = best.steps.clone();
             shorter.drain(at..end);
             // Most of what fails shows when the daemon ends.
             if !matches!(shorter.last(), Some(Step::End(..))) {
                 shorter.push(Step::End(Way::Quit, false));
             }
-            if shorter.len() < steps.len()
-                && let Some(f) = fails(seed, &shorter, finding.kind, tools, mode, tries)
-            {
-                (steps, finding) = (shorter, f);
-            } else {
-                at = end;
+            let fewer = shorter.len() < best.steps.len();
+            match fewer.then(|| fails(seed, &shorter, kind, tools, mode, tries)).flatten() {
+                Some(o) => best = o,
+                None => at = end,
             }
         }
         size /= 2;
     }
-    print(seed, &steps, &finding, outcome);
+    print(seed, &best);
 }
 
-pub(crate) fn print(seed: u64, steps: &[Step], finding: &Finding, outcome: &Outcome) {
+/// Prints a failing list of steps, as steps and as a test.
+pub(crate) fn print(seed: u64, outcome: &Outcome) {
+    let Some(finding) = &outcome.finding else { return };
     let file = std::env::temp_dir().join(format!("storm-{seed}.json"));
-    let list: Vec<Json> = steps.iter().map(Step::to_json).collect();
+    let list: Vec<Json> = outcome.steps.iter().map(Step::to_json).collect();
     let text = json!({"seed": seed, "kind": finding.kind, "text": finding.text, "steps": list});
     let mut out = format!("  {}: {}\n", finding.kind, finding.text);
     for line in &outcome.script {
-        out += &format!("    $ {line}\n");
+        out += &format!("    {line}\n");
     }
-    for (i, s) in steps.iter().enumerate() {
+    for (i, s) in outcome.steps.iter().enumerate() {
         out += &format!("    {:3} {s}\n", i + 1);
     }
     if std::fs::write(&file, format!("{text:#}\n")).is_ok() {
         out += &format!("  again: cargo xtask storm --replay {}\n", file.display());
+    }
+    let found = format!("{}: {}", finding.kind, finding.text);
+    if let Some(test) = testcase::rust(seed, &found, &outcome.script, &outcome.opened, &outcome.steps) {
+        let file = file.with_extension("rs");
+        if std::fs::write(&file, test).is_ok() {
+            out += &format!("  as a test for crates/dolmen/tests/it/story.rs: {}\n", file.display());
+        }
     }
     print!("{out}");
 }

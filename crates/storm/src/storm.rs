@@ -21,6 +21,7 @@ use crate::pester::Pester;
 use crate::qmp::{Monitor, Reply};
 use crate::rng::Rng;
 use crate::steps::{Command, Step};
+use crate::testcase::Made;
 use crate::world::{Graph, World};
 
 /// More than this many MiB of memory, or descriptors, are a leak: the disks have a few.
@@ -86,7 +87,9 @@ pub(crate) enum Source<'a> {
 pub(crate) struct Outcome {
     pub(crate) finding: Option<Finding>,
     pub(crate) steps: Vec<Step>,
-    pub(crate) script: Vec<String>,
+    pub(crate) script: Vec<Made>,
+    /// The commands with which each round began.
+    pub(crate) opened: Vec<Vec<Command>>,
     /// The directory, if it is kept.
     pub(crate) kept: Option<PathBuf>,
 }
@@ -113,6 +116,7 @@ pub(crate) struct Storm<'a> {
     /// The daemon knows commands that QEMU's doesn't.
     pub(crate) ours: bool,
     pub(crate) round: u64,
+    pub(crate) opened: Vec<Vec<Command>>,
     step: u64,
     mode: Mode,
 }
@@ -164,6 +168,7 @@ pub(crate) fn run(
         disks: Vec::new(),
         ours: false,
         round: 0,
+        opened: Vec::new(),
         step: 0,
         mode: mode.clone(),
     };
@@ -180,6 +185,7 @@ pub(crate) fn run(
     }
     take_down(dir.path(), &storm.files);
     outcome.script = std::mem::take(&mut storm.files.script);
+    outcome.opened = std::mem::take(&mut storm.opened);
     outcome.finding = storm.findings.first().cloned();
     done?;
     if std::env::var_os("STORM_KEEP").is_some() && outcome.finding.is_some() {
@@ -239,7 +245,11 @@ impl Storm<'_> {
         }
     }
 
-    pub(crate) fn tell(&self, command: &str, arguments: &Json) {
+    /// A command with which a round begins.
+    pub(crate) fn tell(&mut self, command: &str, arguments: &Json) {
+        if let Some(round) = self.opened.last_mut() {
+            round.push(Command::new(command, arguments.clone()));
+        }
         if self.mode.verbose {
             println!("  ({command} {arguments})");
         }

@@ -35,4 +35,5 @@ mod reopen;
 mod repair;
 mod serve;
 mod stats;
+mod story;
 mod trust;
