@@ -267,7 +267,7 @@ impl Book {
     fn history(&self, c: ContentId, sector: u64, look: Look, until: Moment) -> String {
         let entries = self.contents[c.0].sectors.get(sector as usize).map_or(&[][..], Vec::as_slice);
         let mut out = format!("seen {look:?} until {until}; flushed {}", self.contents[c.0].flushed);
-        for e in &entries[entries.len().saturating_sub(6)..] {
+        for e in &entries[entries.len().saturating_sub(12)..] {
             let done = e.done.map_or("in flight".to_owned(), |d| d.to_string());
             let _ = write!(out, ", {}{} {}-{done}", if e.strong { "" } else { "maybe " }, e.tag, e.began);
         }

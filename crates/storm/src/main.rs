@@ -34,6 +34,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use nix::sys::signal::{SigSet, Signal};
 
 use crate::daemon::Tools;
 use crate::storm::{Mode, Numbers, Source};
@@ -117,7 +118,7 @@ fn run(options: &Options) -> Result<bool, String> {
     let until = options.minutes.map(|m| Instant::now() + Duration::from_secs_f64(m * 60.0));
     let started = Instant::now();
     let (next, done, found) = (AtomicU64::new(first), AtomicU64::new(0), AtomicU64::new(0));
-    let stop = AtomicBool::new(false);
+    let stop = stop_at_signals()?;
     std::thread::scope(|scope| {
         for _ in 0..options.jobs.max(1) {
             scope.spawn(|| {
@@ -129,7 +130,7 @@ fn run(options: &Options) -> Result<bool, String> {
                     {
                         return;
                     }
-                    let clean = one(seed, &tools, &numbers, options, &stop);
+                    let clean = one(seed, &tools, &numbers, options, stop);
                     done.fetch_add(1, Ordering::Relaxed);
                     if !clean {
                         found.fetch_add(1, Ordering::Relaxed);
@@ -145,6 +146,24 @@ fn run(options: &Options) -> Result<bool, String> {
     let found = found.into_inner();
     println!("{found} seeds with findings");
     Ok(found == 0)
+}
+
+/// Set when somebody interrupts: the seeds under way come to an end, and take down what they have mounted.
+fn stop_at_signals() -> Result<&'static AtomicBool, String> {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+    // Threads inherit it, processes do not.
+    signals.thread_block().map_err(|e| e.to_string())?;
+    std::thread::spawn(move || {
+        if signals.wait().is_ok() {
+            STOP.store(true, Ordering::Relaxed);
+        }
+        // Whoever insists is obeyed.
+        if signals.wait().is_ok() {
+            std::process::exit(1);
+        }
+    });
+    Ok(&STOP)
 }
 
 fn number(text: &str) -> Result<u64, String> {

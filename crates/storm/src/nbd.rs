@@ -40,8 +40,16 @@ pub(crate) struct Client {
     flags: u16,
     /// The number of the context `base:allocation`.
     status: Option<u32>,
-    /// Requests in flight, with where they read.
-    waiting: BTreeMap<u64, (u64, Vec<u8>)>,
+    waiting: BTreeMap<u64, Waiting>,
+}
+
+/// A request in flight, and what has come for it: chunks of several requests may come mixed.
+struct Waiting {
+    at: u64,
+    data: Vec<u8>,
+    covered: usize,
+    error: u32,
+    extents: Vec<(u32, u32)>,
 }
 
 /// What a reply says.
@@ -161,7 +169,8 @@ impl Client {
         out.extend(len.to_be_bytes());
         out.extend(data);
         let room = if what == READ { len as usize } else { 0 };
-        self.waiting.insert(self.cookie, (at, vec![0; room]));
+        let waiting = Waiting { at, data: vec![0; room], covered: 0, error: 0, extents: Vec::new() };
+        self.waiting.insert(self.cookie, waiting);
         self.stream.write_all(&out)?;
         Ok(self.cookie)
     }
@@ -193,74 +202,76 @@ impl Client {
 
     /// The next reply, whichever request it belongs to.
     pub(crate) fn receive(&mut self) -> Result<Reply> {
-        let (mut error, mut covered, mut extents) = (0, 0, Vec::new());
         loop {
             let magic = u32_at(&self.take(4)?, 0);
-            if magic == 0x6744_6698 {
-                let head = self.take(12)?;
-                let (error, cookie) = (u32_at(&head, 0), u64_at(&head, 4));
-                let Some((_, mut data)) = self.waiting.remove(&cookie) else {
-                    return wrong("a reply that nobody waits for");
-                };
-                if error != 0 {
-                    return Ok(Reply { cookie, answer: Answer::Failed(error), data: Vec::new(), extents });
-                }
-                self.stream.read_exact(&mut data)?;
-                return Ok(Reply { cookie, answer: Answer::Done, data, extents });
-            }
-            if magic != 0x668e_33ef {
-                return wrong("no reply");
-            }
-            let head = self.take(16)?;
-            let (flags, kind) =
-                (u16::from_be_bytes([head[0], head[1]]), u16::from_be_bytes([head[2], head[3]]));
-            let (cookie, len) = (u64_at(&head, 4), u32_at(&head, 12));
-            if len > MOST {
-                return wrong("a chunk that is too long");
-            }
-            let chunk = self.take(len as usize)?;
-            let Some((at, data)) = self.waiting.get_mut(&cookie) else {
-                return wrong("a chunk that nobody waits for");
-            };
-            // Where a chunk of data, or a hole, lies in what was asked for.
-            let place = |len: usize, data: &[u8]| {
-                let start = u64_at(&chunk, 0).checked_sub(*at).map_or(usize::MAX, |s| s as usize);
-                (start <= data.len() && len <= data.len() - start).then_some(start)
-            };
-            match kind {
-                0 => {}
-                1 if chunk.len() >= 8 => {
-                    let Some(start) = place(chunk.len() - 8, data) else {
-                        return wrong("data from elsewhere");
+            let (cookie, mut w) = match magic {
+                0x6744_6698 => {
+                    let head = self.take(12)?;
+                    let cookie = u64_at(&head, 4);
+                    let Some(mut w) = self.waiting.remove(&cookie) else {
+                        return wrong("a reply that nobody waits for");
                     };
-                    data[start..start + chunk.len() - 8].copy_from_slice(&chunk[8..]);
-                    covered += chunk.len() - 8;
-                }
-                2 if chunk.len() == 12 => {
-                    let len = u32_at(&chunk, 8) as usize;
-                    if place(len, data).is_none() {
-                        return wrong("a hole elsewhere");
+                    w.error = u32_at(&head, 0);
+                    if w.error == 0 {
+                        self.stream.read_exact(&mut w.data)?;
+                        w.covered = w.data.len();
                     }
-                    covered += len;
+                    (cookie, w)
                 }
-                5 if chunk.len() >= 4 && Some(u32_at(&chunk, 0)) == self.status => {
-                    extents.extend(chunk[4..].chunks_exact(8).map(|e| (u32_at(e, 0), u32_at(e, 4))));
-                }
-                k if k & 1 << 15 != 0 && chunk.len() >= 4 => error = u32_at(&chunk, 0).max(1),
-                _ => return wrong("a chunk of an unknown kind"),
+                0x668e_33ef => match self.chunk()? {
+                    Some(cookie) => (cookie, self.waiting.remove(&cookie).expect("it was there")),
+                    None => continue,
+                },
+                _ => return wrong("no reply"),
+            };
+            let answer = match w.error {
+                0 if w.covered != w.data.len() => return wrong("a read of which a part is missing"),
+                0 => Answer::Done,
+                e => Answer::Failed(e),
+            };
+            if w.error != 0 {
+                w.data.clear();
             }
-            if flags & 1 == 0 {
-                continue;
-            }
-            let (_, data) = self.waiting.remove(&cookie).expect("it was there");
-            if error != 0 {
-                return Ok(Reply { cookie, answer: Answer::Failed(error), data: Vec::new(), extents });
-            }
-            if covered != data.len() {
-                return wrong("a read of which a part is missing");
-            }
-            return Ok(Reply { cookie, answer: Answer::Done, data, extents });
+            return Ok(Reply { cookie, answer, data: w.data, extents: w.extents });
         }
+    }
+
+    /// Takes a chunk; the cookie of its request if it was the last.
+    fn chunk(&mut self) -> Result<Option<u64>> {
+        let head = self.take(16)?;
+        let (flags, kind) = (u16::from_be_bytes([head[0], head[1]]), u16::from_be_bytes([head[2], head[3]]));
+        let (cookie, len) = (u64_at(&head, 4), u32_at(&head, 12));
+        if len > MOST {
+            return wrong("a chunk that is too long");
+        }
+        let chunk = self.take(len as usize)?;
+        let Some(w) = self.waiting.get_mut(&cookie) else { return wrong("a chunk that nobody waits for") };
+        // Where a chunk of data, or a hole, lies in what was asked for.
+        let place = |len: usize, w: &Waiting| {
+            let start = u64_at(&chunk, 0).checked_sub(w.at).map_or(usize::MAX, |s| s as usize);
+            (start <= w.data.len() && len <= w.data.len() - start).then_some(start)
+        };
+        match kind {
+            0 => {}
+            1 if chunk.len() >= 8 => {
+                let Some(start) = place(chunk.len() - 8, w) else { return wrong("data from elsewhere") };
+                w.data[start..start + chunk.len() - 8].copy_from_slice(&chunk[8..]);
+                w.covered += chunk.len() - 8;
+            }
+            2 if chunk.len() == 12 => {
+                let len = u32_at(&chunk, 8) as usize;
+                if place(len, w).is_none() {
+                    return wrong("a hole elsewhere");
+                }
+                w.covered += len;
+            }
+            5 if chunk.len() >= 4 && Some(u32_at(&chunk, 0)) == self.status => {
+                w.extents.extend(chunk[4..].chunks_exact(8).map(|e| (u32_at(e, 0), u32_at(e, 4))));
+            }
+            k if k & 1 << 15 != 0 && chunk.len() >= 4 => w.error = u32_at(&chunk, 0).max(1),
+            _ => return wrong("a chunk of an unknown kind"),
+        }
+        Ok((flags & 1 != 0).then_some(cookie))
     }
 }
 
