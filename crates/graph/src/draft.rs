@@ -9,18 +9,19 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 
 use dolmen_rt::{Instant, Rt};
 use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Result, Value};
 
 use crate::create::Pending;
-use crate::notice::{NoticeSink, Notices};
+use crate::notice::NoticeSink;
 use crate::place::FileId;
 use crate::solver::solve_unchecked;
+use crate::state::{DraftChild, DraftNode, DraftUser, State};
 use crate::{
     AccessRule, ChildEdge, Cx, Driver, DriverKind, Grants, Graph, Node, NodeChange, NodeFlags, NodeState,
-    Prepared, TopoClaim, TopoNode, TopoUser, Topology, UserEdge, solve,
+    Prepared, UserEdge, solve,
 };
 
 /// Who an operation is, for messages and queries.
@@ -89,194 +90,6 @@ pub struct NodeDef {
     pub monitor: bool,
     /// Options it was opened with.
     pub options: Value,
-}
-
-#[derive(Clone)]
-pub(crate) struct DraftChild {
-    pub(crate) name: &'static str,
-    pub(crate) role: ChildRole,
-    pub(crate) node: NodeName,
-}
-
-#[derive(Clone)]
-pub(crate) struct DraftNode {
-    pub(crate) def: NodeDef,
-    /// `None` while the driver is being opened.
-    pub(crate) driver: Option<Arc<dyn Driver>>,
-    /// The leaf could only be opened for reading.
-    pub(crate) forced_read_only: bool,
-    /// Its options have changed: the driver has to be opened again.
-    pub(crate) reopening: bool,
-    /// It holds another image from now on, so nothing of the old driver goes on.
-    pub(crate) other_image: bool,
-    /// What it was told about its parents was said to a driver with other options.
-    pub(crate) retell: bool,
-    /// Options that follow the parent that it is defined in.
-    pub(crate) inherits: Vec<&'static str>,
-    pub(crate) children: Vec<DraftChild>,
-    pub(crate) state: Arc<NodeState>,
-}
-
-impl DraftNode {
-    /// Whether a leaf ends on a multiple of its request alignment. Writing the block in
-    /// which an unaligned one ends would make it longer. Nodes above a leaf have no
-    /// blocks of their own.
-    fn is_aligned(&self) -> bool {
-        let Some(driver) = self.driver.as_ref().filter(|_| self.children.is_empty()) else { return true };
-        let node = Node {
-            name: self.def.name.clone(),
-            anonymous: self.def.anonymous,
-            maps: false,
-            driver: driver.clone(),
-            children: Box::new([]),
-            shown: None,
-            hears: false,
-            flags: self.def.flags,
-            state: self.state.clone(),
-            owner: None,
-            options: Value::Null,
-        };
-        node.size().is_multiple_of(driver.limits(&node).request_alignment.max(1).into())
-    }
-}
-
-#[derive(Clone)]
-pub(crate) struct DraftUser {
-    pub(crate) op: OpId,
-    pub(crate) node: NodeName,
-    pub(crate) claim: Claim,
-    /// Attached beneath whatever is interposed on the node, on purpose.
-    pub(crate) below_filters: bool,
-    /// It stays attached while the node is inactive, and can do nothing meanwhile.
-    pub(crate) may_be_inactive: bool,
-    /// `None` until it has been published.
-    pub(crate) edge: Option<Arc<UserEdge>>,
-}
-
-/// What is published, in the form that drafts are copied from.
-#[derive(Clone, Default)]
-pub(crate) struct State {
-    pub(crate) nodes: Vec<DraftNode>,
-    pub(crate) users: Vec<DraftUser>,
-    pub(crate) ops: Vec<OpInfo>,
-    pub(crate) claims: Vec<OpClaim>,
-    /// Overlays that operations keep right while they write what these lie over.
-    pub(crate) kept: Vec<(OpId, NodeName)>,
-    /// Operations that take data away for good.
-    pub(crate) robbers: Vec<OpId>,
-    /// Interposed filters by the node they stand on, innermost first.
-    pub(crate) over: BTreeMap<NodeName, Vec<NodeName>>,
-    /// What each leaf was last told that its parents need and allow.
-    pub(crate) told: BTreeMap<NodeName, Claim>,
-    /// For names that are made up: drafts that are worked on at the same time must not make up the same.
-    pub(crate) next_name: Arc<AtomicU32>,
-    pub(crate) notices: Arc<Notices>,
-    /// Conflicts are ignored: see [`GraphOwner::unchecked`](crate::GraphOwner::unchecked).
-    pub(crate) unchecked: bool,
-}
-
-impl State {
-    pub(crate) fn node(&self, name: &str) -> Option<&DraftNode> {
-        self.nodes.iter().find(|n| n.def.name.as_str() == name)
-    }
-
-    pub(crate) fn index(&self, name: &NodeName) -> usize {
-        self.nodes.iter().position(|n| n.def.name == *name).expect("links lead to nodes of the draft")
-    }
-
-    /// Every node's position.
-    fn numbers(&self) -> HashMap<&NodeName, usize> {
-        self.nodes.iter().enumerate().map(|(i, n)| (&n.def.name, i)).collect()
-    }
-
-    /// What the solver gets, and the scopes by number.
-    pub(crate) fn topology(&self) -> Topology {
-        let ops: HashMap<&OpId, u32> = self.ops.iter().zip(0..).map(|(o, i)| (&o.id, i)).collect();
-        let op = |id: &OpId| ops[id];
-        let numbers = self.numbers();
-        let mut scopes: Vec<&ClaimScope> = Vec::new();
-        let claims = self
-            .claims
-            .iter()
-            .map(|c| TopoClaim {
-                op: op(&c.op),
-                node: numbers[&c.node],
-                claim: c.claim,
-                scope: (c.scope != ClaimScope::Node).then(|| {
-                    scopes.iter().position(|s| **s == c.scope).unwrap_or_else(|| {
-                        scopes.push(&c.scope);
-                        scopes.len() - 1
-                    }) as u32
-                }),
-            })
-            .collect();
-        Topology {
-            nodes: self
-                .nodes
-                .iter()
-                .map(|n| TopoNode {
-                    rule: n.driver.as_ref().filter(|_| !n.reopening).map_or(n.def.rule, |d| d.access_rule()),
-                    writable: !n.def.flags.read_only && !n.forced_read_only,
-                    active: !n.def.flags.inactive,
-                    aligned: n.is_aligned(),
-                    // What a driver claims by itself does not exclude what it does itself.
-                    owner: n.def.owner.as_ref().map(op).or_else(|| ops.get(&driver_op(&n.def.name)).copied()),
-                    children: n.children.iter().map(|c| (c.role, numbers[&c.node])).collect(),
-                })
-                .collect(),
-            users: self
-                .users
-                .iter()
-                .map(|u| {
-                    let node = numbers[&u.node];
-                    let idle = u.may_be_inactive && self.nodes[node].def.flags.inactive;
-                    TopoUser { op: op(&u.op), node, claim: if idle { Claim::IDLE } else { u.claim } }
-                })
-                .collect(),
-            claims,
-            stances: self.stances(&op, &numbers),
-        }
-    }
-
-    /// Whether `to` is `from` or below it. Each node is looked at once: a graph may have
-    /// more paths than atoms.
-    pub(crate) fn reaches(&self, from: &NodeName, to: &NodeName) -> bool {
-        let numbers = self.numbers();
-        let mut seen = vec![false; self.nodes.len()];
-        let mut todo = vec![from];
-        while let Some(name) = todo.pop() {
-            if name == to {
-                return true;
-            }
-            if let Some(&i) = numbers.get(name)
-                && !std::mem::replace(&mut seen[i], true)
-            {
-                todo.extend(self.nodes[i].children.iter().map(|c| &c.node));
-            }
-        }
-        false
-    }
-
-    /// Drops the nodes and operations of these names. Whoever calls it names all that hang together.
-    pub(crate) fn drop_all(&mut self, names: &BTreeSet<String>) {
-        let (node, op) = (|n: &NodeName| names.contains(n.as_str()), |o: &OpId| names.contains(o.as_str()));
-        self.users.retain(|u| !op(&u.op));
-        self.claims.retain(|c| !op(&c.op));
-        self.kept.retain(|(o, _)| !op(o));
-        self.robbers.retain(|o| !op(o));
-        self.ops.retain(|o| !op(&o.id));
-        self.nodes.retain(|n| !node(&n.def.name));
-        self.over.retain(|n, _| !node(n));
-        self.told.retain(|n, _| !node(n));
-    }
-
-    /// The nodes that a parent, a user, a pinning claim or an interposed filter holds.
-    fn held(&self) -> BTreeSet<NodeName> {
-        let parents = self.nodes.iter().flat_map(|n| &n.children).map(|c| &c.node);
-        let users = self.users.iter().map(|u| &u.node);
-        let pins = self.claims.iter().filter(|c| c.pins).map(|c| &c.node);
-        parents.chain(users).chain(pins).chain(self.over.keys()).cloned().collect()
-    }
 }
 
 /// A candidate for the next snapshot.

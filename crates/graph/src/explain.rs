@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use dolmen_rt::Instant;
 use dolmen_types::{Actions, ChildRole, Claim, Conflict, Error, ErrorKind, OpId, Party};
 
-use crate::draft::State;
 use crate::solver::wishes;
+use crate::state::State;
 use crate::{AccessRule, EdgeRef, Grants, OpInfo, Refusal, Topology};
 
 /// The error for a refusal on this candidate.

@@ -116,6 +116,7 @@ mod reopen;
 mod same;
 mod solver;
 mod stand_in;
+mod state;
 mod status;
 mod user;
 

@@ -14,7 +14,8 @@ use std::sync::Arc;
 
 use dolmen_types::{Error, ErrorKind, NodeName, OpId, Result};
 
-use crate::draft::{DraftNode, DraftUser, State, driver_op};
+use crate::draft::driver_op;
+use crate::state::{DraftNode, DraftUser, State};
 use crate::{Draft, OpInfo};
 
 /// What a change has touched.

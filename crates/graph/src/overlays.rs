@@ -5,8 +5,9 @@ use std::collections::HashMap;
 
 use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Result};
 
-use crate::draft::{State, no_such_node};
+use crate::draft::no_such_node;
 use crate::solver::wishes;
+use crate::state::State;
 use crate::{AccessRule, ClaimScope, Draft, OpClaim, Overlays, Stance};
 
 impl State {

@@ -26,8 +26,8 @@ use dolmen_types::{Error, ErrorKind, NodeName, OpId, Result, ResultExt};
 use event_listener::Event;
 use futures_lite::FutureExt;
 
-use crate::draft::{DraftUser, State};
 use crate::effect::{Effect, given_up, in_flight};
+use crate::state::{DraftUser, State};
 use crate::{Class, Draft, Grants, Graph, Node, Notices, OpClaim, OpInfo, UserEdge};
 
 /// How long a drain may take before the command that asked for it fails.

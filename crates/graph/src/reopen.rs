@@ -14,8 +14,9 @@ use dolmen_types::{
     Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, ResultExt, Value,
 };
 
-use crate::draft::{DraftNode, driver_op, no_such_node};
+use crate::draft::{driver_op, no_such_node};
 use crate::open::{Inherited, below, inherit};
+use crate::state::DraftNode;
 use crate::{
     AccessRule, ChildDef, ClaimScope, Class, Common, Draft, Node, NodeFlags, NodeOpener, OpClaim, OpenCx,
 };
@@ -118,7 +119,7 @@ impl Draft {
     /// filter.
     pub(crate) fn move_users(&mut self, old: &NodeName, new: &NodeName) {
         let owner = self.state.node(old).and_then(|n| n.def.owner.clone());
-        let stays = |u: &crate::draft::DraftUser| u.below_filters || Some(&u.op) == owner.as_ref();
+        let stays = |u: &crate::state::DraftUser| u.below_filters || Some(&u.op) == owner.as_ref();
         for user in self.state.users.iter_mut().filter(|u| u.node == *old && !stays(u)) {
             user.node = new.clone();
         }
