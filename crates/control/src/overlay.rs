@@ -134,7 +134,9 @@ impl Named {
         let file = node.driver.describe(node).file;
         if let (Some(Value::Str(name)), Some(id), Some(io)) = (member("filename"), file, opener.rt.io()) {
             let name = name.strip_prefix("file:").unwrap_or(name).to_owned();
-            return io.blocking(move || file_id(&name)).await == Some(id);
+            let path = std::path::PathBuf::from(dolmen_types::os_name(&name));
+            let of = path.clone();
+            return io.blocking_at(&path, move || file_id(&of)).await == Some(id);
         }
         let Value::Map(have) = &node.options else { return false };
         let has = |(k, v): &(String, Value)| is_use(k) || have.iter().any(|(l, w)| k == l && v == w);
@@ -143,7 +145,7 @@ impl Named {
 }
 
 /// Which file a name leads to, in the terms of [`FileId`].
-fn file_id(name: &str) -> Option<FileId> {
+fn file_id(name: &std::path::Path) -> Option<FileId> {
     let m = std::fs::metadata(name).ok()?;
     Some(if m.file_type().is_block_device() { (m.rdev(), 0) } else { (m.dev(), m.ino()) })
 }

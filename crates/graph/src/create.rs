@@ -231,7 +231,7 @@ impl ImageMaker {
     pub async fn undo(&mut self, rt: &Rt) {
         let Some((path, id)) = self.made.take() else { return };
         match rt.io() {
-            Some(io) => io.blocking(move || place::remove(&path, id)).await,
+            Some(io) => io.blocking_at(&path.clone(), move || place::remove(&path, id)).await,
             None => place::remove(&path, id),
         }
     }
@@ -464,10 +464,11 @@ impl Draft {
         if made.is_empty() {
             return;
         }
-        let remove = move || made.iter().rev().for_each(|(path, id)| place::remove(path, *id));
-        match rt.io() {
-            Some(io) => io.blocking(remove).await,
-            None => remove(),
+        for (path, id) in made.into_iter().rev() {
+            match rt.io() {
+                Some(io) => io.blocking_at(&path.clone(), move || place::remove(&path, id)).await,
+                None => place::remove(&path, id),
+            }
         }
     }
 }

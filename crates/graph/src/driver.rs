@@ -283,7 +283,7 @@ pub struct Description {
     pub file: Option<crate::FileId>,
     /// A leaf that asked for `auto-read-only` could only be opened for reading.
     pub read_only: bool,
-    /// Bytes of disk space used, where known.
+    /// Bytes of disk space used, where known. Where another host has to be asked, it is what that one said last.
     pub actual_size: Option<u64>,
     /// Cluster size of a format.
     pub cluster_size: Option<u64>,

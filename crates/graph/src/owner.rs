@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use dolmen_rt::{LocalFuture, Rt};
+use dolmen_rt::{LocalFuture, PutOff, Rt, put_off};
 use dolmen_types::{Error, ErrorKind, NodeName, OpId, Result, ResultExt};
 use event_listener::Event;
 use futures_lite::FutureExt;
@@ -200,11 +200,12 @@ impl GraphOwner {
             draft.unmake(&self.rt).await;
         }
         drop(draft);
-        Ok(self.retire(published?))
+        let (retired, put_off) = published?;
+        Ok(self.retire(retired, put_off))
     }
 
-    /// Publishes a draft; gives the nodes that are gone.
-    async fn try_to_publish(&self, draft: &mut Draft) -> Result<Vec<Arc<Node>>> {
+    /// Publishes a draft; gives the nodes that are gone, and what drivers have put off.
+    async fn try_to_publish(&self, draft: &mut Draft) -> Result<(Vec<Arc<Node>>, PutOff)> {
         self.catch_up(draft)?;
         draft.sweep();
         self.prepare(draft).await?;
@@ -242,10 +243,10 @@ impl GraphOwner {
             users: draft.state.users.iter().filter_map(|u| u.edge.clone()).collect(),
         }));
         self.shared.state.replace(Arc::new(std::mem::take(&mut draft.state)));
-        draft.commit_prepared();
+        let ((), put_off) = put_off(|| draft.commit_prepared());
         gone.iter().for_each(|e| e.detach());
         drop(gates);
-        Ok(retired)
+        Ok((retired, put_off))
     }
 
     async fn prepare(&self, draft: &mut Draft) -> Result<Grants> {
@@ -346,14 +347,15 @@ impl GraphOwner {
     }
 
     /// Closes the drivers of nodes that no snapshot reaches any more, parents first.
-    fn retire(&self, mut nodes: Vec<Arc<Node>>) -> Closing {
+    fn retire(&self, mut nodes: Vec<Arc<Node>>, late: PutOff) -> Closing {
         let at = Rc::new(RefCell::new(None));
-        if nodes.is_empty() {
+        if nodes.is_empty() && late.is_empty() {
             return Closing { work: None, at, owner: self.clone() };
         }
         let (shared, rt, now) = (self.shared.clone(), self.rt.clone(), at.clone());
         shared.closing.set(shared.closing.get() + 1);
         let work = async move {
+            late.done().await;
             while let Some(node) = nodes.pop() {
                 now.replace(Some(node.name.clone()));
                 if let Err(error) = crate::io::close(&node, &rt).await {
@@ -362,6 +364,7 @@ impl GraphOwner {
                         .borrow_mut()
                         .push(GraphEvent::CloseFailed { node: node.name.clone(), error });
                 }
+                put_off(|| drop(node)).1.done().await;
             }
             shared.closing.set(shared.closing.get() - 1);
             shared.closed.notify(usize::MAX);

@@ -2,7 +2,7 @@
 //!
 //! Two names are of the same file if device and inode are the same; of a file that is not there yet, if they lead to
 //! the same entry of the same directory. Everything here asks the file system, so it is called where waiting
-//! stops nobody ([`dolmen_rt::CoreIo::blocking`]).
+//! stops nobody ([`dolmen_rt::CoreIo::blocking_at`]).
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -53,8 +53,8 @@ pub(crate) async fn path_options_in(rt: &Rt, name: &str) -> Options {
     let Some(io) = rt.io() else {
         return Options::new().with("driver", "file").with("filename", name);
     };
-    let name = name.to_owned();
-    io.blocking(move || path_options(&name)).await
+    let (path, name) = (PathBuf::from(os_name(name)), name.to_owned());
+    io.blocking_at(&path, move || path_options(&name)).await
 }
 
 /// Where a name leads.
@@ -92,15 +92,16 @@ pub(crate) fn place(name: &Path) -> Result<Place> {
 pub(crate) async fn place_in(rt: &Rt, name: &str) -> Result<Option<Place>> {
     let Some(io) = rt.io() else { return Ok(None) };
     let path = PathBuf::from(os_name(name));
-    io.blocking(move || place(&path)).await.map(Some)
+    io.blocking_at(&path.clone(), move || place(&path)).await.map(Some)
 }
 
 /// Whether an entry can be made in the directory of a place that is absent.
 pub(crate) async fn check_absent(rt: &Rt, path: &Path) -> Result<()> {
     let Some(io) = rt.io() else { return Ok(()) };
     let dir = path.parent().unwrap_or(Path::new("/")).to_owned();
-    io.blocking(move || sys::check_writable_dir(&dir).context(|| format!("directory '{}'", dir.display())))
-        .await
+    let at = dir.clone();
+    let check = move || sys::check_writable_dir(&dir).context(|| format!("directory '{}'", dir.display()));
+    io.blocking_at(&at, check).await
 }
 
 /// Removes a file that was made a moment ago, unless another one has taken its place.

@@ -352,11 +352,14 @@ impl Core {
         };
         bump(&self.stats.pool_jobs);
         let shared = self.shared.clone();
-        workers::submit(Box::new(move || {
-            let result = op.run_blocking();
-            // A core waits for its slots before it goes, so somebody reads this.
-            let _ = shared.mailbox.push(Mail::Done(key, result));
-        }));
+        workers::submit(
+            op.waits_for(),
+            Box::new(move || {
+                let result = op.run_blocking();
+                // A core waits for its slots before it goes, so somebody reads this.
+                let _ = shared.mailbox.push(Mail::Done(key, result));
+            }),
+        );
     }
 
     /// The result of the operation, if it is there; else remembers who wants it.

@@ -200,8 +200,8 @@ enum Slot<T> {
 
 /// One value from one thread to another.
 #[derive(Debug)]
-struct Sender<T>(Arc<Mutex<Slot<T>>>);
-struct Receiver<T>(Arc<Mutex<Slot<T>>>);
+pub(crate) struct Sender<T>(Arc<Mutex<Slot<T>>>);
+pub(crate) struct Receiver<T>(Arc<Mutex<Slot<T>>>);
 
 impl<T> std::fmt::Debug for Slot<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -209,7 +209,7 @@ impl<T> std::fmt::Debug for Slot<T> {
     }
 }
 
-fn oneshot<T>() -> (Sender<T>, Receiver<T>) {
+pub(crate) fn oneshot<T>() -> (Sender<T>, Receiver<T>) {
     let slot = Arc::new(Mutex::new(Slot::Empty));
     (Sender(slot.clone()), Receiver(slot))
 }
@@ -231,7 +231,7 @@ impl<T> Sender<T> {
         }
     }
 
-    fn send(self, value: T) {
+    pub(crate) fn send(self, value: T) {
         self.put(Slot::Full(value));
     }
 }

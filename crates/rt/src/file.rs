@@ -5,12 +5,16 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI8, Ordering};
 
+use crate::sys::Storage;
+
 /// An open file (or block device). Cheap to clone; operations in flight keep it open.
 #[derive(Clone)]
 pub struct File(Arc<Inner>);
 
 struct Inner {
-    fd: OwnedFd,
+    /// `None` only while it is dropped.
+    fd: Option<OwnedFd>,
+    storage: Storage,
     /// Whether recent reads found their data in the page cache, see [`PageCache`]. Shared by all cores; races
     /// only make the guess worse.
     cache: PageCache,
@@ -31,17 +35,28 @@ const NEVER: i8 = i8::MIN;
 
 impl File {
     /// The file behind a descriptor. It must be open for what will be asked of it, and not be in non-blocking
-    /// mode.
+    /// mode. Asks the file system, so it may block ([`CoreIo::blocking_at`](crate::CoreIo::blocking_at)).
     pub fn from_fd(fd: OwnedFd) -> File {
-        // O_DIRECT never meets the page cache.
+        let storage = crate::sys::storage_of(&fd);
+        // O_DIRECT never meets the page cache, and elsewhere nobody promises that asking it does not wait.
         // SAFETY: F_GETFL takes no argument.
         let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
-        let score = if flags & libc::O_DIRECT != 0 { NEVER } else { HOT };
-        File(Arc::new(Inner { fd, cache: PageCache { score: AtomicI8::new(score) } }))
+        let score = if storage.is_remote() || flags & libc::O_DIRECT != 0 { NEVER } else { HOT };
+        let cache = PageCache { score: AtomicI8::new(score) };
+        File(Arc::new(Inner { fd: Some(fd), storage, cache }))
     }
 
     pub(crate) fn raw(&self) -> RawFd {
-        self.0.fd.as_raw_fd()
+        self.fd().as_raw_fd()
+    }
+
+    fn fd(&self) -> &OwnedFd {
+        self.0.fd.as_ref().expect("a file that is used is open")
+    }
+
+    /// Where it is stored.
+    pub fn storage(&self) -> Storage {
+        self.0.storage
     }
 
     pub(crate) fn same(&self, other: &File) -> bool {
@@ -81,6 +96,14 @@ impl File {
     }
 }
 
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Closing may tell a server, and wait for it.
+        let fd = self.fd.take();
+        self.storage.soon(move || drop(fd));
+    }
+}
+
 impl PartialEq for File {
     /// Whether both are the same open file description.
     fn eq(&self, other: &File) -> bool {
@@ -96,7 +119,7 @@ impl From<std::fs::File> for File {
 
 impl AsFd for File {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.fd.as_fd()
+        self.fd().as_fd()
     }
 }
 

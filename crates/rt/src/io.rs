@@ -4,6 +4,7 @@
 //! the future. Lengths and offsets are bytes without any alignment, except on files opened with `O_DIRECT`.
 
 use std::fmt;
+use std::path::Path;
 use std::rc::Rc;
 
 use dolmen_types::{Error, ErrorKind};
@@ -11,6 +12,8 @@ use dolmen_types::{Error, ErrorKind};
 use crate::core::{Core, Submit};
 use crate::op::{Op, Vecs};
 use crate::stats::bump;
+use crate::sys::Walk;
+use crate::workers::WaitsFor;
 use crate::{Counters, EngineKind, File, IoVec, Result, Rt};
 
 /// Files and sockets of one core. Cheap to clone, not `Send`.
@@ -85,9 +88,13 @@ impl CoreIo {
         crate::executor::handle(&self.core)
     }
 
-    /// Runs something that may block on the thread pool and waits for its result. A panic there comes out here. Dropping the
-    /// future does not stop it.
-    pub async fn blocking<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> T {
+    /// Runs something that may block on a thread for such calls and waits for its result. A panic there comes out here. Dropping the
+    /// future does not stop it. It holds up only what waits for the same.
+    pub async fn blocking<T: Send + 'static>(
+        &self,
+        what: WaitsFor,
+        f: impl FnOnce() -> T + Send + 'static,
+    ) -> T {
         let slot = std::sync::Arc::new(std::sync::Mutex::new(None));
         let out = slot.clone();
         let call = move || {
@@ -95,12 +102,45 @@ impl CoreIo {
             *out.lock().unwrap_or_else(|e| e.into_inner()) = Some(result);
             0
         };
-        Submit::new(&self.core, Op::Call(Box::new(call))).await;
+        Submit::new(&self.core, Op::Call(what, Box::new(call))).await;
         let result = slot.lock().unwrap_or_else(|e| e.into_inner()).take();
         match result {
             Some(Ok(value)) => value,
             Some(Err(panic)) => std::panic::resume_unwind(panic),
             None => unreachable!("the call has been made"),
+        }
+    }
+
+    /// The same for something about an open file.
+    pub async fn blocking_on<T: Send + 'static>(
+        &self,
+        file: &File,
+        f: impl FnOnce(&File) -> T + Send + 'static,
+    ) -> T {
+        let of = file.clone();
+        self.blocking(file.storage().waits_for(), move || f(&of)).await
+    }
+
+    /// The same for something about the file that a name leads to, over whatever links. A file system that does not answer
+    /// on the way there holds up nobody who does not go that way.
+    pub async fn blocking_at<T: Send + 'static>(
+        &self,
+        name: &Path,
+        f: impl FnOnce() -> T + Send + 'static,
+    ) -> T {
+        let name = name.to_owned();
+        let mut walk = self.blocking(WaitsFor::Host, move || Walk::new(&name)).await;
+        loop {
+            let there;
+            let at = WaitsFor::Device(walk.device());
+            let go_on = move || {
+                let there = walk.go_on();
+                (walk, there)
+            };
+            (walk, there) = self.blocking(at, go_on).await;
+            if there {
+                return self.blocking(WaitsFor::Device(walk.device()), f).await;
+            }
         }
     }
 
@@ -285,7 +325,7 @@ impl CoreIo {
             // SAFETY: a plain call. The file position that it sets is used by nobody.
             crate::op::retry(|| unsafe { libc::lseek(f.raw(), offset as i64, whence) })
         };
-        let n = Submit::new(&self.core, Op::Call(Box::new(call))).await;
+        let n = Submit::new(&self.core, Op::Call(file.storage().waits_for(), Box::new(call))).await;
         if n == -i64::from(libc::ENXIO) {
             return Ok(None);
         }

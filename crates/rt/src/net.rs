@@ -8,7 +8,8 @@ use std::sync::Arc;
 use dolmen_types::{Error, ErrorKind, ResultExt};
 
 use crate::op::Op;
-use crate::{Buf, CoreIo, IoVec, Result};
+use crate::sys::Storage;
+use crate::{Buf, CoreIo, IoVec, Result, WaitsFor};
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -54,6 +55,16 @@ pub(crate) struct SockAddr {
 }
 
 impl SockAddr {
+    /// A number that is the same for the same address.
+    pub(crate) fn number(&self) -> u64 {
+        use std::hash::{Hash, Hasher};
+        let mut hasher = std::hash::DefaultHasher::new();
+        let (ptr, len) = self.as_raw();
+        // SAFETY: the storage has `len` bytes at least, all of them initialised.
+        unsafe { std::slice::from_raw_parts(ptr.cast::<u8>(), len as usize) }.hash(&mut hasher);
+        hasher.finish()
+    }
+
     pub(crate) fn as_raw(&self) -> (*const libc::sockaddr, libc::socklen_t) {
         ((&raw const self.storage).cast(), self.len)
     }
@@ -142,7 +153,12 @@ impl CoreIo {
     /// The system's, with the address as context. Dropping the future cancels the attempt.
     pub async fn connect(&self, addr: &Addr) -> Result<Stream> {
         let addrs = match addr {
-            Addr::Unix(path) => vec![SockAddr::unix(path)?],
+            Addr::Unix(path) => {
+                // The way there may not answer, and connecting would wait for it inside of the system call that submits.
+                let name = path.clone();
+                self.blocking_at(path, move || crate::sys::is_socket(&name)).await;
+                vec![SockAddr::unix(path)?]
+            }
             Addr::Inet { host, port } => self.resolve(host, *port).await?,
         };
         let mut last = None;
@@ -173,7 +189,7 @@ impl CoreIo {
                 let mut last = Error::new(ErrorKind::NotFound, "the name has no address");
                 for a in self.resolve(host, *port).await? {
                     match listen_at(&a) {
-                        Ok(socket) => return Ok(Listener { io: self.clone(), socket, path: None }),
+                        Ok(socket) => return Ok(Listener { io: self.clone(), socket, bound: None }),
                         Err(e) => last = e,
                     }
                 }
@@ -185,19 +201,24 @@ impl CoreIo {
     async fn listen_unix(&self, path: &Path) -> Result<Listener> {
         let context = || format!("Failed to listen on '{}'", path.display());
         let addr = SockAddr::unix(path)?;
-        let socket = match listen_at(&addr) {
+        let listen = || self.blocking_at(path, move || listen_at(&addr));
+        let socket = match listen().await {
             Err(e) if e.errno() == libc::EADDRINUSE => {
-                if self.is_live(addr).await || !crate::sys::is_socket(path) {
+                let name = path.to_owned();
+                let is_socket = self.blocking_at(path, move || crate::sys::is_socket(&name)).await;
+                if self.is_live(addr).await || !is_socket {
                     return Err(Error::new(ErrorKind::Busy, "another process listens there already")
                         .context(context()));
                 }
-                std::fs::remove_file(path).context(context)?;
-                listen_at(&addr).context(context)?
+                let name = path.to_owned();
+                self.blocking_at(path, move || std::fs::remove_file(name)).await.context(context)?;
+                listen().await.context(context)?
             }
             other => other.context(context)?,
         };
-        let id = crate::sys::file_id(path).ok();
-        Ok(Listener { io: self.clone(), socket, path: id.map(|id| (path.to_owned(), id)) })
+        let name = path.to_owned();
+        let bound = self.blocking_at(path, move || Bound::of(name)).await;
+        Ok(Listener { io: self.clone(), socket, bound })
     }
 
     /// Whether somebody listens at a Unix address. The kernel ends the ring of a killed process a little after the
@@ -224,7 +245,9 @@ impl CoreIo {
         }
         let name = host.to_owned();
         let found = self
-            .blocking(move || (name.as_str(), port).to_socket_addrs().map(|a| a.collect::<Vec<_>>()))
+            .blocking(WaitsFor::Names, move || {
+                (name.as_str(), port).to_socket_addrs().map(|a| a.collect::<Vec<_>>())
+            })
             .await
             .context(|| format!("address resolution failed for '{host}'"))?;
         Ok(found.into_iter().map(SockAddr::inet).collect())
@@ -238,7 +261,7 @@ impl CoreIo {
 
     /// A listener of this core for a socket that listens already (handed over by another program).
     pub fn listener(&self, socket: Socket) -> Listener {
-        Listener { io: self.clone(), socket, path: None }
+        Listener { io: self.clone(), socket, bound: None }
     }
 
     /// Standard input and output as one stream. Neither is closed at the end.
@@ -261,8 +284,31 @@ impl CoreIo {
 pub struct Listener {
     io: CoreIo,
     socket: Socket,
-    /// The Unix socket to remove, with device and inode, in case somebody else has put another one there.
-    path: Option<(PathBuf, (u64, u64))>,
+    bound: Option<Bound>,
+}
+
+/// A Unix socket to remove.
+struct Bound {
+    path: PathBuf,
+    /// Device and inode, in case somebody else has put another one there.
+    id: (u64, u64),
+    storage: Storage,
+}
+
+impl Bound {
+    /// Asks the file system.
+    fn of(path: PathBuf) -> Option<Bound> {
+        let id = crate::sys::file_id(&path).ok()?;
+        let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let storage = crate::sys::storage_of(std::fs::File::open(dir).ok()?);
+        Some(Bound { path, id, storage })
+    }
+
+    fn remove(&self) {
+        if crate::sys::file_id(&self.path).ok() == Some(self.id) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
 }
 
 impl Listener {
@@ -282,7 +328,7 @@ impl Listener {
         let fd = self.io.submit(Op::Accept { socket: self.socket.clone() }).await?;
         // SAFETY: the kernel just made this descriptor for us.
         let socket = Socket::from_fd(unsafe { OwnedFd::from_raw_fd(fd as RawFd) });
-        if self.path.is_none() {
+        if self.bound.is_none() {
             no_delay(&socket, libc::AF_INET);
         }
         Ok(socket)
@@ -309,11 +355,8 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Some((path, id)) = &self.path
-            && crate::sys::file_id(path).ok() == Some(*id)
-        {
-            let _ = std::fs::remove_file(path);
-        }
+        let Some(bound) = self.bound.take() else { return };
+        bound.storage.soon(move || bound.remove());
     }
 }
 

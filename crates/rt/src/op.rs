@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crate::file::File;
 use crate::net::{SockAddr, Socket};
 use crate::sys::errno;
+use crate::workers::WaitsFor;
 use crate::{Buf, IoVec};
 
 /// The kernel takes no more buffers in one call.
@@ -65,8 +66,8 @@ pub(crate) enum Op {
         fd: Arc<OwnedFd>,
         events: i16,
     },
-    /// Anything that may block, for the thread pool.
-    Call(Box<dyn FnOnce() -> i64 + Send>),
+    /// Anything that may block, for a thread pool.
+    Call(WaitsFor, Box<dyn FnOnce() -> i64 + Send>),
 }
 
 impl Op {
@@ -81,7 +82,7 @@ impl Op {
             | Op::Sync { .. }
             | Op::Fallocate { .. }
             | Op::Truncate { .. }
-            | Op::Call(_) => false,
+            | Op::Call(..) => false,
         }
     }
 
@@ -90,7 +91,7 @@ impl Op {
         match self {
             Op::Write { .. } | Op::Fallocate { .. } | Op::Truncate { .. } => true,
             // Calls open files and ask about them. What changes data has a form of its own.
-            Op::Call(_)
+            Op::Call(..)
             | Op::Read { .. }
             | Op::Sync { .. }
             | Op::Recv { .. }
@@ -98,6 +99,38 @@ impl Op {
             | Op::Accept { .. }
             | Op::Connect { .. }
             | Op::Poll { .. } => false,
+        }
+    }
+
+    /// Who has to answer before it can end.
+    pub(crate) fn waits_for(&self) -> WaitsFor {
+        match self {
+            Op::Read { file, .. }
+            | Op::Write { file, .. }
+            | Op::Sync { file, .. }
+            | Op::Fallocate { file, .. }
+            | Op::Truncate { file, .. } => file.storage().waits_for(),
+            Op::Connect { addr, .. } => WaitsFor::Peer(addr.number()),
+            Op::Call(what, _) => *what,
+            // Readiness operations do not go to a pool.
+            Op::Recv { .. } | Op::Send { .. } | Op::Accept { .. } | Op::Poll { .. } => WaitsFor::Host,
+        }
+    }
+
+    /// The file that it works on.
+    pub(crate) fn file(&self) -> Option<&File> {
+        match self {
+            Op::Read { file, .. }
+            | Op::Write { file, .. }
+            | Op::Sync { file, .. }
+            | Op::Fallocate { file, .. }
+            | Op::Truncate { file, .. } => Some(file),
+            Op::Recv { .. }
+            | Op::Send { .. }
+            | Op::Accept { .. }
+            | Op::Connect { .. }
+            | Op::Poll { .. }
+            | Op::Call(..) => None,
         }
     }
 
@@ -141,7 +174,7 @@ impl Op {
                 i64::from(unsafe { libc::ftruncate(file.raw(), len as i64) })
             }),
             Op::Connect { socket, addr } => connect(socket.raw(), &addr),
-            Op::Call(f) => f(),
+            Op::Call(_, f) => f(),
             Op::Recv { .. } | Op::Send { .. } | Op::Accept { .. } | Op::Poll { .. } => {
                 unreachable!("readiness operations do not go to the pool")
             }
@@ -191,7 +224,7 @@ impl Op {
             | Op::Fallocate { .. }
             | Op::Truncate { .. }
             | Op::Connect { .. }
-            | Op::Call(_) => unreachable!("not a readiness operation"),
+            | Op::Call(..) => unreachable!("not a readiness operation"),
         }
     }
 
@@ -208,7 +241,7 @@ impl Op {
             | Op::Fallocate { .. }
             | Op::Truncate { .. }
             | Op::Connect { .. }
-            | Op::Call(_) => None,
+            | Op::Call(..) => None,
         }
     }
 }

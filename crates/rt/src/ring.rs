@@ -105,7 +105,11 @@ impl Ring {
             let mut slots = core.slots.borrow_mut();
             let slot = &mut slots[key];
             let Some(op) = &slot.op else { unreachable!("a new slot has its operation") };
-            self.entry(op, &mut slot.vecs)
+            // Where somebody else has to answer, the kernel may wait for it inside of the system call that submits.
+            match op.file() {
+                Some(file) if file.storage().is_remote() => None,
+                _ => self.entry(op, &mut slot.vecs),
+            }
         };
         match entry {
             Some(entry) => {
@@ -166,7 +170,7 @@ impl Ring {
             Op::Truncate { file, len } if self.has_truncate => {
                 opcode::Ftruncate::new(types::Fd(file.raw()), *len).build()
             }
-            Op::Truncate { .. } | Op::Call(_) => return None,
+            Op::Truncate { .. } | Op::Call(..) => return None,
             Op::Recv { socket, iov } => match iov.segments() {
                 [one] => opcode::Recv::new(types::Fd(socket.raw()), one.as_ptr(), clamp(one.len())).build(),
                 _ => {

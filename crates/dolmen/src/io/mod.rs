@@ -15,7 +15,7 @@ use std::rc::Rc;
 
 use clap::Parser;
 use dolmen::qmp::keyval;
-use dolmen::rt::Rt;
+use dolmen::rt::{Rt, WaitsFor};
 use dolmen::session::{READ, RESIZE};
 use dolmen::types::{ErrorKind, Options, Value};
 use dolmen::{Image, Session};
@@ -335,7 +335,7 @@ impl Shell {
                 std::io::stdin().lock().read_line(&mut line).map(|n| (n > 0).then_some(line))
             };
             let line = match self.session.rt().io() {
-                Some(io) => io.blocking(read).await,
+                Some(io) => io.blocking(WaitsFor::Host, read).await,
                 None => read(),
             };
             match line {

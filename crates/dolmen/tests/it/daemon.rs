@@ -91,6 +91,12 @@ impl Daemon {
         Daemon { child, dir, started }
     }
 
+    /// Another program in a directory, which ends with this.
+    pub(crate) fn other(dir: TempDir, mut command: Command) -> Daemon {
+        let child = command.current_dir(dir.path()).stdin(Stdio::null()).spawn().expect("starts");
+        Daemon { child, dir, started: None }
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }

@@ -5,6 +5,7 @@
 //! took no other command meanwhile, `quit` and signals included.
 
 use std::path::Path;
+use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -12,8 +13,10 @@ use rustix::process::Signal;
 use serde_json::{Value as Json, json};
 
 use crate::daemon::{Daemon, Monitor, eventually, serve};
+use crate::fuse::Mount;
 use crate::load::Client;
 use crate::monitor::tool;
+use crate::peer::in_path;
 
 /// What an answer may take. It takes some milliseconds; but then the machine may be busy.
 const SOON: Duration = Duration::from_secs(5);
@@ -21,31 +24,104 @@ const SOON: Duration = Duration::from_secs(5);
 /// What the end may take: clients and nodes that do not come to an end are waited for for some seconds each.
 const END: Duration = Duration::from_secs(45);
 
+/// Storage that stops answering.
+enum Far {
+    /// A server, stopped.
+    Server { origin: Daemon, address: String },
+    /// A dead file system.
+    Files(Mount),
+}
+
+impl Far {
+    /// Our own server.
+    fn ours() -> Far {
+        let mut origin = Daemon::start(
+            |dir| {
+                std::fs::write(dir.join("far"), vec![5; 1 << 20]).expect("written");
+                serve()
+            },
+            &[
+                "--blockdev",
+                "file,node-name=far,filename=far",
+                "--nbd-server",
+                "addr.type=unix,addr.path=n",
+                "--export",
+                "nbd,id=e,node-name=far,name=far",
+            ],
+        );
+        origin.monitor();
+        let address = origin.path("n").display().to_string();
+        Far::Server { origin, address }
+    }
+
+    /// QEMU's, which ends requests on its own terms; `None` where it is not installed.
+    fn theirs() -> Option<Far> {
+        let program = in_path("qemu-nbd")?;
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::write(dir.path().join("far"), vec![5; 1 << 20]).expect("written");
+        let mut c = Command::new(program);
+        c.args(["-t", "-f", "raw", "-x", "far", "-k"]).arg(dir.path().join("n")).arg("far");
+        let origin = Daemon::other(dir, c);
+        let address = origin.path("n").display().to_string();
+        eventually("a server", || std::os::unix::net::UnixStream::connect(&address).ok());
+        Some(Far::Server { origin, address })
+    }
+
+    /// `None` where none may be mounted.
+    fn files() -> Option<Far> {
+        let mut image = tempfile::NamedTempFile::new().expect("a file");
+        let name = image.path().display().to_string();
+        tool("img", &["create", "-q", "-f", "qcow2", &name, "1M"], Path::new("/"));
+        let mut another = Vec::new();
+        std::io::Read::read_to_end(image.as_file_mut(), &mut another).expect("read");
+        Mount::new(&[("far", vec![5; 1 << 20]), ("another", another)]).map(Far::Files)
+    }
+
+    fn node(&self) -> String {
+        match self {
+            Far::Server { address, .. } => {
+                format!("nbd,node-name=far,read-only=on,export=far,server.type=unix,server.path={address}")
+            }
+            Far::Files(mount) => {
+                format!("file,node-name=far,read-only=on,filename={}", mount.path("far").display())
+            }
+        }
+    }
+
+    /// The options of a node on something else there.
+    fn another(&self, name: &str) -> Json {
+        match self {
+            Far::Server { address, .. } => json!({"driver": "nbd", "node-name": name, "export": "far",
+                "server": {"type": "unix", "path": address}}),
+            Far::Files(mount) => json!({"driver": "qcow2", "node-name": name,
+                "file": {"driver": "file", "filename": mount.path("another")}}),
+        }
+    }
+
+    fn stop(&self) {
+        match self {
+            Far::Server { origin, .. } => origin.signal(Signal::STOP),
+            Far::Files(mount) => mount.die(),
+        }
+    }
+
+    fn go_on(self) {
+        match self {
+            Far::Server { origin, .. } => origin.signal(Signal::CONT),
+            Far::Files(mount) => drop(mount),
+        }
+    }
+}
+
 struct World {
     daemon: Daemon,
-    /// The server, stopped.
-    origin: Daemon,
+    far: Far,
     _reader: JoinHandle<()>,
 }
 
-/// `top` lies over `far`, which a stopped server holds, and a read of `top` has not come back from there. Beside it
+/// `top` lies over `far`, which does not answer any more, and a read of `top` has not come back from there. Beside it
 /// the nodes `other` (exported as `o`, over `base`), `spare` and `third`.
-fn world() -> World {
-    let mut origin = Daemon::start(
-        |dir| {
-            std::fs::write(dir.join("far"), vec![5; 1 << 20]).expect("written");
-            serve()
-        },
-        &[
-            "--blockdev",
-            "file,node-name=far,filename=far",
-            "--nbd-server",
-            "addr.type=unix,addr.path=n",
-            "--export",
-            "nbd,id=e,node-name=far,name=far",
-        ],
-    );
-    origin.monitor();
+fn world(far: Far, engine: &str) -> World {
     let dir = tempfile::tempdir().expect("a directory");
     for image in ["top", "base", "spare", "third"] {
         tool("img", &["create", "-f", "qcow2", image, "1M"], dir.path());
@@ -54,12 +130,8 @@ fn world() -> World {
     let qcow2 = |name: &str, more: &str| {
         format!("qcow2,node-name={name},file.driver=file,file.filename={name}{more}")
     };
-    let far = format!(
-        "nbd,node-name=far,read-only=on,export=far,server.type=unix,server.path={}",
-        origin.path("n").display()
-    );
     let nodes = [
-        far,
+        far.node(),
         "raw,node-name=rf,file=far,read-only=on".into(),
         qcow2("top", ",backing=rf"),
         qcow2("base", ""),
@@ -71,18 +143,23 @@ fn world() -> World {
     args.extend(["--nbd-server", "addr.type=unix,addr.path=DIR/n"]);
     args.extend(["--export", "nbd,id=e,node-name=top,name=e,writable=on"]);
     args.extend(["--export", "nbd,id=o,node-name=other,name=o,writable=on"]);
-    let mut daemon = Daemon::start_in(dir, |_| serve(), &args);
+    let start = |_: &Path| {
+        let mut c = serve();
+        c.env("DOLMEN_IO", engine);
+        c
+    };
+    let mut daemon = Daemon::start_in(dir, start, &args);
     let mut m = daemon.monitor();
     // Acknowledged and not flushed: the end has to bring both home.
     for export in ["e", "o"] {
         connect(&daemon, export).write(8, 7).expect("written");
     }
     let before = reads_of_far(&mut m);
-    origin.signal(Signal::STOP);
+    far.stop();
     let mut client = connect(&daemon, "e");
     let reader = std::thread::spawn(move || drop(client.read(100)));
     eventually("a read under way", || (reads_of_far(&mut m) > before).then_some(()));
-    World { daemon, origin, _reader: reader }
+    World { daemon, far, _reader: reader }
 }
 
 fn connect(d: &Daemon, export: &str) -> Client {
@@ -183,22 +260,23 @@ fn ends(mut w: World, begun: Instant) {
     let took = begun.elapsed();
     eprintln!("the end took {took:?}");
     assert!(took < END, "{took:?}");
-    w.origin.signal(Signal::CONT);
+    w.far.go_on();
     nothing_lost(w.daemon.dir.path());
 }
 
-#[test]
-fn storage_that_does_not_answer_holds_up_nobody_else() {
-    let mut w = world();
+fn holds_up_nobody_else(mut w: World) {
     let mut m = w.daemon.monitor();
     commands_of_others(&mut m);
-    // The same while commands wait for the stopped server.
-    let mut first = waiting(&mut w.daemon, "blockdev-snapshot-sync", snapshot_of_top());
-    let mut second = waiting(
-        &mut w.daemon,
-        "blockdev-reopen",
-        json!({"options": [{"driver": "raw", "node-name": "rf", "file": "far", "read-only": true}]}),
-    );
+    // The same while commands wait for what does not answer.
+    let mut waiting = vec![
+        waiting(&mut w.daemon, "blockdev-snapshot-sync", snapshot_of_top()),
+        waiting(
+            &mut w.daemon,
+            "blockdev-reopen",
+            json!({"options": [{"driver": "raw", "node-name": "rf", "file": "far", "read-only": true}]}),
+        ),
+        waiting(&mut w.daemon, "blockdev-add", w.far.another("new")),
+    ];
     works(
         &mut m,
         "blockdev-snapshot-sync",
@@ -208,21 +286,71 @@ fn storage_that_does_not_answer_holds_up_nobody_else() {
     // It may have ended already.
     timed(&mut m, "job-cancel", &json!({"id": "k"}));
     works(&mut m, "query-jobs", json!({}));
+    works(&mut m, "query-named-block-nodes", json!({}));
     // Its client has a request that does not end; what is known is said.
     works(&mut m, "block-export-del", json!({"id": "e", "mode": "hard"}));
     let begun = Instant::now();
     works(&mut m, "quit", json!({}));
-    for waiting in [&mut first, &mut second] {
+    for waiting in &mut waiting {
         let reply = std::iter::from_fn(|| waiting.receive()).find(|l| l.get("event").is_none());
-        assert!(reply.expect("a reply")["error"]["desc"].to_string().contains("shutting down"));
+        let reply = reply.expect("a reply");
+        assert!(reply["error"]["desc"].to_string().contains("shutting down"), "{reply}");
     }
     ends(w, begun);
+}
+
+#[test]
+fn a_stopped_server_holds_up_nobody_else() {
+    holds_up_nobody_else(world(Far::ours(), "auto"));
+}
+
+#[test]
+fn a_stopped_server_of_qemu_holds_up_nobody_else() {
+    if let Some(far) = Far::theirs() {
+        holds_up_nobody_else(world(far, "threads"));
+    }
+}
+
+#[test]
+fn a_dead_file_system_holds_up_nobody_else() {
+    if let Some(far) = Far::files() {
+        holds_up_nobody_else(world(far, "auto"));
+    }
+}
+
+#[test]
+fn a_dead_file_system_holds_up_no_other_files() {
+    for engine in ["auto", "threads"] {
+        let Some(far) = Far::files() else { return };
+        let mut w = world(far, engine);
+        // More than there are threads for one file system.
+        let readers: Vec<_> = (0..60)
+            .map(|i| {
+                let mut client = connect(&w.daemon, "e");
+                std::thread::spawn(move || drop(client.read(101 + i)))
+            })
+            .collect();
+        let mut m = w.daemon.monitor();
+        eventually("reads that hang", || (reads_of_far(&mut m) > readers.len() as u64).then_some(()));
+        let mut client = connect(&w.daemon, "o");
+        let begun = Instant::now();
+        for block in 16..24 {
+            client.write(block, 9).expect("written");
+            client.flush().expect("flushed");
+            assert_eq!(client.read(block).expect("read")[0], 9);
+        }
+        let took = begun.elapsed();
+        eprintln!("{took:?} with {engine}");
+        assert!(took < SOON, "{took:?} with {engine}");
+        drop(w);
+        readers.into_iter().for_each(|r| r.join().expect("it has ended"));
+    }
 }
 
 /// `quit` behind a command of the same monitor is heard.
 #[test]
 fn quit_does_not_wait_for_the_command_before_it() {
-    let mut w = world();
+    let mut w = world(Far::ours(), "auto");
     let mut m = waiting(&mut w.daemon, "blockdev-snapshot-sync", snapshot_of_top());
     let begun = Instant::now();
     let reply = m.ask(&json!({"execute": "quit"}));
@@ -234,9 +362,11 @@ fn quit_does_not_wait_for_the_command_before_it() {
 
 #[test]
 fn a_signal_ends_it_all_the_same() {
-    let mut w = world();
-    let _waits = waiting(&mut w.daemon, "blockdev-snapshot-sync", snapshot_of_top());
-    let begun = Instant::now();
-    w.daemon.signal(Signal::TERM);
-    ends(w, begun);
+    for far in [Some(Far::ours()), Far::files()].into_iter().flatten() {
+        let mut w = world(far, "auto");
+        let _waits = waiting(&mut w.daemon, "blockdev-snapshot-sync", snapshot_of_top());
+        let begun = Instant::now();
+        w.daemon.signal(Signal::TERM);
+        ends(w, begun);
+    }
 }

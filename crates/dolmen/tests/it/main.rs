@@ -13,6 +13,7 @@ mod durable;
 mod events;
 mod features;
 mod full_disk;
+mod fuse;
 mod graph_changes;
 mod handover;
 mod hang;

@@ -123,7 +123,7 @@ impl Rig {
 
     /// Runs a blocking function beside the runtime.
     pub(crate) async fn beside<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> T {
-        self.rt.io().unwrap().blocking(f).await
+        self.rt.io().unwrap().blocking(dolmen_rt::WaitsFor::Host, f).await
     }
 
     /// Runs a tool; its output, whatever its exit code.

@@ -21,6 +21,7 @@
 mod config;
 mod rules;
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -193,8 +194,9 @@ async fn read_config(cx: &OpenCx<'_>, path: &str) -> Result<String> {
     let Some(io) = cx.rt.io() else {
         return Err(Error::new(ErrorKind::Unsupported, "the simulation has no files").context(what()));
     };
-    let name = path.to_owned();
-    let text = io.blocking(move || read_at_most(&name, CONFIG_MAX + 1)).await.context(what)?;
+    let name = PathBuf::from(dolmen_types::os_name(path));
+    let text =
+        io.blocking_at(&name.clone(), move || read_at_most(&name, CONFIG_MAX + 1)).await.context(what)?;
     if text.len() as u64 > CONFIG_MAX {
         return Err(
             Error::new(ErrorKind::Limit, format!("it is longer than {CONFIG_MAX} bytes")).context(what())
@@ -203,10 +205,10 @@ async fn read_config(cx: &OpenCx<'_>, path: &str) -> Result<String> {
     Ok(text)
 }
 
-fn read_at_most(path: &str, max: u64) -> std::io::Result<String> {
+fn read_at_most(path: &Path, max: u64) -> std::io::Result<String> {
     use std::io::Read as _;
     let mut text = String::new();
-    std::fs::File::open(dolmen_types::os_name(path))?.take(max).read_to_string(&mut text)?;
+    std::fs::File::open(path)?.take(max).read_to_string(&mut text)?;
     Ok(text)
 }
 

@@ -1,6 +1,6 @@
 //! Making a new file.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use dolmen_graph::{BackingName, CreateCx, Creation, Prealloc};
 use dolmen_rt::sys::{self, OpenHow};
@@ -53,17 +53,16 @@ impl Creation for NewFile {
 impl NewFile {
     async fn make(&self, io: &CoreIo) -> Result<()> {
         let path = PathBuf::from(os_name(&self.filename));
-        let file = io
-            .blocking(move || {
-                let how = OpenHow { write: true, direct: false, create: true };
-                sys::open(Path::new(&path), how).map(File::from_fd)
-            })
-            .await?;
+        let name = path.clone();
+        let open = move || {
+            let how = OpenHow { write: true, direct: false, create: true };
+            sys::open(&name, how).map(File::from_fd)
+        };
+        let file = io.blocking_at(&path, open).await?;
         let grown = grow(io, &file, 0, self.size, self.prealloc).await;
         if grown.is_err() {
             // A moment ago it was not there.
-            let path = PathBuf::from(os_name(&self.filename));
-            io.blocking(move || drop(std::fs::remove_file(path))).await;
+            io.blocking_at(&path.clone(), move || drop(std::fs::remove_file(path))).await;
         }
         grown
     }

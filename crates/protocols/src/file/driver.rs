@@ -69,6 +69,15 @@ pub(super) struct FileDriver {
     /// it: a later flush would succeed although data are missing. So all later flushes fail, too.
     lost: AtomicI32,
     status: Arc<StatusCache>,
+    space: Arc<Space>,
+}
+
+/// The disk space that a file takes.
+#[derive(Default)]
+struct Space {
+    bytes: AtomicU64,
+    /// The answer has not come yet. A server that is gone is asked once.
+    asking: AtomicBool,
 }
 
 impl FileDriver {
@@ -115,6 +124,7 @@ impl FileDriver {
             dirty: AtomicBool::new(false),
             lost: AtomicI32::new(0),
             status: Arc::default(),
+            space: Arc::new(Space { bytes: AtomicU64::new(facts.allocated), asking: AtomicBool::new(false) }),
         })
     }
 
@@ -450,6 +460,20 @@ impl FileDriver {
         node.flags.read_only || self.locks.denies(Actions::V)
     }
 
+    /// Bytes of disk space: as they are, or as the server said when it was asked last.
+    fn space(&self) -> u64 {
+        if !self.space.asking.swap(true, Ordering::AcqRel) {
+            let (space, file) = (self.space.clone(), self.file.clone());
+            self.file.storage().soon(move || {
+                if let Ok(facts) = sys::facts(&file) {
+                    space.bytes.store(facts.allocated, Ordering::Release);
+                }
+                space.asking.store(false, Ordering::Release);
+            });
+        }
+        self.space.bytes.load(Ordering::Acquire)
+    }
+
     fn name(&self) -> String {
         format!("'{}'", self.filename)
     }
@@ -619,7 +643,7 @@ impl Driver for FileDriver {
             filename: Some(self.filename.clone()),
             file: Some(self.locks.file_id()),
             read_only: self.read_only,
-            actual_size: sys::facts(&self.file).ok().map(|f| f.allocated),
+            actual_size: Some(self.space()),
             // Nothing to tell, but clients look for the object.
             format_specific: Some(Value::Map(vec![
                 ("type".into(), "file".into()),

@@ -12,12 +12,14 @@
 //! Tightening is done while a change is prepared and may fail; loosening is done when it is published and cannot.
 //! Several preparations of one node may be open at once; only the last one that is committed decides what is let go.
 
-use std::collections::HashMap;
+use std::cell::Cell;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
+use super::options::no_files;
 use dolmen_graph::Prepared;
-use dolmen_rt::sys::{self, LockHolder};
+use dolmen_rt::sys::{self, LockHolder, Storage};
 use dolmen_rt::{CoreIo, File, Rt};
 use dolmen_types::{Action, Actions, Conflict, Error, Party, Result, ResultExt};
 
@@ -61,8 +63,9 @@ impl Stance {
 /// The locks of one node.
 #[derive(Debug)]
 pub(super) struct Locks {
-    /// The descriptor that has the locks. Replaced when the node is reopened.
-    file: Mutex<File>,
+    at: Storage,
+    /// The bytes that the kernel has, and for which descriptor.
+    locked: Mutex<Locked>,
     filename: String,
     /// Whether bytes are locked; the table of this process is used in any case.
     between_processes: bool,
@@ -73,9 +76,20 @@ pub(super) struct Locks {
     _table: TableGuard,
 }
 
+/// What the kernel has. Held while the kernel is asked, so only where that may wait ([`Storage::soon`], [`CoreIo::blocking`]).
+/// What is to be let go is looked up at that time: what has been asked for since then stays.
+#[derive(Debug)]
+struct Locked {
+    /// Replaced when the node is reopened.
+    file: File,
+    bytes: BTreeSet<u64>,
+}
+
 #[derive(Debug, Default)]
 struct State {
     held: Stance,
+    /// What is being asked for.
+    wanted: Vec<Stance>,
     /// Counts preparations; an older one must not loosen what a newer one needs.
     latest: u64,
 }
@@ -84,7 +98,8 @@ impl Locks {
     pub(super) fn new(file: File, id: (u64, u64), filename: String, between_processes: bool) -> Locks {
         let (entry, table) = enter_table(id);
         Locks {
-            file: Mutex::new(file),
+            at: file.storage(),
+            locked: Mutex::new(Locked { file, bytes: BTreeSet::new() }),
             filename,
             between_processes,
             state: Mutex::default(),
@@ -93,28 +108,50 @@ impl Locks {
         }
     }
 
-    fn file(&self) -> File {
-        self.file.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    fn locked(&self) -> MutexGuard<'_, Locked> {
+        self.locked.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Moves what is held to another descriptor of the same file: taken there first, so that
     /// nobody else can come between. Conflicts were tested through the old one, which does
     /// not see its own locks.
-    pub(super) fn hand_over(&self, to: File) {
-        let state = self.state();
-        if self.between_processes {
-            for byte in state.held.bytes() {
+    pub(super) fn hand_over(self: &Arc<Self>, to: File) {
+        let locks = self.clone();
+        self.at.soon(move || {
+            let mut locked = locks.locked();
+            for byte in locked.bytes.iter() {
                 // Shared locks get along with those of the old descriptor and of others. Should
                 // the kernel have no memory for one, the old descriptor keeps it until it is closed.
-                let _ = sys::lock_byte(&to, byte);
+                let _ = sys::lock_byte(&to, *byte);
             }
-        }
-        let old = std::mem::replace(&mut *self.file.lock().unwrap_or_else(|e| e.into_inner()), to);
+            let old = std::mem::replace(&mut locked.file, to);
+            for byte in locked.bytes.iter() {
+                let _ = sys::unlock_byte(&old, *byte);
+            }
+        });
+    }
+
+    /// Unlocks what nobody wants any more.
+    fn let_go(self: &Arc<Self>) {
         if self.between_processes {
-            for byte in state.held.bytes() {
-                let _ = sys::unlock_byte(&old, byte);
-            }
+            let locks = self.clone();
+            self.at.soon(move || locks.let_go_now());
         }
+    }
+
+    fn let_go_now(&self) {
+        let mut locked = self.locked();
+        let keep: BTreeSet<u64> = {
+            let state = self.state();
+            state.wanted.iter().chain([&state.held]).flat_map(|s| s.bytes()).collect()
+        };
+        let Locked { file, bytes } = &mut *locked;
+        for byte in bytes.difference(&keep) {
+            // Unlocking an open local file cannot fail. On a network file system the server frees the lock when the
+            // file is closed; until then we are stricter than we say.
+            let _ = sys::unlock_byte(&*file, *byte);
+        }
+        bytes.retain(|b| keep.contains(b));
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -156,20 +193,26 @@ impl Locks {
             self.state().held = wanted;
             return Ok(Box::new(prepared));
         }
+        let io = rt.io().ok_or_else(no_files)?;
+        let asking = Asking::new(self, wanted);
         for attempt in 1.. {
-            let clash = self.take(before, wanted)?;
+            let locks = self.clone();
+            let take = move || {
+                let taken = locks.take(wanted);
+                // Unless nobody waits for it any more.
+                locks.let_go_now();
+                taken
+            };
+            let clash = io.blocking(self.at.waits_for(), take).await?;
             let Some((action, needed)) = clash else { break };
-            self.give_back(wanted, before);
+            asking.pause();
             if attempt < ATTEMPTS {
                 let wait = rt.random() % RETRY_MAX.as_nanos() as u64;
                 rt.sleep(Duration::from_nanos(wait)).await;
+                asking.go_on(wanted);
                 continue;
             }
-            let holders = match rt.io() {
-                Some(io) => self.holders(io).await,
-                None => Vec::new(),
-            };
-            return Err(self.locked(node, target, action, needed, &holders));
+            return Err(self.locked_by(node, target, action, needed, &self.holders(io).await));
         }
         self.state().held = wanted;
         Ok(Box::new(prepared))
@@ -177,51 +220,34 @@ impl Locks {
 
     /// Locks the bytes that are new, then tests the opposite ones. Says which action clashes, and whether it is this
     /// node that needs it.
-    fn take(&self, before: Stance, wanted: Stance) -> Result<Option<(Action, bool)>> {
-        let held: Vec<u64> = before.bytes().collect();
-        let taken = || {
-            for byte in wanted.bytes().filter(|b| !held.contains(b)) {
-                let locked =
-                    sys::lock_byte(self.file(), byte).context(|| format!("Failed to lock byte {byte}"))?;
-                if !locked {
-                    // A write lock: some other kind of program has the whole file.
-                    let (first, needed) =
-                        if byte >= FIRST_DENY { (FIRST_DENY, false) } else { (FIRST_NEED, true) };
-                    return Ok(Some((LOCKED[(byte - first) as usize], needed)));
-                }
+    fn take(&self, wanted: Stance) -> Result<Option<(Action, bool)>> {
+        let mut locked = self.locked();
+        let Locked { file, bytes } = &mut *locked;
+        for byte in wanted.bytes() {
+            if bytes.contains(&byte) {
+                continue;
             }
-            // What is needed comes first: that is what the refusal should be about.
-            let actions = || LOCKED.into_iter().zip(0..);
-            for (action, i) in actions().filter(|(a, _)| wanted.needs.contains((*a).into())) {
-                if sys::byte_is_locked(self.file(), FIRST_DENY + i)? {
-                    return Ok(Some((action, true)));
-                }
+            if !sys::lock_byte(&*file, byte).context(|| format!("Failed to lock byte {byte}"))? {
+                // A write lock: some other kind of program has the whole file.
+                let (first, needed) =
+                    if byte >= FIRST_DENY { (FIRST_DENY, false) } else { (FIRST_NEED, true) };
+                return Ok(Some((LOCKED[(byte - first) as usize], needed)));
             }
-            for (action, i) in actions().filter(|(a, _)| wanted.denies.contains((*a).into())) {
-                if sys::byte_is_locked(self.file(), FIRST_NEED + i)? {
-                    return Ok(Some((action, false)));
-                }
+            bytes.insert(byte);
+        }
+        // What is needed comes first: that is what the refusal should be about.
+        let actions = || LOCKED.into_iter().zip(0..);
+        for (action, i) in actions().filter(|(a, _)| wanted.needs.contains((*a).into())) {
+            if sys::byte_is_locked(&*file, FIRST_DENY + i)? {
+                return Ok(Some((action, true)));
             }
-            Ok(None)
-        };
-        let result = taken();
-        if result.is_err() {
-            self.give_back(wanted, before);
         }
-        result
-    }
-
-    /// Unlocks what `from` has and `to` has not.
-    fn give_back(&self, from: Stance, to: Stance) {
-        if !self.between_processes {
-            return;
+        for (action, i) in actions().filter(|(a, _)| wanted.denies.contains((*a).into())) {
+            if sys::byte_is_locked(&*file, FIRST_NEED + i)? {
+                return Ok(Some((action, false)));
+            }
         }
-        let keep: Vec<u64> = to.bytes().collect();
-        for byte in from.bytes().filter(|b| !keep.contains(b)) {
-            // Unlocking an open local file cannot fail. On a network file system the server frees the lock when the
-            // file is closed; until then we are stricter than we say.
-            let _ = sys::unlock_byte(self.file(), byte);
-        }
+        Ok(None)
     }
 
     /// Tells the table; fails when another node of this process has the file and does not get along.
@@ -252,12 +278,12 @@ impl Locks {
         self.entry.lock().unwrap_or_else(|e| e.into_inner()).stance = held;
     }
 
-    async fn holders(&self, io: &CoreIo) -> Vec<LockHolder> {
-        let file = self.file();
-        io.blocking(move || sys::lock_holders(&file)).await
+    async fn holders(self: &Arc<Self>, io: &CoreIo) -> Vec<LockHolder> {
+        let locks = self.clone();
+        io.blocking(self.at.waits_for(), move || sys::lock_holders(&locks.locked().file)).await
     }
 
-    fn locked(
+    fn locked_by(
         &self,
         node: &str,
         target: Stance,
@@ -305,8 +331,45 @@ impl Drop for Locks {
     /// Closing the file would do it too, but not while a child process that is just being started still has a copy
     /// of the descriptor.
     fn drop(&mut self) {
-        let held = self.state().held;
-        self.give_back(held, Stance::default());
+        let locked = self.locked.get_mut().unwrap_or_else(|e| e.into_inner());
+        let bytes = std::mem::take(&mut locked.bytes);
+        if !bytes.is_empty() {
+            let file = locked.file.clone();
+            self.at.soon(move || bytes.iter().for_each(|b| drop(sys::unlock_byte(&file, *b))));
+        }
+    }
+}
+
+/// Locks are being asked for; they are let go unless they are held when this ends.
+struct Asking<'a>(&'a Arc<Locks>, Cell<Option<Stance>>);
+
+impl<'a> Asking<'a> {
+    fn new(locks: &'a Arc<Locks>, wanted: Stance) -> Asking<'a> {
+        let asking = Asking(locks, Cell::new(None));
+        asking.go_on(wanted);
+        asking
+    }
+
+    fn go_on(&self, wanted: Stance) {
+        self.1.set(Some(wanted));
+        self.0.state().wanted.push(wanted);
+    }
+
+    fn pause(&self) {
+        if let Some(wanted) = self.1.take() {
+            let mut state = self.0.state();
+            if let Some(i) = state.wanted.iter().position(|w| *w == wanted) {
+                state.wanted.swap_remove(i);
+            }
+            drop(state);
+            self.0.let_go();
+        }
+    }
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        self.pause();
     }
 }
 
@@ -357,15 +420,10 @@ struct LockChange {
 impl Prepared for LockChange {
     fn commit(mut self: Box<Self>) {
         self.done = true;
-        let held = {
-            let state = self.locks.state();
-            if state.latest != self.number {
-                return;
-            }
-            state.held
-        };
-        self.locks.give_back(held, self.target);
-        self.locks.set(self.target);
+        if self.locks.state().latest == self.number {
+            self.locks.set(self.target);
+            self.locks.let_go();
+        }
     }
 }
 
@@ -374,14 +432,10 @@ impl Drop for LockChange {
         if self.done {
             return;
         }
-        let held = {
-            let mut state = self.locks.state();
-            // Preparations are undone in reverse order, so the one before is the latest again.
-            state.latest = self.number - 1;
-            state.held
-        };
-        self.locks.give_back(held, self.before);
+        // Preparations are undone in reverse order, so the one before is the latest again.
+        self.locks.state().latest = self.number - 1;
         self.locks.set(self.before);
+        self.locks.let_go();
     }
 }
 

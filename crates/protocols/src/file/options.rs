@@ -139,11 +139,12 @@ impl Opener for OpenFile {
             }
             let retry_read_only = cx.common.auto_read_only;
             let (wanted, locking) = (self.wanted, self.locking);
-            let (path, beneath) = (os_name(&self.filename), self.beneath.clone());
+            let (path, beneath) = (PathBuf::from(os_name(&self.filename)), self.beneath.clone());
+            let name = path.clone();
             // Opening may wait for a network file system.
             let made = io
-                .blocking(move || {
-                    let path = Path::new(&path);
+                .blocking_at(&name, move || {
+                    let path = path.as_path();
                     let (fd, how) = match open(path, beneath.as_deref(), want) {
                         Err(e) if want.write && retry_read_only && is_read_only(&e) => {
                             let how = OpenHow { write: false, ..want };

@@ -386,7 +386,10 @@ fn helper_take_and_hold() {
         };
         println!("answer: {answer}");
         // Until the other one has its answer as well.
-        w.io().blocking(|| std::io::stdin().read_line(&mut String::new())).await.unwrap();
+        w.io()
+            .blocking(dolmen_rt::WaitsFor::Host, || std::io::stdin().read_line(&mut String::new()))
+            .await
+            .unwrap();
     })
     .unwrap();
 }

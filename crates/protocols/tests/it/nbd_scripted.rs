@@ -98,7 +98,7 @@ fn serve(rig: &Rig, script: impl FnOnce(UnixListener) + Send + 'static) -> JoinH
 
 /// Waits for the server beside the runtime, which has to tell it goodbye.
 async fn ended(rig: &Rig, server: JoinHandle<()>) {
-    rig.rt.io().unwrap().blocking(move || server.join().unwrap()).await;
+    rig.rt.io().unwrap().blocking(dolmen_rt::WaitsFor::Host, move || server.join().unwrap()).await;
 }
 
 #[test]

@@ -102,8 +102,10 @@ pub fn lock_holders(file: impl AsFd) -> Vec<LockHolder> {
                 continue;
             }
             let Ok(info) = std::fs::read_to_string(format!("{dir}/fdinfo/{fd}")) else { continue };
+            // Asking about a file of a server that is gone takes for ever, so only about those that may be this one.
+            let may_be = info.lines().any(|l| lock_file(l).is_some_and(|f| f.0 == id.0 || f.1 == id.1));
             let ranges: Vec<_> = info.lines().filter_map(parse_lock_line).collect();
-            if ranges.is_empty() || !same_file(&format!("{dir}/fd/{fd}"), id) {
+            if !may_be || ranges.is_empty() || !same_file(&format!("{dir}/fd/{fd}"), id) {
                 continue;
             }
             holders.push(LockHolder { pid: process, fd, command: command_line(&dir), ranges });
@@ -147,6 +149,14 @@ fn parse_lock_line(line: &str) -> Option<LockRange> {
     Some(LockRange { first, last, exclusive })
 }
 
+/// Device and inode in such a line, as the file system numbers them inside: not always what stat(2) says.
+fn lock_file(line: &str) -> Option<(u64, u64)> {
+    let mut parts = line.strip_prefix("lock:")?.split_whitespace().nth(5)?.split(':');
+    let device = |s: &str| u32::from_str_radix(s, 16).ok();
+    let (major, minor) = (device(parts.next()?)?, device(parts.next()?)?);
+    Some((libc::makedev(major, minor), parts.next()?.parse().ok()?))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -158,6 +168,7 @@ mod tests {
         let line = "lock:\t2: POSIX  ADVISORY  WRITE 4711 fe:00:391 0 EOF";
         assert_eq!(parse_lock_line(line), Some(LockRange { first: 0, last: u64::MAX, exclusive: true }));
         assert_eq!(parse_lock_line("lock:\t1: FLOCK  ADVISORY  WRITE 4711 fe:00:391 0 EOF"), None);
+        assert_eq!(lock_file(line), Some((libc::makedev(0xfe, 0), 391)));
         assert_eq!(parse_lock_line("flags:\t0100002"), None);
         assert_eq!(parse_lock_line("lock: 1: OFDLCK ADVISORY"), None);
     }

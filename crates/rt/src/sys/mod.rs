@@ -1,9 +1,12 @@
 //! System calls in a safe form: all `unsafe` for files, locks and processes is here.
 
 mod lock;
+mod mounts;
 mod open;
 
 pub use lock::{LockHolder, LockRange, byte_is_locked, lock_byte, lock_holders, unlock_byte};
+pub use mounts::Storage;
+pub(crate) use mounts::{Walk, storage_of};
 pub(crate) use open::fd_id;
 pub use open::{FileFacts, FileKind, OpenHow, check_writable_dir, facts, open, open_beneath};
 

@@ -1,4 +1,4 @@
-use dolmen_rt::{Fallocate, IoVec, Memory, Seek};
+use dolmen_rt::{Fallocate, IoVec, Memory, Seek, WaitsFor};
 use dolmen_types::ErrorKind;
 
 use crate::{on_both, temp_file};
@@ -149,7 +149,7 @@ fn asks_the_cache(file: &dolmen_rt::File) -> bool {
 fn blocking_calls() {
     on_both(async |_, io| {
         let here = std::thread::current().id();
-        let there = io.blocking(|| std::thread::current().id()).await;
+        let there = io.blocking(WaitsFor::Host, || std::thread::current().id()).await;
         assert_ne!(here, there);
     });
 }

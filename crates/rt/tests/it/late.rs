@@ -54,18 +54,19 @@ fn stuck(io: &CoreIo) -> (File, Box<dyn FnOnce()>) {
             };
             (write.into(), Box::new(drain))
         }
-        // All threads of the pool are busy.
+        // All threads of the file system's pool are busy.
         EngineKind::Threads => {
             let (tx, rx) = channel::<()>();
             let rx = Arc::new(Mutex::new(rx));
+            let file = temp_file();
             for _ in 0..32 {
-                let (io, rx) = (io.clone(), rx.clone());
+                let (io, rx, file) = (io.clone(), rx.clone(), file.clone());
                 io.rt().spawn(async move {
                     // Ends when the other end is gone.
-                    let _ = io.blocking(move || rx.lock().unwrap().recv()).await;
+                    let _ = io.blocking_on(&file, move |_| rx.lock().unwrap().recv()).await;
                 });
             }
-            (temp_file(), Box::new(move || drop(tx)))
+            (file, Box::new(move || drop(tx)))
         }
     }
 }
