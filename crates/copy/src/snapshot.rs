@@ -93,6 +93,13 @@ impl SnapshotAccess {
     }
 }
 
+fn unchangeable(node: &Node) -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        format!("node '{}' shows a point in time, which can't be changed", node.name),
+    )
+}
+
 impl Driver for SnapshotAccess {
     fn kind(&self) -> &'static DriverKind {
         &SNAPSHOT_ACCESS
@@ -129,10 +136,7 @@ impl Driver for SnapshotAccess {
                 Op::Read { span, to, flags: _ } => self.point.read(below, span, to).await,
                 Op::Discard { span, flags: _ } => self.point.forget(below, span).await,
                 Op::Flush => Ok(()),
-                Op::Write { .. } | Op::WriteZeroes { .. } | Op::Resize { .. } => Err(Error::new(
-                    ErrorKind::Unsupported,
-                    format!("node '{}' shows a point in time, which can't be changed", cx.node.name),
-                )),
+                Op::Write { .. } | Op::WriteZeroes { .. } | Op::Resize { .. } => Err(unchangeable(cx.node)),
             }
         })
     }
@@ -157,13 +161,13 @@ impl Driver for SnapshotAccess {
 
     fn prepare<'a>(
         &'a self,
-        _: Cx<'a>,
+        cx: Cx<'a>,
         change: &'a NodeChange,
     ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
         match change {
-            NodeChange::Access { .. } => {}
+            NodeChange::Resize { .. } => Box::pin(async move { Err(unchangeable(cx.node)) }),
+            NodeChange::Access { .. } | NodeChange::Backing(_) => dolmen_graph::prepare_nothing(cx, change),
         }
-        Box::pin(async { Ok(Box::new(()) as Box<dyn Prepared>) })
     }
 
     fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {

@@ -199,6 +199,20 @@ impl fmt::Debug for Raw {
 }
 
 impl Raw {
+    /// The size that the child gets for this one to have `size` bytes.
+    fn size_below(&self, size: u64) -> Result<u64> {
+        if self.len.is_none() {
+            return Ok(size);
+        }
+        if self.fixed {
+            return Err(Error::new(ErrorKind::Unsupported, "Cannot resize fixed-size raw disks")
+                .remedy("open it without the option 'size'"));
+        }
+        size.checked_add(self.offset)
+            .filter(|s| *s <= Span::MAX_END)
+            .ok_or_else(|| Error::new(ErrorKind::Limit, format!("the image can't have {size} bytes")))
+    }
+
     fn below(&self, span: Span) -> Span {
         Span::new(span.offset() + self.offset, span.len())
     }
@@ -292,22 +306,13 @@ impl Driver for Raw {
                     cx.forward(0, Op::Discard { span: self.below(span), flags }).await
                 }
                 Op::Flush => cx.forward(0, Op::Flush).await,
-                Op::Resize { size, prealloc } => match &self.len {
-                    None => cx.forward(0, op).await,
-                    Some(_) if self.fixed => {
-                        Err(Error::new(ErrorKind::Unsupported, "Cannot resize fixed-size raw disks")
-                            .remedy("open it without the option 'size'"))
-                    }
-                    Some(len) => {
-                        let below =
-                            size.checked_add(self.offset).filter(|s| *s <= Span::MAX_END).ok_or_else(
-                                || Error::new(ErrorKind::Limit, format!("the image can't have {size} bytes")),
-                            )?;
-                        cx.forward(0, Op::Resize { size: below, prealloc }).await?;
+                Op::Resize { size, prealloc } => {
+                    cx.forward(0, Op::Resize { size: self.size_below(size)?, prealloc }).await?;
+                    if let Some(len) = &self.len {
                         len.store(size, SeqCst);
-                        Ok(())
                     }
-                },
+                    Ok(())
+                }
             }
         })
     }
@@ -324,12 +329,20 @@ impl Driver for Raw {
 
     fn prepare<'a>(
         &'a self,
-        _cx: Cx<'a>,
+        cx: Cx<'a>,
         change: &'a NodeChange,
     ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
-        match change {
-            NodeChange::Access { .. } => Box::pin(async { Ok(Box::new(()) as Box<dyn Prepared>) }),
-        }
+        Box::pin(async move {
+            match *change {
+                NodeChange::Resize { size } => {
+                    let below = NodeChange::Resize { size: self.size_below(size)? };
+                    dolmen_graph::prepare_child(cx, 0, &below).await
+                }
+                NodeChange::Access { .. } | NodeChange::Backing(_) => {
+                    dolmen_graph::prepare_nothing(cx, change).await
+                }
+            }
+        })
     }
 
     fn close<'a>(&'a self, _cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {

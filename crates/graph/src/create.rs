@@ -450,8 +450,7 @@ impl Draft {
             let parsed = (maker.protocol.parse)(&mut options, &common)?;
             let cx = OpenCx { name: &leaf, children: &[], common: &common, replaces: None, rt };
             let opened = parsed.open.open(cx).await?;
-            self.prepared.extend(opened.effect);
-            self.set_driver(&leaf, opened.driver, false);
+            self.put_opened(&leaf, opened, false);
             // The stand-in took no locks.
             self.state.told.remove(&leaf);
         }

@@ -21,7 +21,7 @@ use crate::solver::solve_unchecked;
 use crate::state::{DraftChild, DraftNode, DraftUser, State};
 use crate::{
     AccessRule, ChildEdge, Cx, Driver, DriverKind, Grants, Graph, Node, NodeChange, NodeFlags, NodeState,
-    Prepared, UserEdge, solve,
+    Prepared, Repair, UserEdge, solve,
 };
 
 /// Who an operation is, for messages and queries.
@@ -108,6 +108,8 @@ pub struct Draft {
     /// The operations that there were then; others are just being tried.
     ops_before: BTreeSet<OpId>,
     pub(crate) prepared: Vec<Box<dyn Prepared>>,
+    /// Images that are repaired when the draft is published.
+    pub(crate) repairs: Vec<(NodeName, Box<dyn Repair>)>,
     /// Images that are made when the draft is published; until then stand-ins are in their places.
     pub(crate) new_images: Vec<Pending>,
     /// Files that have been made for it.
@@ -144,6 +146,7 @@ impl Draft {
             held_before,
             ops_before,
             prepared: Vec::new(),
+            repairs: Vec::new(),
             new_images: Vec::new(),
             made: Vec::new(),
             unflushed: Vec::new(),

@@ -343,7 +343,7 @@ pub fn no_backing<'a>(cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {
 }
 
 /// A change that a driver has to prepare for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NodeChange {
     /// What all parents together need of this node, and allow others to do, becomes
     /// this. Leaf drivers take locks: tighten now, loosen in [`Prepared::commit`].
@@ -353,6 +353,39 @@ pub enum NodeChange {
         /// D, V, M, S.
         allows: Actions,
     },
+    /// An [`Op::Resize`] follows, without preallocation. What can be said against it without touching anything is said
+    /// now, in the words in which [`Driver::run`] says it.
+    Resize {
+        /// The new size in bytes.
+        size: u64,
+    },
+    /// [`Driver::set_backing`] follows, with this name and format. The same goes for it.
+    Backing(Option<(String, Option<String>)>),
+}
+
+/// [`Driver::prepare`] of a leaf that holds nothing and gets any size.
+pub fn prepare_nothing<'a>(cx: Cx<'a>, change: &'a NodeChange) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
+    Box::pin(async move {
+        match change {
+            NodeChange::Access { .. } | NodeChange::Resize { .. } => {}
+            NodeChange::Backing(_) => no_backing(cx).await?,
+        }
+        Ok(Box::new(()) as Box<dyn Prepared>)
+    })
+}
+
+/// [`Driver::prepare`] of a filter that holds nothing and has its child resized as it is itself.
+pub fn prepare_child<'a>(
+    cx: Cx<'a>,
+    child: usize,
+    change: &'a NodeChange,
+) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
+    match (change, cx.node.children.get(child)) {
+        (NodeChange::Resize { .. }, Some(below)) => {
+            below.node.driver.prepare(Cx { node: &below.node, rt: cx.rt }, change)
+        }
+        _ => prepare_nothing(cx, change),
+    }
 }
 
 /// Something prepared. Dropping it undoes it.

@@ -24,13 +24,8 @@ pub(crate) struct Effect {
 
 impl Effect {
     pub(crate) fn of(draft: &Draft, grants: &Grants) -> Result<Effect> {
+        draft.check_complete(grants)?;
         let built = draft.build(grants);
-        if let Some(n) = draft.state.nodes.iter().find(|n| !built.contains_key(&n.def.name)) {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                format!("node '{}' has no driver, or a child without one", n.def.name),
-            ));
-        }
         let users = &draft.state.users;
         let stays =
             |e: &Arc<UserEdge>| users.iter().any(|u| u.edge.as_ref().is_some_and(|d| Arc::ptr_eq(d, e)));
@@ -72,6 +67,20 @@ impl Effect {
             && self.settled.iter().all(|n| other.settled.iter().any(|s| same(n, s)))
             && self.left.iter().all(|n| has(&other.left, n))
             && self.unsettled.iter().all(|n| has(&other.unsettled, n))
+    }
+}
+
+impl Draft {
+    /// Makes sure that every node can be built.
+    pub(crate) fn check_complete(&self, grants: &Grants) -> Result<()> {
+        let built = self.build(grants);
+        let Some(n) = self.state.nodes.iter().find(|n| !built.contains_key(&n.def.name)) else {
+            return Ok(());
+        };
+        Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("node '{}' has no driver, or a child without one", n.def.name),
+        ))
     }
 }
 

@@ -111,6 +111,7 @@ mod overlays;
 mod owner;
 mod place;
 mod range_lock;
+mod ready;
 mod registry;
 mod reopen;
 mod same;
@@ -126,7 +127,7 @@ pub use create::{ImageMaker, NewImage, check_room, create_image};
 pub use draft::{ClaimScope, Draft, NodeDef, OpClaim, OpInfo};
 pub use driver::{
     BackingName, Class, Description, Driver, Extent, Limits, NodeChange, Op, Plan, Prealloc, Prepared,
-    Request, SELF, SnapshotInfo, Where, no_backing,
+    Request, SELF, SnapshotInfo, Where, no_backing, prepare_child, prepare_nothing,
 };
 pub use epoch::{Epochs, Lease, Stamp};
 pub use filename::{header_name, is_use, node_filename, own_file};
@@ -142,7 +143,7 @@ pub use place::{FileId, path_options};
 pub use range_lock::{RangeGuard, RangeLock};
 pub use registry::{
     ChildDef, ChildSpec, Common, CreateCx, CreateFn, Creation, DriverKind, Foreign, ImplicitChild, OpenCx,
-    Opened, Opener, Parsed, Registry, common_options,
+    Opened, Opener, Parsed, Registry, Repair, common_options,
 };
 pub use same::{content, same_chain, same_image};
 pub use solver::{

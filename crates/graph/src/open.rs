@@ -160,16 +160,16 @@ impl Opener<'_> {
         draft.prepare(self.rt).await?;
         let edges = draft.edges_for_opening(&name)?;
         let cx = OpenCx { name: &name, children: &edges, common: &common, replaces: None, rt: self.rt };
-        let opened = parsed.open.open(cx).await?;
+        let mut opened = parsed.open.open(cx).await?;
         let forced = common.auto_read_only && !common.flags.read_only && {
             let node = draft.probe_node(&name, opened.driver.clone(), &edges);
             opened.driver.describe(&node).read_only
         };
         drop(edges);
-        draft.prepared.extend(opened.effect);
-        draft.set_driver(&name, opened.driver, forced);
+        let named = std::mem::take(&mut opened.implicit);
+        draft.put_opened(&name, opened, forced);
         if from_image {
-            for implicit in opened.implicit {
+            for implicit in named {
                 self.implicit(draft, &name, &common, implicit, &how, inherited.depth).await?;
             }
         }

@@ -1,6 +1,7 @@
 //! The owner of the graph: the one place where a snapshot is replaced.
 //!
-//! Order of a commit: solve, prepare (both may fail and leave no trace), quiesce the
+//! Order of a commit: solve, prepare (both may fail and leave no trace: [`GraphOwner::rehearse`] stops here), make and
+//! repair images, quiesce the
 //! users whose paths change (also what they have given up and the storage still works on), settle
 //! (flush what is about to be linked elsewhere, and what later flushes of its users won't reach; a
 //! failure resumes the old graph), publish, commit what was prepared, resume, retire
@@ -206,13 +207,14 @@ impl GraphOwner {
 
     /// Publishes a draft; gives the nodes that are gone, and what drivers have put off.
     async fn try_to_publish(&self, draft: &mut Draft) -> Result<(Vec<Arc<Node>>, PutOff)> {
-        self.catch_up(draft)?;
-        draft.sweep();
-        self.prepare(draft).await?;
+        self.make_ready(draft).await?;
+        // Everything that can be refused has been: from here on files change. How long that takes depends on what
+        // is asked for.
         if !draft.new_images.is_empty() {
-            // Everything that can be refused has been: from here on files change. How long that takes depends on what
-            // is asked for.
             Box::pin(draft.make_images(&self.rt)).await?;
+        }
+        if !draft.repairs.is_empty() {
+            Box::pin(draft.repair_images(&self.rt)).await?;
         }
         let grants = self.prepare(draft).await?;
         let effect = Effect::of(draft, &grants)?;
@@ -249,14 +251,14 @@ impl GraphOwner {
         Ok((retired, put_off))
     }
 
-    async fn prepare(&self, draft: &mut Draft) -> Result<Grants> {
+    pub(crate) async fn prepare(&self, draft: &mut Draft) -> Result<Grants> {
         let secs = self.patience.publish.as_secs();
         let late = || format!("what the change needs was not opened and locked within {secs} s");
         self.in_time(draft.prepare(&self.rt), late).await
     }
 
     /// Brings a draft up to what is published now.
-    fn catch_up(&self, draft: &mut Draft) -> Result<()> {
+    pub(crate) fn catch_up(&self, draft: &mut Draft) -> Result<()> {
         let graph = self.graph();
         if draft.generation == graph.generation { Ok(()) } else { draft.catch_up(self.state(), &graph) }
     }

@@ -12,8 +12,8 @@ use dolmen_types::{ChildRole, Error, ErrorKind, NodeName, OptionSpec, OptionType
 use std::sync::Arc;
 
 use crate::{
-    AccessRule, BackingName, ChildEdge, Class, DetectZeroes, Driver, Io, NodeFlags, Prepared, Read, Resize,
-    Write,
+    AccessRule, BackingName, ChildEdge, Class, Cx, DetectZeroes, Driver, Io, NodeFlags, Prepared, Read,
+    Resize, Write,
 };
 
 /// A driver's registry row.
@@ -131,7 +131,8 @@ impl ChildDef {
 
 /// Opens a driver; see [`Parsed::open`].
 pub trait Opener {
-    /// Opens it. Reads what it needs through `cx`; writes nothing that would need undoing.
+    /// Opens it. Reads what it needs through `cx`, and changes nothing outside of this process: the draft may be
+    /// refused, or only looked at. An image that has to be repaired first says so in [`Opened::repair`].
     /// Dropping the driver closes it again.
     fn open<'a>(self: Box<Self>, cx: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>>;
 }
@@ -146,12 +147,24 @@ pub struct Opened {
     /// What happens when the driver takes its place: for one that shares state with the
     /// driver that it replaces ([`OpenCx::replaces`]). Dropped if it never does.
     pub effect: Option<Box<dyn Prepared>>,
+    /// What the image needs before it may be written.
+    pub repair: Option<Box<dyn Repair>>,
+}
+
+/// A change of an image's file that comes before the image is used as it was opened. Opening finds out whether it can
+/// be made; publishing the draft makes it, once nothing can be refused any more.
+pub trait Repair {
+    /// Makes it. The node is the one of the draft, which nobody else uses yet.
+    ///
+    /// # Errors
+    /// What the storage says; the draft is then not published.
+    fn repair<'a>(self: Box<Self>, cx: Cx<'a>) -> LocalFuture<'a, Result<()>>;
 }
 
 impl Opened {
     /// A driver and nothing else.
     pub fn of(driver: Arc<dyn Driver>) -> Opened {
-        Opened { driver, implicit: Vec::new(), effect: None }
+        Opened { driver, implicit: Vec::new(), effect: None, repair: None }
     }
 }
 

@@ -222,8 +222,7 @@ impl Draft {
                 opened.driver.describe(&node).read_only
             };
             drop(edges);
-            self.prepared.extend(opened.effect);
-            self.set_driver(&name, opened.driver, forced);
+            self.put_opened(&name, opened, forced);
             let node = &mut self.state.nodes[i];
             (node.reopening, node.other_image, node.retell) = (false, false, true);
         }

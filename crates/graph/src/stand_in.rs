@@ -13,7 +13,7 @@ use dolmen_types::{BlkEvent, Result, Span};
 
 use crate::{
     AccessRule, BackingName, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op, Plan,
-    Prepared, Request, SELF, Where, no_backing,
+    Prepared, Request, SELF, Where, no_backing, prepare_nothing,
 };
 
 const PAGE: u64 = 4096;
@@ -150,14 +150,11 @@ impl Driver for StandIn {
 
     fn prepare<'a>(
         &'a self,
-        _: Cx<'a>,
+        cx: Cx<'a>,
         change: &'a NodeChange,
     ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
-        match change {
-            // The image's own file is locked by the one who is to make it.
-            NodeChange::Access { .. } => {}
-        }
-        Box::pin(async { Ok(Box::new(()) as Box<dyn Prepared>) })
+        // The image's own file is locked by the one who is to make it.
+        prepare_nothing(cx, change)
     }
 
     fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {

@@ -65,13 +65,10 @@ impl Driver for CommitFilter {
 
     fn prepare<'a>(
         &'a self,
-        _: Cx<'a>,
+        cx: Cx<'a>,
         change: &'a NodeChange,
     ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
-        match change {
-            NodeChange::Access { .. } => {}
-        }
-        Box::pin(async { Ok(Box::new(()) as Box<dyn Prepared>) })
+        dolmen_graph::prepare_child(cx, 0, change)
     }
 
     fn set_backing<'a>(&'a self, cx: Cx<'a>, _: Option<BackingName<'a>>) -> LocalFuture<'a, Result<()>> {

@@ -108,13 +108,13 @@ impl Driver for Gone {
 
     fn prepare<'a>(
         &'a self,
-        _: Cx<'a>,
+        cx: Cx<'a>,
         change: &'a NodeChange,
     ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
         match change {
-            NodeChange::Access { .. } => {}
+            NodeChange::Resize { .. } => Box::pin(async { Err(self.error()) }),
+            NodeChange::Access { .. } | NodeChange::Backing(_) => dolmen_graph::prepare_nothing(cx, change),
         }
-        Box::pin(async { Ok(Box::new(()) as Box<dyn Prepared>) })
     }
 
     fn set_backing<'a>(&'a self, cx: Cx<'a>, _: Option<BackingName<'a>>) -> LocalFuture<'a, Result<()>> {

@@ -158,13 +158,10 @@ impl Driver for Null {
 
     fn prepare<'a>(
         &'a self,
-        _: Cx<'a>,
+        cx: Cx<'a>,
         change: &'a NodeChange,
     ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
-        match change {
-            NodeChange::Access { .. } => {}
-        }
-        Box::pin(async { Ok(Box::new(()) as Box<dyn Prepared>) })
+        dolmen_graph::prepare_nothing(cx, change)
     }
 
     fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {

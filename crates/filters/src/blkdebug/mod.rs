@@ -622,13 +622,10 @@ impl Driver for BlkDebug {
 
     fn prepare<'a>(
         &'a self,
-        _: Cx<'a>,
+        cx: Cx<'a>,
         change: &'a NodeChange,
     ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
-        match change {
-            NodeChange::Access { .. } => {}
-        }
-        Box::pin(async { Ok(Box::new(()) as Box<dyn Prepared>) })
+        dolmen_graph::prepare_child(cx, IMAGE, change)
     }
 
     fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {

@@ -7,6 +7,7 @@ use dolmen_graph::BackingName;
 use dolmen_types::{BlkEvent, Error, ErrorKind, Result};
 
 use super::driver::Core;
+use super::header::Header;
 use super::image::{Env, read_bytes};
 use super::replace::Replacement;
 use super::round::Patch;
@@ -14,14 +15,8 @@ use super::round::Patch;
 impl Core {
     /// Writes out what is in memory, then the header with another backing file.
     pub(super) async fn set_backing(&self, env: Env<'_>, to: Option<BackingName<'_>>) -> Result<()> {
-        if !self.writable() {
-            return Err(Error::new(
-                ErrorKind::ReadOnly,
-                "the image was opened read-only, so its header stays",
-            )
-            .remedy("open it with read-only=off"));
-        }
-        self.meta().check_usable()?;
+        // Before anything is written.
+        self.header_naming(env, to).await?;
         let turn = loop {
             self.round(env).await?;
             let turn = self.turn().await;
@@ -34,12 +29,7 @@ impl Core {
             drop(m);
             drop(turn);
         };
-        let mut header = self.meta().header.clone();
-        header.clear_unknown();
-        header.set_backing(to.map(|t| t.name), to.and_then(|t| t.format))?;
-        let mut old = vec![0; header.geometry().cluster_len()];
-        read_bytes(env.file.read()?, 0, &mut old).await?;
-        let Replacement { ahead, sector } = header.replace(&old)?;
+        let (header, Replacement { ahead, sector }) = self.header_naming(env, to).await?;
         // Nobody else writes the header while the turn is held. Each write is flushed.
         if let Some((at, bytes)) = ahead {
             self.write_header(env, Patch { at, bytes, event: BlkEvent::None }).await?;
@@ -53,5 +43,32 @@ impl Core {
         drop(m);
         drop(turn);
         Ok(())
+    }
+
+    /// The header with another backing file, and how it takes the place of the one that is there, unless something can
+    /// be said against it.
+    pub(super) async fn header_naming(
+        &self,
+        env: Env<'_>,
+        to: Option<BackingName<'_>>,
+    ) -> Result<(Header, Replacement)> {
+        if !self.writable() {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                "the image was opened read-only, so its header stays",
+            )
+            .remedy("open it with read-only=off"));
+        }
+        let mut header = {
+            let m = self.meta();
+            m.check_usable()?;
+            m.header.clone()
+        };
+        header.clear_unknown();
+        header.set_backing(to.map(|t| t.name), to.and_then(|t| t.format))?;
+        let mut old = vec![0; header.geometry().cluster_len()];
+        read_bytes(env.file.read()?, 0, &mut old).await?;
+        let replacement = header.replace(&old)?;
+        Ok((header, replacement))
     }
 }

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use dolmen_graph::{
     AccessRule, BackingName, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent,
-    ImplicitChild, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock,
-    Request, SnapshotInfo, Where,
+    ImplicitChild, Io, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared,
+    RangeLock, Read, Repair, Request, SnapshotInfo, Where,
 };
 use dolmen_rt::{Buffers, LocalFuture};
 use dolmen_types::{
@@ -17,11 +17,11 @@ use dolmen_types::{
 use event_listener::Event;
 
 use super::bitmap::BitmapEntry;
-use super::check::recount;
+use super::check::{check_recount, recount};
 use super::create;
 use super::cut_off;
 use super::header::{
-    COMPAT_LAZY_REFCOUNTS, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2, looks_like_qcow2,
+    COMPAT_LAZY_REFCOUNTS, Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2, looks_like_qcow2,
 };
 use super::image::{self, Env, File, in_file};
 use super::layout::Geometry;
@@ -134,7 +134,29 @@ impl Opener for Open {
                 });
             }
             drop(m);
-            Ok(Opened { implicit, ..Opened::of(Arc::new(Qcow2 { core, rule: self.rule })) })
+            let repair = core.is_dirty().then(|| Box::new(Recount { core: core.clone() }) as Box<dyn Repair>);
+            Ok(Opened { implicit, repair, ..Opened::of(Arc::new(Qcow2 { core, rule: self.rule })) })
+        })
+    }
+}
+
+/// The repair of an image that is to be written and was not closed by who wrote it last.
+struct Recount {
+    core: Arc<Core>,
+}
+
+impl Repair for Recount {
+    fn repair<'a>(self: Box<Self>, cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let file = File::new(&cx.node.children[0], cx.rt);
+            let io = file.read()?;
+            recount(io, file.write()?, file.resize()?).await?;
+            let (header, sector) = image::load_header(io).await?;
+            let ready = header.autoclear == 0;
+            let (meta, _) = load(io, header, sector, true).await?;
+            *self.core.meta() = meta;
+            self.core.write_ready.store(ready, SeqCst);
+            Ok(())
         })
     }
 }
@@ -196,10 +218,11 @@ pub(super) struct Core {
 }
 
 impl Core {
-    /// Opens an image. A writable one that is marked dirty is repaired first.
+    /// Opens an image, and changes nothing in it. A writable one that is marked dirty has to be repaired before it
+    /// is written ([`Recount`]); until then it is as good as a read-only one.
     pub(super) async fn open(file: File<'_>, writable: bool, pass_discard: bool) -> Result<Arc<Core>> {
         let io = file.read()?;
-        let (mut header, mut sector) = image::load_header(io).await?;
+        let (header, sector) = image::load_header(io).await?;
         header.check_supported()?;
         if writable && header.incompatible & INCOMPAT_CORRUPT != 0 {
             return Err(Error::new(
@@ -208,40 +231,13 @@ impl Core {
             )
             .remedy("repair it with 'img check -r all', or open it with read-only=on"));
         }
-        if writable && header.incompatible & INCOMPAT_DIRTY != 0 {
-            recount(io, file.write()?, file.resize()?).await?;
-            (header, sector) = image::load_header(io).await?;
+        let dirty = writable && header.incompatible & INCOMPAT_DIRTY != 0;
+        if dirty {
+            check_recount(io).await?;
         }
-        let l1_bytes = u64::from(header.l1_entries) * 8;
-        in_file("the active L1 table", header.l1_table.0, l1_bytes, io.size())?;
-        if writable {
-            header.check_writable()?;
-            let bytes = u64::from(header.reftable_clusters) << header.cluster_bits;
-            in_file("the refcount table", header.reftable.0, bytes, io.size()).map_err(mendable)?;
-        }
-        let l1 = image::load_l1(io, &header).await?;
-        let reftable = if writable { image::load_reftable(io, &header).await? } else { Vec::new() };
-        let (snapshots, table_bytes) = match image::load_snapshots(io, &header).await {
-            Ok(s) => s,
-            Err(e) if writable => return Err(mendable(e)),
-            // Nothing that is only read is found by way of snapshots.
-            Err(_) => (Vec::new(), 0),
-        };
-        if writable {
-            cut_off::check(io, &header, &l1, &reftable, &snapshots).await?;
-        }
-        // Damaged bitmaps do not keep anybody from the data.
-        let bitmaps = image::load_bitmaps(io, &header).await.unwrap_or_default();
         let (size, geo) = (header.size, header.geometry());
         let ready = header.autoclear == 0;
-        let mut meta = Meta::new(header, sector, l1, reftable, io.size());
-        if writable && !snapshots.is_empty() {
-            meta.own(meta.header.snapshot_table, table_bytes);
-            for s in &snapshots {
-                meta.own(s.l1_table, u64::from(s.l1_entries) * 8);
-            }
-        }
-        meta.snapshots = snapshots;
+        let (meta, bitmaps) = load(io, header, sector, writable && !dirty).await?;
         Ok(Arc::new_cyclic(|me| Core {
             meta: Mutex::new(meta),
             size: AtomicU64::new(size),
@@ -260,6 +256,11 @@ impl Core {
             me: me.clone(),
             bitmaps,
         }))
+    }
+
+    /// Whether it has to be repaired before it is written.
+    fn is_dirty(&self) -> bool {
+        self.writable() && self.meta().header.incompatible & INCOMPAT_DIRTY != 0
     }
 
     /// What outlives a request needs its image for longer.
@@ -426,6 +427,44 @@ fn mendable(e: Error) -> Error {
     e.remedy("open the image with read-only=on, or repair it with 'img check -r all'")
 }
 
+/// Reads what is kept in memory of an image; for one that is written, also what only that needs.
+async fn load(
+    io: Io<'_, Read>,
+    header: Header,
+    sector: [u8; 512],
+    writable: bool,
+) -> Result<(Meta, Vec<BitmapEntry>)> {
+    let l1_bytes = u64::from(header.l1_entries) * 8;
+    in_file("the active L1 table", header.l1_table.0, l1_bytes, io.size())?;
+    if writable {
+        header.check_writable()?;
+        let bytes = u64::from(header.reftable_clusters) << header.cluster_bits;
+        in_file("the refcount table", header.reftable.0, bytes, io.size()).map_err(mendable)?;
+    }
+    let l1 = image::load_l1(io, &header).await?;
+    let reftable = if writable { image::load_reftable(io, &header).await? } else { Vec::new() };
+    let (snapshots, table_bytes) = match image::load_snapshots(io, &header).await {
+        Ok(s) => s,
+        Err(e) if writable => return Err(mendable(e)),
+        // Nothing that is only read is found by way of snapshots.
+        Err(_) => (Vec::new(), 0),
+    };
+    if writable {
+        cut_off::check(io, &header, &l1, &reftable, &snapshots).await?;
+    }
+    // Damaged bitmaps do not keep anybody from the data.
+    let bitmaps = image::load_bitmaps(io, &header).await.unwrap_or_default();
+    let mut meta = Meta::new(header, sector, l1, reftable, io.size());
+    if writable && !snapshots.is_empty() {
+        meta.own(meta.header.snapshot_table, table_bytes);
+        for s in &snapshots {
+            meta.own(s.l1_table, u64::from(s.l1_entries) * 8);
+        }
+    }
+    meta.snapshots = snapshots;
+    Ok((meta, bitmaps))
+}
+
 /// Whether a run of an image's own clusters begins at a place in the file.
 fn goes_on(run: Try<Option<Own>>, at: u64) -> bool {
     matches!(run, Try::Done(Some(own)) if own.host.0 == at)
@@ -525,13 +564,22 @@ impl Driver for Qcow2 {
 
     fn prepare<'a>(
         &'a self,
-        _cx: Cx<'a>,
+        cx: Cx<'a>,
         change: &'a NodeChange,
     ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
-        match change {
-            // Locks are the leaf's business.
-            NodeChange::Access { .. } => Box::pin(async { Ok(Box::new(()) as Box<dyn Prepared>) }),
-        }
+        Box::pin(async move {
+            match change {
+                // Locks are the leaf's business.
+                NodeChange::Access { .. } => {}
+                NodeChange::Resize { size } => self.core.check_size(*size)?,
+                NodeChange::Backing(to) => {
+                    let to =
+                        to.as_ref().map(|(name, format)| BackingName { name, format: format.as_deref() });
+                    self.core.header_naming(Env::of(cx), to).await?;
+                }
+            }
+            Ok(Box::new(()) as Box<dyn Prepared>)
+        })
     }
 
     fn close<'a>(&'a self, cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {

@@ -23,26 +23,11 @@ impl Core {
     /// A resize request. Growing keeps all data; the new bytes read as zeroes whatever lies below. Shrinking is the
     /// caller's word that nothing uses the tail.
     pub(super) async fn resize(&self, env: Env<'_>, size: u64, prealloc: Prealloc) -> Result<()> {
+        self.check_size(size)?;
         self.begin_change(env).await?;
-        let old = self.size();
-        let (geo, snapshots) = {
-            let m = self.meta();
-            (m.geo, m.header.snapshots)
-        };
+        let (old, geo) = (self.size(), self.geo);
         if size == old {
             return Ok(());
-        }
-        if snapshots > 0 && geo.version < 3 {
-            return Err(Error::new(ErrorKind::Unsupported, "Can't resize a v2 image which has snapshots")
-                .remedy("delete the snapshots, or amend the image to compat=1.1"));
-        }
-        if !size.is_multiple_of(512) {
-            // Other programs count in sectors and would not see the rest.
-            return Err(Error::new(ErrorKind::InvalidInput, "The new size must be a multiple of 512"));
-        }
-        if size > geo.max_size() {
-            return Err(Error::new(ErrorKind::Limit, format!("the image can't grow to {size} bytes"))
-                .remedy("use a larger cluster size"));
         }
         let _range = self.ranges.lock(Span::new(0, Span::MAX_END)).await;
         if size < old {
@@ -63,6 +48,31 @@ impl Core {
             self.preallocate(env, Span::from_range(old, size), prealloc).await?;
         }
         self.set_size(env, size).await
+    }
+
+    /// What can be said against a size before anything changes.
+    pub(super) fn check_size(&self, size: u64) -> Result<()> {
+        let (geo, snapshots) = {
+            let m = self.meta();
+            m.check_usable()?;
+            (m.geo, m.header.snapshots)
+        };
+        if size == self.size() {
+            return Ok(());
+        }
+        if snapshots > 0 && geo.version < 3 {
+            return Err(Error::new(ErrorKind::Unsupported, "Can't resize a v2 image which has snapshots")
+                .remedy("delete the snapshots, or amend the image to compat=1.1"));
+        }
+        if !size.is_multiple_of(512) {
+            // Other programs count in sectors and would not see the rest.
+            return Err(Error::new(ErrorKind::InvalidInput, "The new size must be a multiple of 512"));
+        }
+        if size > geo.max_size() {
+            return Err(Error::new(ErrorKind::Limit, format!("the image can't grow to {size} bytes"))
+                .remedy("use a larger cluster size"));
+        }
+        Ok(())
     }
 
     /// Nothing old may show up behind the old end: neither the rest of its last cluster, nor what a backing file has

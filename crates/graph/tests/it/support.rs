@@ -218,7 +218,9 @@ impl Driver for Probe {
         change: &'a NodeChange,
     ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
         Box::pin(async move {
-            let NodeChange::Access { needs, allows } = change;
+            let NodeChange::Access { needs, allows } = change else {
+                return Ok(Box::new(()) as Box<dyn Prepared>);
+            };
             if self.hooks.fail_prepare.load(SeqCst) {
                 self.log.add(format!("refuse {}", self.name));
                 return Err(failed("prepare"));

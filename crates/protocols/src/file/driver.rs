@@ -388,13 +388,19 @@ impl FileDriver {
         result
     }
 
+    /// Devices have the size that they have; a part of one will do.
+    fn check_size(&self, size: u64) -> Result<()> {
+        match self.is_device && size > self.size_now() {
+            true => Err(Error::new(ErrorKind::Unsupported, "Cannot grow device files")),
+            false => Ok(()),
+        }
+    }
+
     async fn resize(&self, io: &CoreIo, size: u64, prealloc: Prealloc) -> Result<()> {
         let old = self.size_now();
+        self.check_size(size)?;
         if self.is_device {
-            return match size <= old {
-                true => Ok(()),
-                false => Err(Error::new(ErrorKind::Unsupported, "Cannot grow device files")),
-            };
+            return Ok(());
         }
         if size < old && prealloc != Prealloc::Off {
             return Err(Error::new(
@@ -616,6 +622,11 @@ impl Driver for FileDriver {
                     };
                     self.locks.prepare(cx.rt, cx.node.name.as_str(), stance).await
                 }
+                NodeChange::Resize { size } => {
+                    self.check_size(size).context(|| self.name())?;
+                    Ok(Box::new(()) as Box<dyn Prepared>)
+                }
+                NodeChange::Backing(_) => dolmen_graph::prepare_nothing(cx, change).await,
             }
         })
     }

@@ -373,6 +373,13 @@ impl Nbd {
         self.flags.has(flag)
     }
 
+    fn check_size(&self, size: u64) -> Result<()> {
+        if size == self.size {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Unsupported, "the size of an NBD export can't be changed by a client"))
+    }
+
     fn check_writable(&self) -> Result<()> {
         if self.read_only {
             return Err(Error::new(ErrorKind::ReadOnly, "the NBD export is read-only"));
@@ -642,11 +649,7 @@ impl Driver for Nbd {
                     self.discard(cx.rt, span, flags).await
                 }
                 Op::Flush => self.flush(cx.rt).await,
-                Op::Resize { size, .. } if size == self.size => Ok(()),
-                Op::Resize { .. } => Err(Error::new(
-                    ErrorKind::Unsupported,
-                    "the size of an NBD export can't be changed by a client",
-                )),
+                Op::Resize { size, .. } => self.check_size(size),
             }
         })
     }
@@ -693,18 +696,18 @@ impl Driver for Nbd {
 
     fn prepare<'a>(
         &'a self,
-        _cx: Cx<'a>,
+        cx: Cx<'a>,
         change: &'a NodeChange,
     ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
         Box::pin(async move {
             match change {
-                NodeChange::Access { needs, .. } => {
-                    if needs.intersects(Actions::V | Actions::M) {
-                        self.check_writable()?;
-                    }
-                    Ok(Box::new(()) as Box<dyn Prepared>)
+                NodeChange::Access { needs, .. } if needs.intersects(Actions::V | Actions::M) => {
+                    self.check_writable()?;
                 }
+                NodeChange::Resize { size } => self.check_size(*size)?,
+                NodeChange::Access { .. } | NodeChange::Backing(_) => {}
             }
+            dolmen_graph::prepare_nothing(cx, change).await
         })
     }
 

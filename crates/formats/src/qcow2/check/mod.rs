@@ -121,19 +121,30 @@ pub async fn check_and_repair(
 /// As [`check_and_repair`]; `Corrupt` when there is more to it.
 pub(super) async fn recount(read: Io<'_, Read>, write: Io<'_, Write>, resize: Io<'_, Resize>) -> Result<()> {
     let scan = Scan::of(read).await?;
-    let mut result = scan.result.clone();
-    if scan.lost == 0 {
-        result = carry_out(scan, write, resize, Repair::All).await?;
-        if result.corruptions == 0 {
-            return Ok(());
-        }
-    }
-    let first = result.messages.into_iter().next().unwrap_or_default();
-    Err(Error::new(
+    check_loss(&scan)?;
+    let result = carry_out(scan, write, resize, Repair::All).await?;
+    if result.corruptions == 0 { Ok(()) } else { Err(damaged(&result)) }
+}
+
+/// Finds out whether [`recount`] can be done, and changes nothing.
+///
+/// # Errors
+/// As [`recount`].
+pub(super) async fn check_recount(read: Io<'_, Read>) -> Result<()> {
+    check_loss(&Scan::of(read).await?)
+}
+
+fn check_loss(scan: &Scan<'_>) -> Result<()> {
+    if scan.lost == 0 { Ok(()) } else { Err(damaged(&scan.result)) }
+}
+
+fn damaged(result: &CheckResult) -> Error {
+    let first = result.messages.first().map_or("", String::as_str);
+    Error::new(
         ErrorKind::Corrupt,
         format!("the image was not closed properly, and more than its refcounts is damaged: {first}"),
     )
-    .remedy("open it with read-only=on, or repair it with 'img check -r all'"))
+    .remedy("open it with read-only=on, or repair it with 'img check -r all'")
 }
 
 async fn carry_out(

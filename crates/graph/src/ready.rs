@@ -1,0 +1,72 @@
+//! How far a draft goes without touching anything: all that publishing finds out before it changes a file or stops a
+//! request. Who only wants to know what would be ([`GraphOwner::rehearse`]) ends there, and drops the draft.
+//!
+//! What comes after that point can fail only for reasons that nobody can know before: the disk is full, a
+//! request or a flush does not end.
+
+use dolmen_rt::Rt;
+use dolmen_types::{NodeName, Result, ResultExt};
+
+use crate::registry::Opened;
+use crate::{Cx, Draft, Grants, Graph, GraphOwner, NodeChange};
+
+impl Draft {
+    /// Puts what was opened into its node.
+    pub(crate) fn put_opened(&mut self, node: &NodeName, opened: Opened, forced_read_only: bool) {
+        self.prepared.extend(opened.effect);
+        self.set_driver(node, opened.driver, forced_read_only);
+        // A driver that was opened before and replaced since has nothing to repair.
+        self.repairs.retain(|(n, _)| n != node);
+        self.repairs.extend(opened.repair.map(|r| (node.clone(), r)));
+    }
+
+    /// Lets the driver of a node say whether it can make a change that an operation is going to ask it for, once the
+    /// draft is published.
+    ///
+    /// # Errors
+    /// What the driver says; as [`Draft::prepare`].
+    pub async fn prepare_change(&mut self, rt: &Rt, node: &NodeName, change: NodeChange) -> Result<()> {
+        self.prepare(rt).await?;
+        let node = self.built_node(node)?;
+        let prepared = node.driver.prepare(Cx { node: &node, rt }, &change).await?;
+        self.prepared.push(prepared);
+        Ok(())
+    }
+
+    /// Repairs the images that can't be written as they are.
+    ///
+    /// # Errors
+    /// What the storage says.
+    pub(crate) async fn repair_images(&mut self, rt: &Rt) -> Result<()> {
+        for (name, repair) in std::mem::take(&mut self.repairs) {
+            if !self.has_node(&name) {
+                continue;
+            }
+            let node = self.built_node(&name)?;
+            let repaired = repair.repair(Cx { node: &node, rt }).await;
+            repaired.context(|| format!("the image of node '{name}' can't be repaired"))?;
+        }
+        Ok(())
+    }
+}
+
+impl GraphOwner {
+    /// The graph that publishing a draft would make, or why it would be refused: the same steps, up to the first that
+    /// changes anything.
+    ///
+    /// # Errors
+    /// As [`GraphOwner::publish`], as far as it can be known.
+    pub async fn rehearse(&self, draft: &mut Draft) -> Result<Graph> {
+        self.make_ready(draft).await?;
+        draft.preview()
+    }
+
+    /// Everything that can be refused, with nothing changed.
+    pub(crate) async fn make_ready(&self, draft: &mut Draft) -> Result<Grants> {
+        self.catch_up(draft)?;
+        draft.sweep();
+        let grants = self.prepare(draft).await?;
+        draft.check_complete(&grants)?;
+        Ok(grants)
+    }
+}
