@@ -1,16 +1,20 @@
 //! Changes of the graph as proposals: what a command would publish, on a draft.
 //!
-//! Every command that touches the graph is a proposal first. Publishing it is doing it;
-//! publishing several at once is a transaction; looking at the draft and dropping it is
-//! `what-if`. So the three can't disagree.
+//! Every command is a proposal first, which finds out everything that could be said against it and changes
+//! nothing outside of its draft. Publishing that is doing it; publishing several at once is a transaction; rehearsing
+//! the publication and dropping the draft is `what-if`. So the three can't disagree. What a command does beside the
+//! graph (an export offered, a header written) comes after its proposal, and has no refusals of its own.
 //!
 //! An instant command guards what it changes by the claims of an operation of its own. It
 //! is asked about ([`reopen::settle`]) and gone again before the draft is published.
 
 use std::rc::Rc;
 
-use dolmen_graph::{BackingName, ClaimScope, Class, Cx, Draft, NodeOpener, OpClaim, OpInfo, Prealloc};
+use dolmen_graph::{
+    BackingName, ClaimScope, Class, Cx, Draft, Node, NodeChange, NodeOpener, OpClaim, OpInfo, Prealloc,
+};
 use dolmen_qmp::QmpError;
+use dolmen_rt::Rt;
 use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Options, Result};
 
 use crate::jobs::{self, Started};
@@ -55,17 +59,10 @@ pub(crate) async fn propose(
             reopen::settle(draft, &op, &opener).await
         }
         Change::BlockdevSetActive { node, active } => reopen::propose_active(draft, node.as_deref(), active),
+        Change::NbdServerStart(start) => commands::propose_server(task, &start).await.map(drop),
+        Change::NbdServerStop => commands::propose_server_stop(task, draft),
         Change::ExportAdd(add) => commands::propose_export(task, draft, &add).map(drop),
-        Change::ExportDel { id, .. } => {
-            match task.shared.exports.borrow().iter().find(|e| e.id.as_str() == id) {
-                Some(e) => {
-                    draft.remove_op(&e.id);
-                    draft.sweep();
-                    Ok(())
-                }
-                None => Err(QmpError::generic(format!("Export '{id}' is not found"))),
-            }
-        }
+        Change::ExportDel { id, hard } => commands::propose_export_del(task, draft, &id, hard),
         Change::JobStart(start) => {
             started.push(jobs::start_in_draft(task, draft, start).await?);
             Ok(())
@@ -84,15 +81,13 @@ pub(crate) async fn propose(
             reopen::settle(draft, &op, &opener).await
         }
         Change::ChangeBackingFile { device, image, file } => {
-            check_backing(&opener, draft, &image, &file).await?;
-            let (op, _) = propose_change_backing(draft, &device, &image)?;
-            draft.solve()?;
+            let (op, opened) = propose_change_backing(&opener, draft, &device, &image, &file).await?;
             draft.remove_op(&op);
+            draft.restore_read_only(&opened);
             Ok(())
         }
         Change::Resize { node, size } => {
-            let op = propose_resize(draft, &node, size)?;
-            draft.solve()?;
+            let op = propose_resize(draft, &rt, &node, size).await?;
             draft.remove_op(&op);
             Ok(())
         }
@@ -107,15 +102,9 @@ pub(crate) async fn propose(
         Change::Abort => Err(QmpError::generic("Transaction aborted using Abort action")),
         Change::WhatIf(inner) => Box::pin(propose(task, draft, *inner, started)).await,
         // They change nothing in the graph by themselves.
-        Change::SetWriteThreshold { node, .. } => match draft.has_node(&node) {
-            true => Ok(()),
-            false => Err(QmpError::generic(format!("Device '{node}' not found"))),
-        },
-        Change::NbdServerStart(_)
-        | Change::NbdServerStop
-        | Change::JobFinalize { .. }
-        | Change::Nothing
-        | Change::Quit => Ok(()),
+        Change::SetWriteThreshold { node, .. } => commands::propose_write_threshold(task, &node).map(drop),
+        Change::Ask(ask) => ask.check(&task.shared.jobs).map(drop),
+        Change::Nothing | Change::Quit => Ok(()),
     }
 }
 
@@ -130,7 +119,7 @@ pub(crate) async fn carry_out(task: &Task, change: Change) -> Done {
     let done = match made {
         Ok(()) => task.commit(draft).await,
         Err(e) => {
-            drop(draft);
+            task.let_go(draft).await;
             Err(e)
         }
     };
@@ -217,7 +206,13 @@ pub(crate) fn propose_snapshot(draft: &mut Draft, node: &str, overlay: &str) -> 
 }
 
 /// The operation of `change-backing-file`, and the nodes that are made writable for it.
-fn propose_change_backing(draft: &mut Draft, device: &str, image: &str) -> Result<(OpId, Vec<NodeName>)> {
+async fn propose_change_backing(
+    opener: &NodeOpener<'_>,
+    draft: &mut Draft,
+    device: &str,
+    image: &str,
+    file: &str,
+) -> Result<(OpId, Vec<NodeName>)> {
     find(draft, device)?;
     let image = find(draft, image)?;
     if !draft.chain(device).contains(&image) {
@@ -228,6 +223,13 @@ fn propose_change_backing(draft: &mut Draft, device: &str, image: &str) -> Resul
         return Err(invalid(format!("node '{image}' has no backing file that could get another name"))
             .remedy("link one first (blockdev-reopen)"));
     }
+    let node = draft.built_node(&image)?;
+    if !file.is_empty() {
+        // A header must not lead back to its own image.
+        opener.check_backing(&node, BackingName { name: file, format: None }).await?;
+    }
+    let to = backing_name(&node, file).map(|b| (b.name.to_owned(), b.format.map(str::to_owned)));
+    drop(node);
     let op = command(
         draft,
         "change-backing-file",
@@ -236,16 +238,21 @@ fn propose_change_backing(draft: &mut Draft, device: &str, image: &str) -> Resul
     )?;
     claim(draft, &op, &image, Actions::G | Actions::M, "rewrites its header")?;
     let opened = draft.set_read_only(&image, false)?;
+    draft.prepare_change(opener.rt, &image, NodeChange::Backing(to)).await?;
     Ok((op, opened))
 }
 
-/// A header must not lead back to its own image.
-async fn check_backing(opener: &NodeOpener<'_>, draft: &Draft, image: &str, file: &str) -> Result<()> {
-    let node = draft.built_node(&find(draft, image)?)?;
-    match file.is_empty() {
-        true => Ok(()),
-        false => opener.check_backing(&node, BackingName { name: file, format: None }).await,
+/// The name as it goes into the header, with the format of the image that lies below now.
+fn backing_name<'a>(node: &Node, file: &'a str) -> Option<BackingName<'a>> {
+    let mut below = node.backing();
+    while let Some(next) = below
+        .and_then(|n| n.filtered())
+        .filter(|_| below.is_some_and(|n| n.driver.kind().class == Class::Filter))
+    {
+        below = Some(next);
     }
+    let format = below.map(|n| n.driver.kind().name);
+    Some(BackingName { name: file, format }).filter(|_| !file.is_empty())
 }
 
 /// `change-backing-file`: the header names another file, nothing else changes.
@@ -253,9 +260,8 @@ pub(crate) async fn change_backing_file(task: &Rc<Task>, device: &str, image: &s
     let mut draft = task.owner.draft();
     let shared = task.shared.clone();
     let opener = task.opener(&shared.rt);
-    shared.unless_quitting(async { Ok(check_backing(&opener, &draft, image, file).await?) }).await?;
-    let (op, opened) = propose_change_backing(&mut draft, device, image)?;
-    draft.solve()?;
+    let proposed = async { Ok(propose_change_backing(&opener, &mut draft, device, image, file).await?) };
+    let (op, opened) = shared.unless_quitting(proposed).await?;
     draft.mark_started(&op);
     task.commit(draft).await?;
     let owed = Owed::new(task, op, opened);
@@ -263,16 +269,7 @@ pub(crate) async fn change_backing_file(task: &Rc<Task>, device: &str, image: &s
     let rewritten = async {
         let graph = task.owner.graph();
         let node = graph.node(image).ok_or_else(|| invalid(format!("node '{image}' is gone")))?;
-        let mut below = node.backing();
-        while let Some(next) = below
-            .and_then(|n| n.filtered())
-            .filter(|_| below.is_some_and(|n| n.driver.kind().class == Class::Filter))
-        {
-            below = Some(next);
-        }
-        let format = below.map(|n| n.driver.kind().name);
-        let to = Some(BackingName { name: file, format }).filter(|_| !file.is_empty());
-        Ok(node.driver.set_backing(Cx { node, rt: &rt }, to).await?)
+        Ok(node.driver.set_backing(Cx { node, rt: &rt }, backing_name(node, file)).await?)
     };
     let rewritten = task.shared.unless_closing(rewritten).await;
     owed.give_back().await;
@@ -280,7 +277,7 @@ pub(crate) async fn change_backing_file(task: &Rc<Task>, device: &str, image: &s
 }
 
 /// The operation of `block_resize`: an edge of its own at the node that was named.
-fn propose_resize(draft: &mut Draft, node: &str, size: u64) -> Result<OpId> {
+async fn propose_resize(draft: &mut Draft, rt: &Rt, node: &str, size: u64) -> Result<OpId> {
     let node = find(draft, node)?;
     let now = draft.built_node(&node)?.size();
     let op = command(draft, "block_resize", &node, format!("resize of '{node}' to {size} bytes"))?;
@@ -299,14 +296,16 @@ fn propose_resize(draft: &mut Draft, node: &str, size: u64) -> Result<OpId> {
             claim(draft, &op, &reader, Actions::S, "changes its size")?;
         }
     }
+    draft.prepare_change(rt, &node, NodeChange::Resize { size }).await?;
     Ok(op)
 }
 
 /// `block_resize`.
 pub(crate) async fn block_resize(task: &Rc<Task>, node: &str, size: u64) -> Done {
     let mut draft = task.owner.draft();
-    let op = propose_resize(&mut draft, node, size)?;
-    draft.solve()?;
+    let shared = task.shared.clone();
+    let proposed = async { Ok(propose_resize(&mut draft, &shared.rt, node, size).await?) };
+    let op = shared.unless_quitting(proposed).await?;
     draft.mark_started(&op);
     task.commit(draft).await?;
     let edge = task.owner.edges(&op).next();

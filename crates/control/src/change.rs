@@ -10,7 +10,7 @@ use dolmen_types::{Error, ErrorKind, Options, Result, Value};
 
 use crate::act::device_or_node;
 use crate::images::{Drive, SnapshotSync};
-use crate::{JobStart, OperationBegin};
+use crate::{Ask, JobStart, OperationBegin};
 
 /// Clients that connect to the NBD server at one time, unless said otherwise.
 const MAX_CONNECTIONS: u32 = 100;
@@ -59,13 +59,8 @@ pub enum Change {
     },
     /// Starts a job.
     JobStart(JobStart),
-    /// Makes the result of a pending job visible.
-    JobFinalize {
-        /// Its id.
-        id: String,
-        /// Only a job that works on nodes is meant.
-        block: bool,
-    },
+    /// Asks something of a job.
+    Ask(Ask),
     /// A job with a target that it opens, or makes, itself.
     Drive(Drive),
     /// Puts an overlay over a node.
@@ -174,8 +169,6 @@ impl Change {
                 Change::ExportDel { id: o.require_str("id")?, hard }
             }
             "quit" => Change::Quit,
-            "job-finalize" => Change::JobFinalize { id: o.require_str("id")?, block: false },
-            "block-job-finalize" => Change::JobFinalize { id: o.require_str("id")?, block: true },
             "blockdev-snapshot" => {
                 Change::Snapshot { node: o.require_str("node")?, overlay: o.require_str("overlay")? }
             }
@@ -191,10 +184,15 @@ impl Change {
             "operation-begin" => Change::OperationBegin(OperationBegin::from_options(o)?),
             "operation-end" => Change::OperationEnd { id: o.require_str("id")? },
             "transaction" => transaction(o)?,
-            other => match Drive::from_options(other, o.clone()) {
-                Some(drive) => Change::Drive(drive),
-                None => return Ok(JobStart::from_options(other, o)?.map(Change::JobStart)),
-            },
+            other => {
+                if let Some(ask) = Ask::from_options(other, &mut o)? {
+                    return Ok(Some(Change::Ask(ask)));
+                }
+                match Drive::from_options(other, o.clone()) {
+                    Some(drive) => Change::Drive(drive),
+                    None => return Ok(JobStart::from_options(other, o)?.map(Change::JobStart)),
+                }
+            }
         }))
     }
 }

@@ -1,11 +1,12 @@
 //! The commands that change something.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use dolmen_exports::{NbdExport, NbdServer, NbdServerConfig};
-use dolmen_graph::{Draft, OpInfo};
-use dolmen_qmp::QmpError;
+use dolmen_graph::{Draft, Node, OpInfo};
+use dolmen_qmp::{QmpError, SocketAddress};
 use dolmen_rt::Addr;
 use dolmen_types::{Actions, Claim, Error, ErrorKind, OpId, Options};
 
@@ -16,16 +17,6 @@ use crate::{ExportAdd, NbdServerStart};
 
 type Done = Result<(), QmpError>;
 
-/// Opens a node and what is defined inside it: all of it, or nothing.
-pub(crate) async fn blockdev_add(task: &Task, options: Options) -> Done {
-    let mut draft = task.owner.draft();
-    // A server may not answer. Dropping the draft on the way out closes what was opened.
-    let shared = task.shared.clone();
-    shared.unless_quitting(propose_add(task, &mut draft, options)).await?;
-    task.commit(draft).await?;
-    Ok(())
-}
-
 /// Puts a node and what is defined inside it into a draft.
 pub(crate) async fn propose_add(task: &Task, draft: &mut Draft, options: Options) -> Done {
     if !options.has("node-name") {
@@ -34,15 +25,6 @@ pub(crate) async fn propose_add(task: &Task, draft: &mut Draft, options: Options
     let rt = task.shared.rt.clone();
     task.opener(&rt).open(draft, options, true).await?;
     Ok(())
-}
-
-/// Closes a node and those below it that nobody else holds.
-pub(crate) async fn blockdev_del(task: &Task, name: &str) -> Done {
-    let mut draft = task.owner.draft();
-    propose_del(task, &mut draft, name)?;
-    task.commit(draft).await?;
-    // The node is gone either way, but who removed it wants to know that data are missing.
-    task.report_events().map_or(Ok(()), Err)
 }
 
 /// Takes a node out of a draft.
@@ -65,43 +47,64 @@ pub(crate) fn propose_del(task: &Task, draft: &mut Draft, name: &str) -> Done {
     Ok(())
 }
 
+/// The node whose write threshold is to be set.
+pub(crate) fn propose_write_threshold(task: &Task, name: &str) -> Result<Arc<Node>, QmpError> {
+    let node = task.owner.graph().node(name).cloned();
+    node.ok_or_else(|| QmpError::generic(format!("Device '{name}' not found")))
+}
+
 /// Sets the write threshold of a node. Changes no link and no grant, so nothing is drafted.
 pub(crate) fn set_write_threshold(task: &Task, name: &str, threshold: u64) -> Done {
-    let Some(node) = task.owner.graph().node(name).cloned() else {
-        return Err(QmpError::generic(format!("Device '{name}' not found")));
-    };
+    let node = propose_write_threshold(task, name)?;
     node.state.set_write_threshold(Some(threshold).filter(|t| *t != 0));
     Ok(())
 }
 
-/// Starts the NBD server.
-pub(crate) async fn nbd_server_start(task: &Task, start: NbdServerStart) -> Done {
+/// Where an NBD server would listen, if it could be started.
+pub(crate) async fn propose_server(task: &Task, start: &NbdServerStart) -> Result<Addr, QmpError> {
     if task.server.borrow().is_some() {
         return Err(QmpError::generic("NBD server already running"));
     }
-    let address = match start.address {
-        dolmen_qmp::SocketAddress::Unix { path } => Addr::Unix(dolmen_types::os_name(&path).into()),
-        dolmen_qmp::SocketAddress::Inet { host, port } => {
+    let address = match &start.address {
+        SocketAddress::Unix { path } => Addr::Unix(dolmen_types::os_name(path).into()),
+        SocketAddress::Inet { host, port } => {
             let port = port.parse().map_err(|_| {
                 QmpError::generic(format!("Parameter 'port' expects a number up to 65535, not '{port}'"))
             })?;
-            Addr::Inet { host, port }
+            Addr::Inet { host: host.clone(), port }
         }
     };
+    // A name may take long to resolve.
+    let check = async { Ok(NbdServer::check(&task.shared.rt, &address).await?) };
+    task.shared.unless_quitting(check).await?;
+    Ok(address)
+}
+
+/// Starts the NBD server.
+pub(crate) async fn nbd_server_start(task: &Task, start: NbdServerStart) -> Done {
+    let address = propose_server(task, &start).await?;
     let config =
         NbdServerConfig { max_connections: start.max_connections, handshake_max: start.handshake_max };
-    // A name may take long to resolve.
     let listen = async { Ok(NbdServer::listen(&task.shared.rt, &address, config).await?) };
     let server = task.shared.unless_quitting(listen).await?;
     task.server.replace(Some(Rc::new(server)));
     Ok(())
 }
 
+/// Takes all exports out of a draft.
+pub(crate) fn propose_server_stop(task: &Task, draft: &mut Draft) -> Done {
+    if task.server.borrow().is_none() {
+        return Err(QmpError::generic("NBD server not running"));
+    }
+    task.shared.exports.borrow().iter().for_each(|e| draft.remove_op(&e.id));
+    draft.sweep();
+    Ok(())
+}
+
 /// Disconnects everybody and stops the server. Answers when that is done, or soon if clients don't go.
 pub(crate) fn nbd_server_stop(task: &Task, reply: &Reply) -> Done {
-    let Some(server) = task.server.take() else {
-        return Err(QmpError::generic("NBD server not running"));
-    };
+    propose_server_stop(task, &mut task.owner.draft())?;
+    let Some(server) = task.server.take() else { return Ok(()) };
     let mut exports = task.shared.exports.borrow_mut();
     exports.iter_mut().for_each(|e| e.shutting_down = true);
     let ids = exports.iter().map(|e| e.id.clone()).collect();
@@ -132,6 +135,7 @@ pub(crate) fn propose_export(task: &Task, draft: &mut Draft, add: &ExportAdd) ->
     if task.shared.exports.borrow().iter().any(|e| e.name == *name) {
         return Err(QmpError::generic(format!("NBD server already has export named '{name}'")));
     }
+    NbdServer::check_texts(name, &add.description)?;
     let read_only = task.owner.graph().node(&add.node).is_some_and(|n| n.flags.read_only);
     if add.writable && read_only {
         return Err(QmpError::generic("Cannot export read-only node as writable"));
@@ -207,11 +211,10 @@ fn answer_in_time(task: &Task, reply: &Reply) {
     });
 }
 
-/// Removes an export. Answers when its clients are gone, or soon if they don't go, or at once when they are not
-/// to be disturbed.
-pub(crate) fn export_del(task: &Task, id: &str, hard: bool, reply: &Reply) -> Done {
-    let mut exports = task.shared.exports.borrow_mut();
-    let Some(export) = exports.iter_mut().find(|e| e.id.as_str() == id) else {
+/// Takes an export out of a draft.
+pub(crate) fn propose_export_del(task: &Task, draft: &mut Draft, id: &str, hard: bool) -> Done {
+    let exports = task.shared.exports.borrow();
+    let Some(export) = exports.iter().find(|e| e.id.as_str() == id) else {
         return Err(QmpError::generic(format!("Export '{id}' is not found")));
     };
     if export.shutting_down {
@@ -223,6 +226,17 @@ pub(crate) fn export_del(task: &Task, id: &str, hard: bool, reply: &Reply) -> Do
             "export '{id}' still in use by {clients} client(s) (disconnect them first, or use mode='hard' to disconnect them)"
         )));
     }
+    draft.remove_op(&export.id);
+    draft.sweep();
+    Ok(())
+}
+
+/// Removes an export. Answers when its clients are gone, or soon if they don't go, or at once when they are not
+/// to be disturbed.
+pub(crate) fn export_del(task: &Task, id: &str, hard: bool, reply: &Reply) -> Done {
+    propose_export_del(task, &mut task.owner.draft(), id, hard)?;
+    let mut exports = task.shared.exports.borrow_mut();
+    let Some(export) = exports.iter_mut().find(|e| e.id.as_str() == id) else { return Ok(()) };
     export.shutting_down = true;
     answer_in_time(task, reply);
     let (server, name, op) = (task.server.borrow().clone(), export.name.clone(), export.id.clone());

@@ -13,7 +13,9 @@ use dolmen_graph::{Graph, GraphOwner, OpClaim, OpInfo, OpenPolicy, Patience, Reg
 use dolmen_jobs::JobTable;
 use dolmen_qmp::model::{self, BlockExportInfo};
 use dolmen_qmp::schema::{Branch, Sources};
-use dolmen_qmp::{Event, QmpError, Request, Schema, Source, Timestamp, Version};
+use dolmen_qmp::{
+    ErrorClass, Event, QmpError, Request, Schema, Source, Timestamp, Version, already_negotiated,
+};
 use dolmen_rt::Rt;
 use dolmen_types::{Options, Value};
 use serde_json::{Value as Json, json};
@@ -94,7 +96,14 @@ impl Shared {
     pub(crate) fn published(&self) -> Published {
         let graph = self.owner.graph();
         let exports = self.exports.borrow().iter().map(|e| e.info(&graph)).collect();
-        Published { ops: self.owner.ops(), claims: self.owner.claims(), exports, graph }
+        let mut ops = self.owner.ops();
+        for op in &mut ops {
+            // What the graph knows of a job's state is as old as the last change.
+            if let Some(job) = self.jobs.get(op.id.as_str()) {
+                op.detail = job.detail();
+            }
+        }
+        Published { ops, claims: self.owner.claims(), exports, graph }
     }
 
     /// Sets one of the flags, and wakes who waits for it.
@@ -238,29 +247,45 @@ impl Control {
             return done;
         }
         if request.name == "what-if" {
-            let change = self.supposed(request)?;
-            return self.send(Change::WhatIf(Box::new(change)), request.name, Scope::All).await;
+            return match self.supposed(request)? {
+                Ok(change) => {
+                    self.send(Change::WhatIf(Box::new(change)), request.name, Scope::of(&request.arguments))
+                        .await
+                }
+                Err(why) => Ok(operations::refused(&why)),
+            };
         }
         match Change::from_request(request)? {
+            Some(Change::Ask(ask)) if ask.is_instant() => ask.carry_out(&self.shared),
             Some(change) => self.send(change, request.name, Scope::of(&request.arguments)).await,
             None => self.query(request),
         }
     }
 
-    /// The change that `what-if` asks about.
-    fn supposed(&self, request: &Request) -> Result<Change, QmpError> {
+    /// The change that `what-if` asks about, or the refusal of a command whose arguments make no sense.
+    ///
+    /// # Errors
+    /// When it is no question: there is no such command.
+    fn supposed(&self, request: &Request) -> Result<Result<Change, QmpError>, QmpError> {
         let mut o = Options::from_value(request.arguments.clone())?;
         let command = o.require_str("command")?;
         let arguments = match o.take("arguments") {
             Some(v) => dolmen_qmp::json::from_value(&v),
             None => json!({}),
         };
-        let (name, arguments) = self.shared.schema.check_command(&command, arguments, Source::Json)?;
-        let inner = Request { name, arguments, id: None };
-        if inner.name == "what-if" {
-            return Err(QmpError::generic("what-if asks about commands, not about itself"));
+        match command.as_str() {
+            "what-if" => return Err(QmpError::generic("what-if asks about commands, not about itself")),
+            // Whoever asks has negotiated.
+            "qmp_capabilities" => return Ok(Err(already_negotiated())),
+            _ => {}
         }
-        Ok(Change::from_request(&inner)?.unwrap_or(Change::Nothing))
+        let (name, arguments) = match self.shared.schema.check_command(&command, arguments, Source::Json) {
+            Err(e) if e.class == ErrorClass::CommandNotFound => return Err(e),
+            Err(e) => return Ok(Err(e)),
+            Ok(checked) => checked,
+        };
+        let change = Change::from_request(&Request { name, arguments, id: None });
+        Ok(change.map(|c| c.unwrap_or(Change::Nothing)).map_err(QmpError::from))
     }
 
     /// Makes a change and waits for its result.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   block-stream ...  --> start_in_draft --> commit --> Started::after_commit     in the task
-//!   job-pause ...     --> at once, on the job: never waits for a change           beside the task
+//!   job-pause ...     --> Ask::check, then at once on the job: never waits        beside the task
 //!   a job's work ends --> attention --> Task::attend: Group::advance              in the task
 //! ```
 //!
@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use dolmen_graph::{Draft, NodeOpener};
 use dolmen_jobs::{
-    Backup, Commit, Create, Emit, Job, JobEvent, JobOptions, JobTable, Kind, Mirror, Prefetch, Status,
-    Stream, Work, launch, prepare,
+    Backup, Commit, Create, Demand, Emit, Job, JobEvent, JobOptions, JobTable, Kind, Mirror, Prefetch,
+    Status, Stream, Work, launch, prepare,
 };
 use dolmen_qmp::model::{self, BlockJobInfo, JobInfo};
 use dolmen_qmp::{ErrorClass, QmpError, Request};
@@ -83,18 +83,36 @@ impl JobStart {
 #[derive(Debug)]
 pub(crate) struct Started {
     job: Rc<Job>,
+    /// It is known by now that it will fail.
+    pub(crate) fails: Option<QmpError>,
 }
 
 /// Puts a job into a draft: its operation, filters, edges and claims. Tells nobody.
+///
+/// # Errors
+/// Why the job can't be; the draft is then of no more use.
 pub(crate) async fn start_in_draft(
     task: &Task,
     draft: &mut Draft,
     start: JobStart,
 ) -> Result<Started, QmpError> {
-    begin(task, draft, start, &mut None).await
+    let (kind, options) = (start.work.kind(), start.options.clone());
+    let mut refusal = None;
+    match (begin(task, draft, start, &mut refusal).await, refusal) {
+        // Established clients wait for the job to fail when its file can't be used. It is never part of a transaction,
+        // so the draft is its own.
+        (Err(_), Some(e)) if kind == Kind::Create && e.kind() != ErrorKind::Unsupported => {
+            *draft = task.owner.draft();
+            let fails = Some(QmpError::from(&e));
+            let work = Box::new(Create::failing(e));
+            let started = begin(task, draft, JobStart { work, options }, &mut None).await?;
+            Ok(Started { fails, ..started })
+        }
+        (begun, _) => begun,
+    }
 }
 
-/// The same; when it is the job itself that is refused, `refusal` says why.
+/// When it is the job itself that is refused, `refusal` says why.
 async fn begin(
     task: &Task,
     draft: &mut Draft,
@@ -135,7 +153,7 @@ async fn begin(
         })
     };
     task.shared.unless_quitting(prepared).await?;
-    Ok(Started { job })
+    Ok(Started { job, fails: None })
 }
 
 impl Started {
@@ -148,32 +166,114 @@ impl Started {
     }
 }
 
-/// Starts a job by itself.
-pub(crate) async fn start(task: &Task, start: JobStart) -> Result<(), QmpError> {
-    let (kind, options) = (start.work.kind(), start.options.clone());
-    let mut draft = task.owner.draft();
-    let mut refusal = None;
-    let started = match begin(task, &mut draft, start, &mut refusal).await {
-        Ok(started) => started,
-        Err(e) => match refusal {
-            // Established clients wait for the job to fail when its file can't be used.
-            Some(e) if kind == Kind::Create && e.kind() != ErrorKind::Unsupported => {
-                draft = task.owner.draft();
-                let work = Box::new(Create::failing(e));
-                start_in_draft(task, &mut draft, JobStart { work, options }).await?
-            }
-            _ => return Err(e),
-        },
-    };
-    task.commit(draft).await?;
-    Started::after_commit(vec![started], task);
-    Ok(())
+/// Something that a command asks of a job.
+#[derive(Debug)]
+pub struct Ask {
+    id: String,
+    /// Only a job that works on nodes is meant.
+    block: bool,
+    demand: Demand,
+    /// The kind of job whose options are to be changed.
+    kind: Option<String>,
 }
 
-/// `job-finalize`: makes results visible, and answers when they are.
-pub(crate) async fn finalize(task: &Task, id: &str, block: bool) -> Result<(), QmpError> {
-    let job = find(&task.shared.jobs, id, block)?;
-    job.check_finalize()?;
+impl Ask {
+    /// What a command asks; `None` for other commands.
+    ///
+    /// # Errors
+    /// When arguments do not make sense.
+    pub fn from_options(command: &str, o: &mut Options) -> Result<Option<Ask>> {
+        let (block, name) = match command.strip_prefix("block-job-") {
+            Some(name) => (true, name),
+            None => (false, command.strip_prefix("job-").unwrap_or_default()),
+        };
+        let by = match name {
+            "finalize" | "dismiss" | "change" => "id",
+            _ if block => "device",
+            _ => "id",
+        };
+        let is_verb = ["pause", "resume", "cancel", "complete", "finalize", "dismiss"].contains(&name)
+            || (block && ["set-speed", "change"].contains(&name));
+        if !is_verb {
+            return Ok(None);
+        }
+        let id = o.require_str(by)?;
+        let mut kind = None;
+        let demand = match name {
+            "pause" => Demand::Pause,
+            "resume" => Demand::Resume,
+            "cancel" => Demand::Cancel { force: !block || o.take_bool("force")?.unwrap_or(false) },
+            "complete" => Demand::Complete,
+            "finalize" => Demand::Finalize,
+            "set-speed" => Demand::SetSpeed(o.take_size("speed")?.unwrap_or(0)),
+            "change" => {
+                kind = Some(o.require_str("type")?);
+                Demand::Change(o.clone())
+            }
+            _ => Demand::Dismiss,
+        };
+        Ok(Some(Ask { id, block, demand, kind }))
+    }
+
+    /// Whether it is done at once, on the job itself: everything that makes no result visible.
+    pub(crate) fn is_instant(&self) -> bool {
+        !matches!(self.demand, Demand::Finalize)
+    }
+
+    /// The job that is meant, if there is one.
+    pub(crate) fn job(&self, jobs: &JobTable) -> Option<Rc<Job>> {
+        jobs.get(&self.id).filter(|j| !self.block || j.kind().is_block_job())
+    }
+
+    /// The job, if it can be asked for this now. Nothing changes.
+    ///
+    /// # Errors
+    /// That there is no such job, or why it can't.
+    pub(crate) fn check(&self, jobs: &JobTable) -> Result<Rc<Job>, QmpError> {
+        let Some(job) = self.job(jobs) else {
+            return Err(match self.block {
+                true => QmpError::generic(format!("Block job '{}' not found", self.id))
+                    .with_class(ErrorClass::DeviceNotActive),
+                false => QmpError::generic("Job not found"),
+            });
+        };
+        match &self.kind {
+            Some(kind) if kind != job.kind().as_str() && job.kind() == Kind::Mirror => {
+                let text = format!("Job '{}' is of type {}, not {kind}", job.id(), job.kind().as_str());
+                return Err(Error::new(ErrorKind::InvalidInput, text)
+                    .remedy("query-jobs shows the types")
+                    .into());
+            }
+            _ => job.check(&self.demand)?,
+        }
+        Ok(job)
+    }
+
+    /// Asks the job, which never waits for changes under way.
+    ///
+    /// # Errors
+    /// As [`Ask::check`].
+    pub(crate) fn carry_out(self, shared: &Shared) -> Result<Json, QmpError> {
+        let job = self.check(&shared.jobs)?;
+        match self.demand {
+            Demand::Pause => job.pause(),
+            Demand::Resume => job.resume(),
+            Demand::Cancel { force } => job.cancel(force),
+            Demand::Complete => job.complete(),
+            Demand::SetSpeed(speed) => job.set_speed(speed),
+            Demand::Change(options) => job.change(options),
+            Demand::Dismiss => job.dismiss(),
+            // It changes the graph: see [`finalize`].
+            Demand::Finalize => Ok(()),
+        }?;
+        shared.jobs.sweep();
+        Ok(json!({}))
+    }
+}
+
+/// Makes results visible, and answers when they are.
+pub(crate) async fn finalize(task: &Task, ask: &Ask) -> Result<(), QmpError> {
+    let job = ask.check(&task.shared.jobs)?;
     if let Some(group) = job.group() {
         let mut owner = task.owner.clone();
         // What makes a result visible is given up late only.
@@ -268,19 +368,7 @@ fn message(job: &Job, event: JobEvent) -> Option<(&'static str, Json)> {
     })
 }
 
-/// The job that a command means: one of all, or one of those that work on nodes.
-fn find(jobs: &JobTable, id: &str, block: bool) -> Result<Rc<Job>, QmpError> {
-    match jobs.get(id) {
-        Some(job) if !block || job.kind().is_block_job() => Ok(job),
-        _ if block => {
-            Err(QmpError::generic(format!("Block job '{id}' not found"))
-                .with_class(ErrorClass::DeviceNotActive))
-        }
-        _ => Err(QmpError::generic("Job not found")),
-    }
-}
-
-/// Executes a query or a verb, which never waits for changes under way; `None` for other commands.
+/// Executes a query about jobs, which never waits for changes under way; `None` for other commands.
 pub(crate) fn at_once(shared: &Shared, request: &Request) -> Option<Result<Json, QmpError>> {
     let jobs = &shared.jobs;
     Some(match request.name {
@@ -292,45 +380,8 @@ pub(crate) fn at_once(shared: &Shared, request: &Request) -> Option<Result<Json,
             .filter(|j| j.kind().is_block_job())
             .map(|j| model::to_json(&block_job_info(j)))
             .collect()),
-        "job-pause" | "job-resume" | "job-cancel" | "job-complete" | "job-dismiss" => {
-            verb(shared, request, "id", false)
-        }
-        "block-job-pause"
-        | "block-job-resume"
-        | "block-job-cancel"
-        | "block-job-complete"
-        | "block-job-set-speed" => verb(shared, request, "device", true),
-        "block-job-dismiss" | "block-job-change" => verb(shared, request, "id", true),
         _ => return None,
     })
-}
-
-fn verb(shared: &Shared, request: &Request, by: &str, block: bool) -> Result<Json, QmpError> {
-    let mut o = Options::from_value(request.arguments.clone())?;
-    let id = o.require_str(by)?;
-    let job = find(&shared.jobs, &id, block)?;
-    let name = request.name.strip_prefix("block-").unwrap_or(request.name);
-    match name {
-        "job-pause" => job.pause(),
-        "job-resume" => job.resume(),
-        "job-cancel" => job.cancel(!block || o.take_bool("force")?.unwrap_or(false)),
-        "job-complete" => job.complete(),
-        "job-dismiss" => job.dismiss(),
-        "job-set-speed" => job.set_speed(o.take_size("speed")?.unwrap_or(0)),
-        "job-change" => change(&job, o),
-        other => return Err(QmpError::command_not_found(format!("The command {other} has not been found"))),
-    }?;
-    shared.jobs.sweep();
-    Ok(json!({}))
-}
-
-fn change(job: &Job, mut o: Options) -> Result<()> {
-    let kind = o.require_str("type")?;
-    if kind == job.kind().as_str() || job.kind() != Kind::Mirror {
-        return job.change(o);
-    }
-    let text = format!("Job '{}' is of type {}, not {kind}", job.id(), job.kind().as_str());
-    Err(Error::new(ErrorKind::InvalidInput, text).remedy("query-jobs shows the types"))
 }
 
 fn job_info(job: &Job) -> JobInfo {

@@ -39,7 +39,7 @@ pub use change::{Change, ExportAdd, NbdServerStart};
 pub use dolmen_graph::node_filename;
 pub use handle::{Config, Control, Log};
 pub use images::{Drive, SnapshotSync};
-pub use jobs::JobStart;
+pub use jobs::{Ask, JobStart};
 pub use monitor::{MonitorOptions, serve_monitor};
 pub use names::image_name;
 pub use operations::{OperationBegin, ToolClaim};

@@ -175,21 +175,32 @@ pub(crate) fn list(graph: &Graph, ops: &[OpInfo], claims: &[OpClaim], now: Insta
         .collect()
 }
 
-/// The reply of `what-if`: the graph that a command would leave, or why it would be refused.
+/// The reply of `what-if`: the graph that a command would leave, or why it would be refused. It is found out by doing
+/// the command up to the point where something changes.
 pub(crate) async fn what_if(task: &Task, change: Change) -> Json {
     let mut draft = task.owner.draft();
     let mut started = Vec::new();
-    let shared = task.shared.clone();
-    let proposed = shared.unless_quitting(act::propose(task, &mut draft, change, &mut started)).await;
-    let seen = proposed.and_then(|()| {
-        draft.sweep();
-        Ok(draft.preview()?)
-    });
-    match seen {
+    let rehearsed = async {
+        act::propose(task, &mut draft, change, &mut started).await?;
+        Ok(task.owner.rehearse(&mut draft).await?)
+    };
+    let rehearsed = task.shared.unless_quitting(rehearsed).await;
+    let said = match rehearsed {
         Ok(graph) => {
-            let ops = draft.ops().to_vec();
-            json!({"allowed": true, "graph": model::to_json(&query::block_graph(&graph, &ops))})
+            let graph = model::to_json(&query::block_graph(&graph, draft.ops()));
+            let mut out = json!({"allowed": true, "graph": graph});
+            if let Some(e) = started.iter().find_map(|s| s.fails.as_ref()) {
+                out["job-error"] = e.to_json();
+            }
+            out
         }
-        Err(e) => json!({"allowed": false, "error": e.to_json()}),
-    }
+        Err(e) => refused(&e),
+    };
+    task.let_go(draft).await;
+    said
+}
+
+/// The reply of `what-if` about a command that is refused.
+pub(crate) fn refused(why: &QmpError) -> Json {
+    json!({"allowed": false, "error": why.to_json()})
 }

@@ -9,8 +9,6 @@ use dolmen_graph::{Draft, NodeOpener};
 use dolmen_qmp::QmpError;
 use dolmen_types::{ErrorKind, OpId, Options};
 
-use crate::task::Task;
-
 type Done = Result<(), QmpError>;
 
 /// Puts into a draft what `blockdev-reopen` asks for. The operation stays in the draft, with its
@@ -48,24 +46,6 @@ pub(crate) async fn settle(draft: &mut Draft, op: &OpId, opener: &NodeOpener<'_>
     Ok(())
 }
 
-/// Gives nodes other options and children: all of them or none.
-pub(crate) async fn blockdev_reopen(task: &Task, list: Vec<Options>) -> Done {
-    if list.is_empty() {
-        return Ok(());
-    }
-    let mut draft = task.owner.draft();
-    let rt = task.shared.rt.clone();
-    let opener = task.opener(&rt);
-    let work = async {
-        let op = propose(&opener, &mut draft, list).await?;
-        settle(&mut draft, &op, &opener).await
-    };
-    // A server may not answer.
-    task.shared.unless_quitting(work).await?;
-    task.commit(draft).await?;
-    task.report_events().map_or(Ok(()), Err)
-}
-
 /// Puts into a draft what `blockdev-set-active` asks for.
 ///
 /// # Errors
@@ -85,15 +65,4 @@ pub(crate) fn propose_active(draft: &mut Draft, node: Option<&str>, active: bool
         _ => QmpError::from(e),
     })?;
     Ok(())
-}
-
-/// Hands images to another process, or takes them over.
-pub(crate) async fn blockdev_set_active(task: &Task, node: Option<&str>, active: bool) -> Done {
-    let mut draft = task.owner.draft();
-    propose_active(&mut draft, node, active)?;
-    let rt = task.shared.rt.clone();
-    let prepare = async { Ok(draft.prepare(&rt).await.map(drop)?) };
-    task.shared.unless_quitting(prepare).await?;
-    task.commit(draft).await?;
-    task.report_events().map_or(Ok(()), Err)
 }

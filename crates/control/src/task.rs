@@ -13,13 +13,14 @@ use dolmen_exports::NbdServer;
 use dolmen_graph::{Draft, GraphEvent, GraphOwner, Notice, Notices, Patience};
 use dolmen_jobs::Job as BlockJob;
 use dolmen_qmp::QmpError;
+use dolmen_rt::put_off;
 use dolmen_types::{Error, ErrorKind, OpId};
 use serde_json::{Value as Json, json};
 
 use crate::export::stop_server;
 use crate::handle::{Config, Job, PATIENCE, Shared};
 use crate::turns::{Scope, Turn, Turns};
-use crate::{Change, act, commands, jobs, operations, reopen};
+use crate::{Change, act, commands, jobs, operations};
 
 /// How long the last replies may take to leave, once everything is closed. A client
 /// that does not read must not keep the program alive.
@@ -35,6 +36,9 @@ const CLIENTS_END: Duration = Duration::from_secs(5);
 /// is less than service managers wait before they kill.
 const NODES_END: Patience =
     Patience { publish: Duration::from_secs(5), close: Some(Duration::from_secs(55)) };
+
+/// How long a draft that is dropped may hold up the answer.
+const LET_GO: Duration = Duration::from_secs(1);
 
 /// What commands about the server have in common. No node has such a name.
 const SERVER: &str = "\0server";
@@ -183,7 +187,17 @@ pub(crate) fn answer(reply: &Reply, result: Result<Json, QmpError>) {
 impl Task {
     /// The place in the queue of a change; `None` for those that need none.
     fn turn_of(&self, job: &Job) -> Option<Turn> {
-        let scope = match &job.change {
+        // What-if waits for what the command would wait for.
+        let (change, asks) = match &job.change {
+            Change::WhatIf(inner) => (&**inner, true),
+            change => (change, false),
+        };
+        let scope = match change {
+            // What would go is taken out of a draft.
+            Change::NbdServerStop if asks => {
+                Scope::names(self.shared.exports.borrow().iter().map(|e| e.id.clone()))
+            }
+            Change::ExportDel { id, .. } if asks => Scope::names([id]),
             // They change nothing in the graph, or only say what is to go: that takes its turn later.
             Change::WhatIf(_)
             | Change::Nothing
@@ -192,10 +206,8 @@ impl Task {
             | Change::ExportDel { .. } => return None,
             Change::NbdServerStart(_) => Scope::names([SERVER]),
             Change::BlockdevSetActive { node: None, .. } => Scope::All,
-            Change::JobFinalize { id, .. } => match self.shared.jobs.get(id) {
-                Some(job) => jobs::scope(&job),
-                None => return None,
-            },
+            Change::Ask(ask) if ask.is_instant() => return None,
+            Change::Ask(ask) => jobs::scope(&ask.job(&self.shared.jobs)?),
             _ => job.scope.clone(),
         };
         Some(self.turns.queue(job.what.clone(), scope))
@@ -228,14 +240,8 @@ impl Task {
         }
         self.describe_jobs();
         let result = match change {
-            Change::BlockdevAdd(options) => commands::blockdev_add(self, options).await,
-            Change::BlockdevDel { node } => commands::blockdev_del(self, &node).await,
             Change::SetWriteThreshold { node, threshold } => {
                 commands::set_write_threshold(self, &node, threshold)
-            }
-            Change::BlockdevReopen(list) => reopen::blockdev_reopen(self, list).await,
-            Change::BlockdevSetActive { node, active } => {
-                reopen::blockdev_set_active(self, node.as_deref(), active).await
             }
             Change::NbdServerStart(start) => commands::nbd_server_start(self, start).await,
             Change::ExportAdd(add) => commands::export_add(self, add).await,
@@ -248,13 +254,18 @@ impl Task {
                 Ok(()) => return,
                 Err(e) => Err(e),
             },
-            Change::JobStart(start) => jobs::start(self, start).await,
-            Change::JobFinalize { id, block } => jobs::finalize(self, &id, block).await,
+            Change::Ask(ask) => jobs::finalize(self, &ask).await,
             Change::ChangeBackingFile { device, image, file } => {
                 act::change_backing_file(self, &device, &image, &file).await
             }
             Change::Resize { node, size } => act::block_resize(self, &node, size).await,
-            change @ (Change::Drive(_)
+            // Publishing the proposal is all that is to be done.
+            change @ (Change::BlockdevAdd(_)
+            | Change::BlockdevDel { .. }
+            | Change::BlockdevReopen(_)
+            | Change::BlockdevSetActive { .. }
+            | Change::JobStart(_)
+            | Change::Drive(_)
             | Change::Snapshot { .. }
             | Change::SnapshotSync(_)
             | Change::OperationBegin(_)
@@ -285,6 +296,13 @@ impl Task {
         let hurry = self.shared.until(&self.shared.hurry);
         futures_lite::future::or(closing.ended(), hurry).await;
         Ok(())
+    }
+
+    /// Drops a draft that is not published, and waits a little until its files and locks are let go: whoever is answered
+    /// finds things as they were.
+    pub(crate) async fn let_go(&self, draft: Draft) {
+        let ((), late) = put_off(|| drop(draft));
+        futures_lite::future::or(late.done(), self.shared.rt.sleep(LET_GO)).await;
     }
 
     /// What opens nodes as this program is configured.

@@ -524,7 +524,7 @@ impl Work for Backup {
         Ok(())
     }
 
-    fn change(&self, _: Options) -> Result<()> {
+    fn change(&self, _: Options) -> Result<crate::Effect<'_>> {
         Err(nothing_to_change())
     }
 

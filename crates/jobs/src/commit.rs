@@ -508,7 +508,7 @@ impl Work for Commit {
         Ok(())
     }
 
-    fn change(&self, options: Options) -> Result<()> {
+    fn change(&self, options: Options) -> Result<crate::Effect<'_>> {
         if self.begun()?.active { self.core.change(options) } else { Err(crate::nothing_to_change()) }
     }
 

@@ -196,7 +196,7 @@ impl Work for Create {
         Ok(())
     }
 
-    fn change(&self, _: Options) -> Result<()> {
+    fn change(&self, _: Options) -> Result<crate::Effect<'_>> {
         Err(nothing_to_change())
     }
 

@@ -87,6 +87,30 @@ pub struct Progress {
     pub total: u64,
 }
 
+/// What a user asks of a job.
+#[derive(Clone, Debug)]
+pub enum Demand {
+    /// See [`Job::pause`].
+    Pause,
+    /// See [`Job::resume`].
+    Resume,
+    /// See [`Job::cancel`].
+    Cancel {
+        /// Without what it has.
+        force: bool,
+    },
+    /// See [`Job::complete`].
+    Complete,
+    /// See [`Job::set_speed`].
+    SetSpeed(u64),
+    /// See [`Job::change`].
+    Change(Options),
+    /// See [`Group::finalize`].
+    Finalize,
+    /// See [`Job::dismiss`].
+    Dismiss,
+}
+
 /// Something that clients are told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum JobEvent {
@@ -353,8 +377,51 @@ impl Job {
         self.emit(JobEvent::Ready);
     }
 
-    fn check(&self, verb: Verb) -> Result<()> {
+    fn may(&self, verb: Verb) -> Result<()> {
         verb.check(self.id(), self.status())
+    }
+
+    /// Whether it can be asked for this now. Nothing changes; each demand is checked here before it is met.
+    ///
+    /// # Errors
+    /// `InvalidInput` when its state does not permit it; what the work says.
+    pub fn check(&self, demand: &Demand) -> Result<()> {
+        match demand {
+            Demand::Pause => {
+                self.may(Verb::Pause)?;
+                if self.pause.get() {
+                    return Err(refused("Job is already paused"));
+                }
+            }
+            Demand::Resume => {
+                if !self.pause.get() {
+                    return Err(refused("Can't resume a job that was not paused"));
+                }
+                self.may(Verb::Resume)?;
+            }
+            Demand::Cancel { force } => {
+                self.may(Verb::Cancel)?;
+                if !force && self.pause.get() {
+                    let text = format!("The block job for device '{}' is currently paused", self.id());
+                    return Err(refused(text).remedy("resume it first, or cancel it with force"));
+                }
+            }
+            Demand::Complete => {
+                self.may(Verb::Complete)?;
+                if self.cancelled.get() || self.wish.get() == Wish::Keep {
+                    return Err(refused(format!("The active block job '{}' cannot be completed", self.id())));
+                }
+                self.work.may_complete()?;
+            }
+            Demand::SetSpeed(_) => self.may(Verb::SetSpeed)?,
+            Demand::Change(options) => {
+                self.may(Verb::Change)?;
+                drop(self.work.change(options.clone())?);
+            }
+            Demand::Finalize => self.may(Verb::Finalize)?,
+            Demand::Dismiss => self.may(Verb::Dismiss)?,
+        }
+        Ok(())
     }
 
     /// Asks it to stop for now. It is paused when what is in flight has finished.
@@ -362,10 +429,8 @@ impl Job {
     /// # Errors
     /// `InvalidInput` when its state does not permit it, or it is paused already.
     pub fn pause(&self) -> Result<()> {
-        self.check(Verb::Pause)?;
-        if self.pause.replace(true) {
-            return Err(refused("Job is already paused"));
-        }
+        self.check(&Demand::Pause)?;
+        self.pause.set(true);
         self.changed();
         Ok(())
     }
@@ -375,10 +440,7 @@ impl Job {
     /// # Errors
     /// As [`Job::pause`], when it is not paused.
     pub fn resume(&self) -> Result<()> {
-        if !self.pause.get() {
-            return Err(refused("Can't resume a job that was not paused"));
-        }
-        self.check(Verb::Resume)?;
+        self.check(&Demand::Resume)?;
         self.pause.set(false);
         self.io_status.set(IoStatus::Ok);
         self.changed();
@@ -391,11 +453,7 @@ impl Job {
     /// # Errors
     /// As [`Job::pause`]; also when it is paused and not forced.
     pub fn cancel(self: &Rc<Job>, force: bool) -> Result<()> {
-        self.check(Verb::Cancel)?;
-        if !force && self.pause.get() {
-            let text = format!("The block job for device '{}' is currently paused", self.id());
-            return Err(refused(text).remedy("resume it first, or cancel it with force"));
-        }
+        self.check(&Demand::Cancel { force })?;
         if !force && self.status() == Status::Ready && !self.has_run() {
             self.wish.set(Wish::Keep);
         } else {
@@ -420,11 +478,7 @@ impl Job {
     /// # Errors
     /// As [`Job::pause`]; also when it ends already.
     pub fn complete(&self) -> Result<()> {
-        self.check(Verb::Complete)?;
-        if self.cancelled.get() || self.wish.get() == Wish::Keep {
-            return Err(refused(format!("The active block job '{}' cannot be completed", self.id())));
-        }
-        self.work.may_complete()?;
+        self.check(&Demand::Complete)?;
         self.wish.set(Wish::Complete);
         self.changed();
         Ok(())
@@ -435,7 +489,7 @@ impl Job {
     /// # Errors
     /// As [`Job::pause`].
     pub fn set_speed(&self, speed: u64) -> Result<()> {
-        self.check(Verb::SetSpeed)?;
+        self.check(&Demand::SetSpeed(speed))?;
         let mut limit = self.limit.get();
         limit.set_speed(speed, self.rt.now());
         self.limit.set(limit);
@@ -448,18 +502,10 @@ impl Job {
     /// # Errors
     /// As [`Job::pause`], and what the work says.
     pub fn change(&self, options: Options) -> Result<()> {
-        self.check(Verb::Change)?;
-        self.work.change(options)?;
+        self.may(Verb::Change)?;
+        self.work.change(options)?();
         self.changed();
         Ok(())
-    }
-
-    /// Checks that it may be finalized; [`Group::finalize`] does it.
-    ///
-    /// # Errors
-    /// As [`Job::pause`].
-    pub fn check_finalize(&self) -> Result<()> {
-        self.check(Verb::Finalize)
     }
 
     /// Forgets it; it is then to be dropped.
@@ -467,14 +513,14 @@ impl Job {
     /// # Errors
     /// As [`Job::pause`].
     pub fn dismiss(&self) -> Result<()> {
-        self.check(Verb::Dismiss)?;
+        self.check(&Demand::Dismiss)?;
         self.become_(Status::Null);
         Ok(())
     }
 
     /// Cancels it because the program ends; harmless in any state.
     pub fn give_up(self: &Rc<Job>) {
-        if self.check(Verb::Cancel).is_ok() {
+        if self.may(Verb::Cancel).is_ok() {
             self.force_cancel();
         }
     }

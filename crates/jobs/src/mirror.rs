@@ -324,7 +324,7 @@ impl Work for Mirror {
         }
     }
 
-    fn change(&self, options: Options) -> Result<()> {
+    fn change(&self, options: Options) -> Result<crate::Effect<'_>> {
         self.core.change(options)
     }
 

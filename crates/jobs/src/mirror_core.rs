@@ -390,13 +390,13 @@ impl Core {
     ///
     /// # Errors
     /// `InvalidInput`.
-    pub(crate) fn change(&self, mut o: Options) -> Result<()> {
+    pub(crate) fn change(&self, mut o: Options) -> Result<crate::Effect<'_>> {
         let Some(mode) = o.take_enum("copy-mode", COPY_MODES)? else {
             return Err(invalid("Parameter 'copy-mode' is missing"));
         };
         let filter = self.filter()?;
-        filter.set_phase(if blocks(mode) { Phase::Blocking } else { Phase::Background });
-        Ok(())
+        let phase = if blocks(mode) { Phase::Blocking } else { Phase::Background };
+        Ok(Box::new(move || filter.set_phase(phase)))
     }
 
     /// Whether every write goes to both sides, which are the same.

@@ -160,7 +160,7 @@ impl Work for Prefetch {
         Ok(())
     }
 
-    fn change(&self, _: Options) -> Result<()> {
+    fn change(&self, _: Options) -> Result<crate::Effect<'_>> {
         Err(nothing_to_change())
     }
 

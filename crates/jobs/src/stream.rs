@@ -305,7 +305,7 @@ impl Work for Stream {
         Ok(())
     }
 
-    fn change(&self, _: Options) -> Result<()> {
+    fn change(&self, _: Options) -> Result<crate::Effect<'_>> {
         Err(nothing_to_change())
     }
 

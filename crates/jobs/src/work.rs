@@ -122,6 +122,9 @@ pub struct Details {
     pub actively_synced: Option<bool>,
 }
 
+/// Something that has been found possible, and happens when this is called.
+pub type Effect<'a> = Box<dyn FnOnce() + 'a>;
+
 /// What a job does. There are no default methods: whoever adds a method has to think about
 /// every job.
 pub trait Work: fmt::Debug + std::any::Any {
@@ -168,11 +171,11 @@ pub trait Work: fmt::Debug + std::any::Any {
     /// Why its result would be wrong; the job stays ready.
     fn may_complete(&self) -> Result<()>;
 
-    /// Changes options while the job runs.
+    /// What changing options while the job runs will do; it changes nothing until that is called.
     ///
     /// # Errors
     /// `Unsupported` when the job has none that can be changed.
-    fn change(&self, options: Options) -> Result<()>;
+    fn change(&self, options: Options) -> Result<Effect<'_>>;
 
     /// What queries show beyond what all jobs show.
     fn details(&self) -> Details;

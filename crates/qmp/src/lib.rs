@@ -31,5 +31,6 @@ pub use address::SocketAddress;
 pub use framer::{FrameError, Framer, MAX_MESSAGE_BYTES, MAX_NESTING_DEPTH};
 pub use schema::{Schema, Source};
 pub use wire::{
-    ErrorClass, Event, QmpError, Request, Session, Step, Timestamp, Version, reply_error, reply_ok,
+    ErrorClass, Event, QmpError, Request, Session, Step, Timestamp, Version, already_negotiated, reply_error,
+    reply_ok,
 };

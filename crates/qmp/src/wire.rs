@@ -305,9 +305,7 @@ impl Session {
             return Err(QmpError::generic("QMP input lacks member 'execute'"));
         };
         if name == "qmp_capabilities" && self.negotiated {
-            return Err(QmpError::command_not_found(
-                "Capabilities negotiation is already complete, command ignored",
-            ));
+            return Err(already_negotiated());
         }
         if name != "qmp_capabilities" && !self.negotiated {
             return Err(QmpError::command_not_found(
@@ -332,4 +330,8 @@ impl Session {
 
 fn failed(error: &QmpError, id: Option<&Json>) -> Step {
     Step::Reply(reply_error(error, id))
+}
+/// The refusal of `qmp_capabilities` once the negotiation is over.
+pub fn already_negotiated() -> QmpError {
+    QmpError::command_not_found("Capabilities negotiation is already complete, command ignored")
 }

@@ -198,18 +198,60 @@ impl CoreIo {
         }
     }
 
+    /// Finds out whether [`CoreIo::listen`] would succeed, and leaves no trace: a Unix socket is not made, a port is
+    /// bound for an instant and nobody can connect to it.
+    ///
+    /// # Errors
+    /// As [`CoreIo::listen`].
+    pub async fn check_listen(&self, addr: &Addr) -> Result<()> {
+        let context = || format!("Failed to listen on '{addr}'");
+        match addr {
+            Addr::Unix(path) => {
+                let at = SockAddr::unix(path)?;
+                let name = path.clone();
+                let absent = self.blocking_at(path, move || {
+                    if name.symlink_metadata().is_ok() {
+                        return Ok(false);
+                    }
+                    let dir = name.parent().filter(|p| !p.as_os_str().is_empty());
+                    crate::sys::check_writable_dir(dir.unwrap_or(Path::new("."))).map(|()| true)
+                });
+                match absent.await.context(context)? {
+                    true => Ok(()),
+                    false => self.check_left_over(path, at).await.context(context),
+                }
+            }
+            Addr::Inet { host, port } => {
+                let host = if host.is_empty() { "::" } else { host };
+                let mut last = Error::new(ErrorKind::NotFound, "the name has no address");
+                for a in self.resolve(host, *port).await? {
+                    match bound(&a) {
+                        Ok(_) => return Ok(()),
+                        Err(e) => last = e,
+                    }
+                }
+                Err(last.context(context()))
+            }
+        }
+    }
+
+    /// Fails unless what is at a path is the socket of a server that is dead.
+    async fn check_left_over(&self, path: &Path, addr: SockAddr) -> Result<()> {
+        let name = path.to_owned();
+        let is_socket = self.blocking_at(path, move || crate::sys::is_socket(&name)).await;
+        if self.is_live(addr).await || !is_socket {
+            return Err(Error::new(ErrorKind::Busy, "another process listens there already"));
+        }
+        Ok(())
+    }
+
     async fn listen_unix(&self, path: &Path) -> Result<Listener> {
         let context = || format!("Failed to listen on '{}'", path.display());
         let addr = SockAddr::unix(path)?;
         let listen = || self.blocking_at(path, move || listen_at(&addr));
         let socket = match listen().await {
             Err(e) if e.errno() == libc::EADDRINUSE => {
-                let name = path.to_owned();
-                let is_socket = self.blocking_at(path, move || crate::sys::is_socket(&name)).await;
-                if self.is_live(addr).await || !is_socket {
-                    return Err(Error::new(ErrorKind::Busy, "another process listens there already")
-                        .context(context()));
-                }
+                self.check_left_over(path, addr).await.context(context)?;
                 let name = path.to_owned();
                 self.blocking_at(path, move || std::fs::remove_file(name)).await.context(context)?;
                 listen().await.context(context)?
@@ -498,7 +540,8 @@ fn new_socket(family: i32) -> Result<Socket> {
     Ok(Socket(Arc::new(unsafe { OwnedFd::from_raw_fd(fd) })))
 }
 
-fn listen_at(addr: &SockAddr) -> Result<Socket> {
+/// A socket with an address, at which nobody listens yet.
+fn bound(addr: &SockAddr) -> Result<Socket> {
     let socket = new_socket(addr.family())?;
     if addr.family() != libc::AF_UNIX {
         set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR);
@@ -508,6 +551,11 @@ fn listen_at(addr: &SockAddr) -> Result<Socket> {
     if unsafe { libc::bind(socket.raw(), ptr, len) } != 0 {
         return Err(std::io::Error::last_os_error().into());
     }
+    Ok(socket)
+}
+
+fn listen_at(addr: &SockAddr) -> Result<Socket> {
+    let socket = bound(addr)?;
     // SAFETY: a plain call.
     if unsafe { libc::listen(socket.raw(), BACKLOG) } != 0 {
         return Err(std::io::Error::last_os_error().into());

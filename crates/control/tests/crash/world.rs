@@ -365,7 +365,7 @@ impl Work for Attach {
         Ok(())
     }
 
-    fn change(&self, _: Options) -> Result<()> {
+    fn change(&self, _: Options) -> Result<dolmen_jobs::Effect<'_>> {
         Err(nothing_to_change())
     }
 

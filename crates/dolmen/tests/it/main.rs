@@ -38,3 +38,4 @@ mod serve;
 mod stats;
 mod story;
 mod trust;
+mod what_if;

@@ -17,8 +17,10 @@
 mod client;
 mod daemon;
 mod model;
+mod questions;
 mod steps;
 mod table;
+mod what_if;
 mod world;
 
 use std::collections::BTreeMap;

@@ -326,6 +326,11 @@ impl World {
         }
     }
 
+    /// Where its files are.
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
     /// Puts the directory's name in the place of `DIR`.
     pub(crate) fn placed(&self, arguments: &Json) -> Json {
         let dir = self.dir.path().display().to_string();
@@ -801,7 +806,7 @@ fn reopened(dir: &Path, wanted: Vec<(PathBuf, View)>) -> Outcome<()> {
 }
 
 /// Locks that this process holds on files of a directory.
-fn locks(dir: &Path) -> Vec<String> {
+pub(crate) fn locks(dir: &Path) -> Vec<String> {
     let mut out = Vec::new();
     for fd in fs::read_dir("/proc/self/fd").expect("a list").flatten() {
         let Ok(target) = fs::read_link(fd.path()) else { continue };

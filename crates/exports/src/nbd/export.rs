@@ -33,17 +33,7 @@ pub struct NbdExport {
 impl NbdExport {
     /// Checks names and grants.
     pub(crate) fn check(&self) -> Result<()> {
-        for (what, text) in [("name", &self.name), ("description", &self.description)] {
-            if text.len() > limits::MAX_STRING || text.contains('\0') {
-                return Err(Error::new(
-                    ErrorKind::InvalidInput,
-                    format!(
-                        "the {what} of an NBD export has at most {} bytes and no NUL",
-                        limits::MAX_STRING
-                    ),
-                ));
-            }
-        }
+        check_texts(&self.name, &self.description)?;
         let needs = if self.writable { Actions::D | Actions::V } else { Actions::D };
         if !self.edge.claim().needs.contains(needs) {
             return Err(Error::new(
@@ -53,6 +43,19 @@ impl NbdExport {
         }
         Ok(())
     }
+}
+
+/// Checks what clients are told.
+pub(crate) fn check_texts(name: &str, description: &str) -> Result<()> {
+    for (what, text) in [("name", name), ("description", description)] {
+        if text.len() > limits::MAX_STRING || text.contains('\0') {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("the {what} of an NBD export has at most {} bytes and no NUL", limits::MAX_STRING),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// An export that is offered.

@@ -26,7 +26,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use dolmen_rt::{Addr, Listener, Rt, Stream};
+use dolmen_rt::{Addr, CoreIo, Listener, Rt, Stream};
 use dolmen_types::{Error, ErrorKind, Result};
 
 pub use export::NbdExport;
@@ -95,16 +95,29 @@ impl Shared {
 }
 
 impl NbdServer {
+    /// Finds out whether a server could listen at `address`; leaves no trace there.
+    ///
+    /// # Errors
+    /// As [`NbdServer::listen`].
+    pub async fn check(rt: &Rt, address: &Addr) -> Result<()> {
+        io_of(rt)?.check_listen(address).await
+    }
+
+    /// Checks what clients are told about an export.
+    ///
+    /// # Errors
+    /// `InvalidInput` for texts that the protocol can't carry.
+    pub fn check_texts(name: &str, description: &str) -> Result<()> {
+        export::check_texts(name, description)
+    }
+
     /// Listens at `address` and begins to accept clients.
     ///
     /// # Errors
     /// What the operating system says about the address; `Busy` when somebody listens on
     /// that Unix socket. A socket left over by a dead server is replaced.
     pub async fn listen(rt: &Rt, address: &Addr, config: NbdServerConfig) -> Result<NbdServer> {
-        let Some(io) = rt.io() else {
-            return Err(Error::new(ErrorKind::Unsupported, "the simulation has no sockets"));
-        };
-        let listener = io.listen(address).await?;
+        let listener = io_of(rt)?.listen(address).await?;
         let address = match address {
             Addr::Inet { host, port } => {
                 Addr::Inet { host: host.clone(), port: listener.port().unwrap_or(*port) }
@@ -203,6 +216,10 @@ impl Drop for NbdServer {
         }
         self.shared.notify();
     }
+}
+
+fn io_of(rt: &Rt) -> Result<&CoreIo> {
+    rt.io().ok_or_else(|| Error::new(ErrorKind::Unsupported, "the simulation has no sockets"))
 }
 
 /// Disconnects the clients of an export; completes when the last is gone.

@@ -39,7 +39,7 @@ fn finalized_and_dismissed_by_hand() {
         rig.until(|| job.status() == Status::Pending).await;
         assert_eq!(rig.events(), statuses("j", "created running waiting pending PENDING"));
         assert_eq!(rig.owner.ops().len(), 1);
-        job.check_finalize().expect("may be finalized");
+        job.check(&crate::Demand::Finalize).expect("may be finalized");
         group.finalize(&mut rig.owner).await.expect("publishes");
         assert_eq!(rig.events(), statuses("j", "COMPLETED concluded"));
         assert!(rig.owner.ops().is_empty());

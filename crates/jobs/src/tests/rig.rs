@@ -127,7 +127,7 @@ impl Work for Reading {
         Ok(())
     }
 
-    fn change(&self, _: Options) -> Result<()> {
+    fn change(&self, _: Options) -> Result<crate::Effect<'_>> {
         Err(nothing_to_change())
     }
 

@@ -147,9 +147,11 @@ pub(super) static COMMANDS: &[Command] = &[
             Field::required("allowed", Ty::Bool),
             Field::optional("graph", Ty::Object(&model::BLOCK_GRAPH)),
             Field::optional("error", Ty::Any),
+            Field::optional("job-error", Ty::Any),
         ])),
         features: &[],
-        help: "The graph that a command would leave, or why it would be refused; nothing changes.",
+        help: "The graph that a command would leave, or why it would be refused; nothing changes. Of a command that \
+               starts a job which is known to fail, job-error says why.",
     },
     Command {
         name: "operation-begin",
