@@ -10,7 +10,8 @@
 //!   other node instead of "this process".
 //!
 //! Tightening is done while a change is prepared and may fail; loosening is done when it is published and cannot.
-//! Several preparations of one node may be open at once; only the last one that is committed decides what is let go.
+//! Several preparations of one node may be open at once, of one draft or of several, and end in any order: held is what
+//! the last one that was committed wants, and what those want that are open.
 
 use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
@@ -46,6 +47,10 @@ impl Stance {
         Stance { needs: self.needs | other.needs, denies: self.denies | other.denies }
     }
 
+    fn intersection(self, other: Stance) -> Stance {
+        Stance { needs: self.needs & other.needs, denies: self.denies & other.denies }
+    }
+
     fn bytes(self) -> impl Iterator<Item = u64> {
         let of = |set: Actions, first: u64| {
             LOCKED.into_iter().zip(first..).filter(move |(a, _)| set.contains((*a).into())).map(|(_, b)| b)
@@ -71,7 +76,7 @@ pub(super) struct Locks {
     between_processes: bool,
     /// Never held across an await.
     state: Mutex<State>,
-    /// What the table knows about this node; the same as `state.held`.
+    /// What the table knows about this node: what is held, and what is being asked for.
     entry: Arc<Mutex<Entry>>,
     _table: TableGuard,
 }
@@ -90,7 +95,11 @@ struct State {
     held: Stance,
     /// What is being asked for.
     wanted: Vec<Stance>,
-    /// Counts preparations; an older one must not loosen what a newer one needs.
+    /// What was committed last.
+    committed: Stance,
+    /// What open preparations want, by number.
+    open: Vec<(u64, Stance)>,
+    /// Counts preparations.
     latest: u64,
 }
 
@@ -185,12 +194,14 @@ impl Locks {
         let prepared = {
             let mut state = self.state();
             state.latest += 1;
-            LockChange { locks: self.clone(), before, target, number: state.latest, done: false }
+            let number = state.latest;
+            state.open.push((number, target));
+            LockChange { locks: self.clone(), number }
         };
         // From here on dropping `prepared` puts everything back.
         self.enter(node, wanted)?;
         if !self.between_processes || wanted == before {
-            self.state().held = wanted;
+            self.holds(target);
             return Ok(Box::new(prepared));
         }
         let io = rt.io().ok_or_else(no_files)?;
@@ -214,8 +225,14 @@ impl Locks {
             }
             return Err(self.locked_by(node, target, action, needed, &self.holders(io).await));
         }
-        self.state().held = wanted;
+        self.holds(target);
         Ok(Box::new(prepared))
+    }
+
+    /// What was asked for is locked. Others may have taken or let go of something since it was asked for.
+    fn holds(&self, target: Stance) {
+        let mut state = self.state();
+        state.held = state.held.union(target);
     }
 
     /// Locks the bytes that are new, then tests the opposite ones. Says which action clashes, and whether it is this
@@ -273,9 +290,22 @@ impl Locks {
         Ok(())
     }
 
-    fn set(&self, held: Stance) {
-        self.state().held = held;
-        self.entry.lock().unwrap_or_else(|e| e.into_inner()).stance = held;
+    /// The end of a preparation: what nobody wants any more is let go.
+    fn ended(self: &Arc<Self>, number: u64, committed: bool) {
+        let wanted = {
+            let mut state = self.state();
+            let Some(i) = state.open.iter().position(|(n, _)| *n == number) else { return };
+            let (_, target) = state.open.remove(i);
+            if committed {
+                state.committed = target;
+            }
+            let wanted = state.open.iter().fold(state.committed, |all, (_, s)| all.union(*s));
+            // What an open one wants may not be locked yet.
+            state.held = state.held.intersection(wanted);
+            wanted
+        };
+        self.entry.lock().unwrap_or_else(|e| e.into_inner()).stance = wanted;
+        self.let_go();
     }
 
     async fn holders(self: &Arc<Self>, io: &CoreIo) -> Vec<LockHolder> {
@@ -411,31 +441,19 @@ fn conflict(
 /// A change of locks that was prepared.
 struct LockChange {
     locks: Arc<Locks>,
-    before: Stance,
-    target: Stance,
     number: u64,
-    done: bool,
 }
 
 impl Prepared for LockChange {
-    fn commit(mut self: Box<Self>) {
-        self.done = true;
-        if self.locks.state().latest == self.number {
-            self.locks.set(self.target);
-            self.locks.let_go();
-        }
+    fn commit(self: Box<Self>) {
+        self.locks.ended(self.number, true);
     }
 }
 
 impl Drop for LockChange {
     fn drop(&mut self) {
-        if self.done {
-            return;
-        }
-        // Preparations are undone in reverse order, so the one before is the latest again.
-        self.locks.state().latest = self.number - 1;
-        self.locks.set(self.before);
-        self.locks.let_go();
+        // Does nothing once it was committed.
+        self.locks.ended(self.number, false);
     }
 }
 

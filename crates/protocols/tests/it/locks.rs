@@ -76,6 +76,40 @@ fn the_byte_table() {
     });
 }
 
+/// The story: drafts that were given up put back what was held when they began, also what another draft had taken
+/// since: a question about one change let go of the locks that another one had just got.
+#[test]
+fn drafts_end_in_any_order() {
+    on_both(async |mut w| {
+        let (_dir, path) = image();
+        w.open(file(&path)).await.unwrap();
+        // Each by itself is possible; whether both may be published is the solver's business.
+        let writer = async |w: &World| w.prepared("disk", D | V, ALL).await.unwrap().0;
+        let alone = async |w: &World| w.prepared("disk", D, ALL - V).await.unwrap();
+
+        let (a, (b, _)) = (writer(&w).await, alone(&w).await);
+        assert_eq!(bytes(&path), [100, 101, 201], "what either wants");
+        drop(a);
+        assert_eq!(bytes(&path), [100, 201]);
+        drop(b);
+        assert_eq!(bytes(&path), []);
+
+        let (a, (b, _)) = (writer(&w).await, alone(&w).await);
+        drop(b);
+        assert_eq!(bytes(&path), [100, 101]);
+        drop(a);
+        assert_eq!(bytes(&path), []);
+
+        let (a, (b, op)) = (writer(&w).await, alone(&w).await);
+        w.owner.commit(b).await.unwrap();
+        drop(a);
+        assert_eq!(bytes(&path), [100, 201], "what was published stays");
+        let edge = w.owner.edges(&op).next().unwrap();
+        w.detach(&edge).await;
+        assert_eq!(bytes(&path), []);
+    });
+}
+
 #[test]
 fn force_share_and_locking_off() {
     on_both(async |mut w| {

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use dolmen_graph::{
-    GraphOwner, Implicit, NodeOpener, OpInfo, OpenPolicy, Registry, Token, UserEdge, protocol_name,
+    Draft, GraphOwner, Implicit, NodeOpener, OpInfo, OpenPolicy, Registry, Token, UserEdge, protocol_name,
 };
 use dolmen_rt::{Config, CoreIo, EngineKind, Rt, block_on_with};
 use dolmen_types::{Actions, Claim, NodeName, OpId, Options, Result};
@@ -66,6 +66,19 @@ impl World {
         needs: Actions,
         allows: Actions,
     ) -> Result<Arc<UserEdge>> {
+        let (draft, id) = self.prepared(node, needs, allows).await?;
+        self.owner.commit(draft).await?;
+        let edge = self.owner.edges(&id).next().unwrap().clone();
+        Ok(edge)
+    }
+
+    /// The draft of that, with its locks.
+    pub(crate) async fn prepared(
+        &self,
+        node: &str,
+        needs: Actions,
+        allows: Actions,
+    ) -> Result<(Draft, OpId)> {
         let n = self.next.get();
         self.next.set(n + 1);
         let id = OpId::parse(&format!("user{n}")).unwrap();
@@ -79,9 +92,8 @@ impl World {
             instead_of_writing: None,
         })?;
         draft.add_user(&id, node, Claim { needs, allows })?;
-        self.owner.commit(draft).await?;
-        let edge = self.owner.edges(&id).next().unwrap().clone();
-        Ok(edge)
+        draft.prepare(&self.rt).await?;
+        Ok((draft, id))
     }
 
     /// Takes a user off again.
