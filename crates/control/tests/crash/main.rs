@@ -19,6 +19,7 @@
 
 mod aftermath;
 mod changes;
+mod guest;
 mod judge;
 mod late;
 mod schedule;
@@ -207,9 +208,16 @@ fn schedules_lose_nothing() {
         for what in ["streamed", "committed", "mirrored", "backed up", "copy compared", "fleece compared"] {
             assert!(done.of(what) * 20 > count, "{what}: {done:?}");
         }
-        for what in
-            ["blockdev-reopen", "export add", "refused", "cancelled", "failed", "job-pause", "given up"]
-        {
+        for what in [
+            "blockdev-reopen",
+            "export add",
+            "refused",
+            "cancelled",
+            "failed",
+            "job-pause",
+            "given up",
+            "full",
+        ] {
             assert!(done.of(what) * 50 > count, "{what}: {done:?}");
         }
         assert!(left.after_pivot * 50 > left.crashes, "{left:?}");

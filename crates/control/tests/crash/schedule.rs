@@ -4,20 +4,20 @@
 //! client knows: replies, the states of jobs, and which data it has written.
 
 use std::collections::HashMap;
-use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use dolmen_graph::UserEdge;
 use dolmen_sim::{
-    DiskConfig, Fault, FaultAction, GuestOp, Journal, Oracle, Random, ReadMark, SECTOR, Sim, SimDisk,
-    TagPattern, User, ZERO_TAG,
+    DiskConfig, Fault, FaultAction, Journal, Oracle, Random, ReadMark, SECTOR, Sim, SimDisk, TagPattern,
+    User, ZERO_TAG,
 };
-use dolmen_types::{Actions, Error, ErrorKind, OpKind, Options, Span, Value, WriteFlags};
+use dolmen_types::{Actions, ErrorKind, OpKind, Options, Value};
 use serde_json::Value as Json;
 
-use crate::world::{Asked, Seen, World, content, image_name, image_node, make_image};
+use crate::guest::start_guest;
+use crate::world::{Asked, PLENTY, Seen, World, content, image_name, image_node, make_image};
 
 /// What a seed has drawn.
 #[derive(Debug)]
@@ -36,6 +36,8 @@ pub(crate) struct Schedule {
     steps: u64,
     latency_ns_max: u64,
     errors: bool,
+    /// Disks become full, and have space again.
+    full: bool,
     /// Guests give up some of their requests.
     cancels: bool,
 }
@@ -56,6 +58,7 @@ impl Schedule {
             steps: r.between(3, 14),
             latency_ns_max: *r.pick(&[10_000, 100_000, 100_000, 400_000]),
             errors: r.percent(30),
+            full: r.percent(30),
             cancels: r.percent(50),
         }
     }
@@ -123,7 +126,9 @@ pub(crate) fn run(schedule: Schedule, seed: u64) -> Result<Ran, String> {
         for _ in 0..schedule.images {
             oracle.fresh_tag();
         }
-        let world = World::new(&rt, oracle, config, schedule.errors);
+        let world = World::new(&rt, oracle, config, schedule.errors || schedule.full);
+        world.only_full.set(schedule.full && !schedule.errors);
+        world.fills.set(schedule.full);
         world.cancels.set(schedule.cancels);
         let mut below: Option<String> = None;
         for layer in &chain {
@@ -153,7 +158,7 @@ pub(crate) fn run(schedule: Schedule, seed: u64) -> Result<Ran, String> {
             start_guest(&world, edge.clone(), random.fork(), 40, true);
         }
         drop(edge);
-        let steps = schedule.steps;
+        let (steps, schedule_errors) = (schedule.steps, schedule.errors);
         let mut play = Play {
             world: world.clone(),
             schedule,
@@ -175,7 +180,7 @@ pub(crate) fn run(schedule: Schedule, seed: u64) -> Result<Ran, String> {
         world.guest.take();
         world.control.change(dolmen_control::Change::Quit).await.map_err(|e| e.desc)?;
         world.control.ended().await;
-        let errors = world.errors;
+        let errors = schedule_errors;
         let oracle = world.oracle.replace(Oracle::new(Vec::new()));
         Ok(Ran {
             journal: world.journal.clone(),
@@ -635,6 +640,13 @@ impl Play {
         }
         let disks = self.world.disks.borrow();
         let disk = &self.random.pick(&disks).1;
+        if self.world.fills.get() && (self.world.only_full.get() || self.random.percent(50)) {
+            let space = disk.image().space() + self.random.below(4) * self.random.below(16 << 10);
+            disk.set_capacity(Some(if self.random.percent(40) { PLENTY } else { space }));
+            drop(disks);
+            self.done.count("full");
+            return;
+        }
         let kinds = [OpKind::Write, OpKind::Write, OpKind::Read, OpKind::Flush, OpKind::WriteZeroes];
         disk.inject(Fault {
             kind: *self.random.pick(&kinds),
@@ -705,6 +717,10 @@ impl Play {
             if self.jobs.is_empty() {
                 break;
             }
+            if round == 50 && self.world.fills.get() {
+                // A job that is to ignore errors goes on when there is space again.
+                self.world.disks.borrow().iter().for_each(|d| d.1.set_capacity(Some(PLENTY)));
+            }
             if round == 1999 {
                 return Err(format!("jobs do not end: {:?} {:?}", self.jobs, self.world.jobs().await));
             }
@@ -757,145 +773,6 @@ impl Play {
         }
         self.world.look();
         Ok(())
-    }
-}
-
-/// Starts a guest that makes so many requests.
-fn start_guest(world: &Rc<World>, edge: Arc<UserEdge>, random: Random, requests: u64, writes: bool) {
-    let guest = Guest { user: User::new(edge, world.rt.clone()), world: world.clone(), random, writes };
-    world.guests.set(world.guests.get() + 1);
-    world.rt.spawn(async move {
-        let world = guest.world.clone();
-        guest.run(requests).await;
-        world.guests.set(world.guests.get() - 1);
-    });
-}
-
-/// One request after the other.
-struct Guest {
-    user: User,
-    world: Rc<World>,
-    random: Random,
-    writes: bool,
-}
-
-impl Guest {
-    async fn run(mut self, requests: u64) {
-        for _ in 0..requests {
-            self.world.rt.sleep(Duration::from_nanos(self.random.below(600_000))).await;
-            if self.world.stop.get() {
-                return;
-            }
-            if self.world.rest.get() {
-                continue;
-            }
-            self.world.look();
-            self.world.busy.set(self.world.busy.get() + 1);
-            let answered = self.request().await;
-            self.world.busy.set(self.world.busy.get() - 1);
-            if !answered {
-                return;
-            }
-            self.world.look();
-        }
-    }
-
-    /// Makes a request. `false` when nobody answers any more.
-    async fn request(&mut self) -> bool {
-        let size = self.user.size() / SECTOR;
-        let first = self.random.below(size);
-        let longest = if self.random.percent(60) { 4 } else { 40 };
-        let at = Span::new(first, self.random.between(1, longest.min(size - first)));
-        let bytes = Span::new(at.offset() * SECTOR, at.len() * SECTOR);
-        let (user, world) = (self.user.clone(), self.world.clone());
-        let dice = if self.writes { self.random.below(100) } else { 70 };
-        if std::env::var_os("DOLMEN_SIM_TRACE").is_some() {
-            eprintln!("{}: guest {dice} at sectors {at:?}", world.position());
-        }
-        match dice {
-            0..45 => {
-                let fua = self.random.percent(10);
-                let tag = world.oracle.borrow_mut().fresh_tag();
-                let mut data = vec![0; bytes.len() as usize];
-                TagPattern::fill(tag, at.offset(), &mut data);
-                let op = world.oracle.borrow_mut().write(at, tag, fua, world.position());
-                let flags = if fua { WriteFlags::FUA } else { WriteFlags::NONE };
-                let result = self.attempt(user.write(bytes.offset(), &data, flags)).await;
-                self.complete("write", op, result)
-            }
-            45..55 => {
-                let flags = if self.random.percent(50) { WriteFlags::MAY_UNMAP } else { WriteFlags::NONE };
-                let op = world.oracle.borrow_mut().write(at, ZERO_TAG, false, world.position());
-                let result = self.attempt(user.write_zeroes(bytes, flags)).await;
-                self.complete("write zeroes", op, result)
-            }
-            55..63 => {
-                let op = world.oracle.borrow_mut().discard(at, world.position());
-                let result = self.attempt(user.discard(bytes)).await;
-                self.complete("discard", op, result)
-            }
-            63..80 => {
-                let mark = world.oracle.borrow_mut().read();
-                match self.attempt(user.read(bytes.offset(), bytes.len() as usize)).await {
-                    None => true,
-                    Some(Ok(found)) => {
-                        let judged = world.oracle.borrow_mut().check_read(mark, at.offset(), &found);
-                        judged.unwrap_or_else(|v| panic!("at {}: {v}", world.position()));
-                        true
-                    }
-                    Some(Err(e)) => self.bear("read", &e),
-                }
-            }
-            _ => {
-                let op = world.oracle.borrow_mut().flush(world.position());
-                let Some(result) = self.attempt(user.flush()).await else { return true };
-                world.oracle.borrow_mut().flushed(op, &result, world.position());
-                match result {
-                    Ok(()) => true,
-                    Err(e) => self.bear("flush", &e),
-                }
-            }
-        }
-    }
-
-    /// Waits for a request, or gives it up after a while (`None`).
-    async fn attempt<T>(
-        &mut self,
-        request: impl Future<Output = Result<T, Error>>,
-    ) -> Option<Result<T, Error>> {
-        if !self.world.cancels.get() || !self.random.percent(15) {
-            return Some(request.await);
-        }
-        let patience = self.world.rt.sleep(Duration::from_nanos(self.random.below(400_000)));
-        let result = futures_lite::future::or(async { Some(request.await) }, async {
-            patience.await;
-            None
-        })
-        .await;
-        if result.is_none() {
-            self.world.given_up.set(self.world.given_up.get() + 1);
-        }
-        result
-    }
-
-    /// A request that was given up may have happened, or happen later: for the oracle it never completes.
-    fn complete(&self, what: &str, op: GuestOp, result: Option<Result<(), Error>>) -> bool {
-        let Some(result) = &result else { return true };
-        if std::env::var_os("DOLMEN_SIM_TRACE").is_some() {
-            eprintln!("{}: {what} {op:?} {:?}", self.world.position(), result.is_ok());
-        }
-        self.world.oracle.borrow_mut().complete(op, result, self.world.position());
-        match result {
-            Ok(()) => true,
-            Err(e) => self.bear(what, e),
-        }
-    }
-
-    /// Whether to go on after an error; panics if there must not be one.
-    fn bear(&self, what: &str, e: &Error) -> bool {
-        let gone = e.kind() == ErrorKind::Disconnected;
-        assert!(gone || self.world.errors, "{what} failed at {}: {e:?}", self.world.position());
-        !gone
     }
 }
 

@@ -233,6 +233,9 @@ impl Plan {
         for _ in 0..if self.errors { random.between(1, 3) } else { 0 } {
             disk.inject(some_fault(&mut random));
         }
+        if self.errors && random.percent(30) {
+            disk.set_capacity(Some(disk.image().space() + random.below(self.sectors * SECTOR)));
+        }
         let running = Rc::new(Cell::new(self.tasks));
         let paused = Rc::new(Cell::new(false));
         for task in 0..self.tasks {

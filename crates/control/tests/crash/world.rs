@@ -32,6 +32,9 @@ pub(crate) static REGISTRY: Registry = Registry::new(&[
     &NAMED_DISK,
 ]);
 
+/// Space of a disk that is not full.
+pub(crate) const PLENTY: u64 = 1 << 40;
+
 /// What images name may be opened: the names are those that the images of the test were given.
 pub(crate) const POLICY: OpenPolicy = OpenPolicy {
     implicit: Implicit::Anything,
@@ -157,6 +160,10 @@ pub(crate) struct World {
     pub(crate) guest: RefCell<Option<Arc<UserEdge>>>,
     /// Requests may fail.
     pub(crate) errors: bool,
+    /// Disks become full.
+    pub(crate) fills: Cell<bool>,
+    /// Nothing fails but for that.
+    pub(crate) only_full: Cell<bool>,
     /// Guests give up some of their requests.
     pub(crate) cancels: Cell<bool>,
     /// How many they have given up.
@@ -185,6 +192,8 @@ impl World {
             seen: RefCell::default(),
             guest: RefCell::default(),
             errors,
+            fills: Cell::new(false),
+            only_full: Cell::new(false),
             cancels: Cell::new(false),
             given_up: Cell::new(0),
             stop: Cell::new(false),
@@ -198,6 +207,10 @@ impl World {
     pub(crate) fn add_disk(&self, name: &str, image: Image) {
         let mut disks = self.disks.borrow_mut();
         let disk = SimDisk::in_journal(image, self.config, &self.journal, disks.len());
+        if self.fills.get() {
+            // Zeroes that are written take space from the beginning.
+            disk.set_capacity(Some(PLENTY));
+        }
         disks.push((name.to_owned(), disk));
         plug(disks.clone());
     }
