@@ -298,6 +298,18 @@ impl SimDisk {
         }
     }
 
+    /// The log so far as text, an event a line: what a failure of a test is explained with.
+    pub fn log_text(&self) -> String {
+        let state = self.state();
+        let lines = state.log.iter().enumerate().map(|(i, e)| match e {
+            Event::Submitted { id, change: Change::Write(at, data), fua } => {
+                format!("{i}: {id} write {at:#x} {} bytes fua={fua}\n", data.len())
+            }
+            other => format!("{i}: {other:?}\n"),
+        });
+        lines.collect()
+    }
+
     /// The content before the log, and the log so far.
     pub(crate) fn history(&self) -> (Image, Vec<Event>) {
         (self.shared.initial.clone(), self.state().log.clone())

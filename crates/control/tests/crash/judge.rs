@@ -70,6 +70,9 @@ pub(crate) fn judge(scenario: &Scenario, run: &Run, seed: u64, crashes: u64) -> 
             run.oracle.check_crash(position, &bytes).map_err(|v| v.to_string())
         });
         if let Err(what) = verdict {
+            if std::env::var_os("DOLMEN_SIM_TRACE").is_some() {
+                eprintln!("{}", run.disk.log_text());
+            }
             return Err(format!("crash at {position} of {events}: {what}{}", keep(&image, seed, position)));
         }
     }

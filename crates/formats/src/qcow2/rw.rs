@@ -9,7 +9,6 @@
 //!   still write there, or in place: it takes the claim and the leases along, so that nothing is reused before it has landed.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
 
 use dolmen_graph::{Io, Notice, Prealloc, Write};
 use dolmen_rt::{Guard, Hold, IoVec, Memory, carry};
@@ -26,8 +25,6 @@ use super::round::Patch;
 
 /// Most bytes that one copy-on-read or copy-on-write step holds in memory.
 const MAX_COPY: u64 = 16 << 20;
-/// The file grows in steps of this, so that growing is rare; closing cuts what is not used.
-const GROW_STEP: u64 = 8 << 20;
 /// Zero padding up to this size is written together with the data, more as a zero write of its own.
 const MAX_PADDING: u64 = 64 << 10;
 
@@ -157,31 +154,6 @@ impl Core {
             io.write_bytes(p.at, &p.bytes, WriteFlags::NONE).await?;
         }
         Ok(())
-    }
-
-    /// Makes the file long enough.
-    pub(super) async fn reserve(&self, file: File<'_>, end: u64, prealloc: Prealloc) -> Result<()> {
-        if file.size() >= end {
-            return Ok(());
-        }
-        let _growing = self.growing.lock(Span::new(0, 1)).await;
-        if file.size() >= end {
-            return Ok(());
-        }
-        let target = if prealloc == Prealloc::Off { end.next_multiple_of(GROW_STEP) } else { end };
-        self.grown.store(true, SeqCst);
-        let io = file.resize()?;
-        match io.resize(target, prealloc).await {
-            Ok(()) => Ok(()),
-            Err(e) if e.kind() == ErrorKind::Unsupported => {
-                Err(Error::new(ErrorKind::NoSpace, "the image file can't grow").source(e.to_string()))
-            }
-            Err(e) if target > end => {
-                // The step may be too much where the exact size is not.
-                io.resize(end, prealloc).await.map_err(|_| e)
-            }
-            Err(e) => Err(e),
-        }
     }
 
     /// A read request.

@@ -14,10 +14,11 @@
 //! was put there meanwhile.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 
 use dolmen_graph::{ChildEdge, Prealloc, chain_status};
 use dolmen_rt::{LocalFuture, Rt};
-use dolmen_types::{ErrorKind, Result, ResultExt, Span, WriteFlags};
+use dolmen_types::{Error, ErrorKind, Result, ResultExt, Span, WriteFlags};
 
 use super::alloc::Allocated;
 use super::driver::Core;
@@ -27,6 +28,8 @@ use super::meta::{Freed, Meta};
 
 /// File systems give space in blocks of this size or more, so smaller clusters are reserved together.
 const BLOCK: u64 = 4096;
+/// The file grows in steps of this, so that growing is rare; closing cuts what is not used.
+const GROW_STEP: u64 = 8 << 20;
 
 /// What has to have space before memory may change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,13 +104,18 @@ impl Meta {
 }
 
 impl Core {
+    /// Makes the file long enough.
+    pub(super) async fn reserve(&self, file: File<'_>, end: u64, prealloc: Prealloc) -> Result<()> {
+        if file.size() >= end {
+            return Ok(());
+        }
+        let work: LocalFuture<'static, Result<()>> = Box::pin(Step::new(self, file).grow(end, prealloc));
+        file.rt().shielded(work).await
+    }
+
     /// Gives something its space, or fails as the file does.
     pub(super) async fn reserve_space(&self, file: File<'_>, what: Space) -> Result<()> {
-        let step = Step {
-            core: self.me.upgrade().expect("a method of it is running"),
-            edge: file.edge().clone(),
-            rt: file.rt().clone(),
-        };
+        let step = Step::new(self, file);
         let work: LocalFuture<'static, Result<()>> = Box::pin(step.run(what));
         file.rt().shielded(work).await.context(|| "no space for the metadata of a write")
     }
@@ -121,6 +129,34 @@ struct Step {
 }
 
 impl Step {
+    fn new(core: &Core, file: File<'_>) -> Step {
+        Step { core: core.itself(), edge: file.edge().clone(), rt: file.rt().clone() }
+    }
+
+    /// A size is absolute: one that is set late, or for somebody who did not see what was there, cuts off what others
+    /// have written behind it. So the next one is set when this one is done, and none is below what the file has.
+    async fn grow(self, end: u64, prealloc: Prealloc) -> Result<()> {
+        let file = self.file();
+        let _growing = self.core.growing.lock(Span::new(0, 1)).await;
+        if file.size() >= end {
+            return Ok(());
+        }
+        let target = if prealloc == Prealloc::Off { end.next_multiple_of(GROW_STEP) } else { end };
+        self.core.grown.store(true, SeqCst);
+        let io = file.resize()?;
+        match io.resize(target, prealloc).await {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == ErrorKind::Unsupported => {
+                Err(Error::new(ErrorKind::NoSpace, "the image file can't grow").source(e.to_string()))
+            }
+            // It may have grown all the same, and others may use that already.
+            Err(_) if file.size() >= end && prealloc == Prealloc::Off => Ok(()),
+            // The step may be too much where the exact size is not.
+            Err(e) if target > end && file.size() < end => io.resize(end, prealloc).await.map_err(|_| e),
+            Err(e) => Err(e),
+        }
+    }
+
     fn file(&self) -> File<'_> {
         File::new(&self.edge, &self.rt)
     }

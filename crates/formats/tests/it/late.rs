@@ -318,3 +318,36 @@ fn requests_that_are_given_up_harm_nobody() {
         });
     }
 }
+
+/// A size is absolute: one that is set for a write that was given up must not come after a larger one. (What did happen was the
+/// same without anybody giving up: growing failed after it had been done, the second attempt asked for less, and another
+/// request had written behind that. Seeds of the crash explorer show it.)
+#[test]
+fn a_size_that_is_set_late_cuts_nothing_off() {
+    Sim::run(7, |rt| async move {
+        const STEP: u64 = 8 << 20;
+        let mut rig = Rig::new(&rt, 4 * STEP).await;
+        let mut at = 0;
+        // Until the next cluster makes the file longer.
+        loop {
+            rig.write(at, CLUSTER, 3).await;
+            at += CLUSTER;
+            if rig.place(at - CLUSTER).await.unwrap() + CLUSTER >= STEP {
+                break;
+            }
+        }
+        assert_eq!(rig.disk.image().size(), STEP);
+        // The second size, and nothing else, is held back.
+        rig.give_up_write(Span::new(2 * STEP, 0), at, 1, WriteFlags::NONE).await;
+        let (later, disk) = (rt.clone(), rig.disk.clone());
+        rt.spawn(async move {
+            later.sleep(LONG).await;
+            disk.let_go();
+        });
+        rig.write(at + CLUSTER, 2 * STEP, 2).await;
+        rig.land().await;
+        rig.check().await;
+        rig.flush_twice().await;
+        rig.close().await;
+    });
+}

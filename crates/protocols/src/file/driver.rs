@@ -591,7 +591,11 @@ impl Driver for FileDriver {
             }
             Op::Flush => Box::pin(async move { self.flush(io).await.context(|| self.name()) }),
             Op::Resize { size, prealloc } => {
-                Box::pin(async move { self.resize(io, size, prealloc).await.context(|| self.name()) })
+                // A size that is set late would cut off what was written behind it meanwhile.
+                let me = self.me.upgrade().expect("a driver that runs a request is alive");
+                let io = io.clone();
+                let work = async move { me.resize(&io, size, prealloc).await };
+                Box::pin(async move { cx.rt.shielded(work).await.context(|| self.name()) })
             }
         }
     }
