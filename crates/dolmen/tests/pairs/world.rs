@@ -145,7 +145,6 @@ struct Flow {
 
 /// See the head of the module.
 pub(crate) struct World {
-    dir: TempDir,
     pub(crate) daemon: Daemon,
     guests: Vec<Guest>,
     disks: Vec<View>,
@@ -167,6 +166,8 @@ pub(crate) struct World {
     written: u32,
     /// What did not hold, with the details.
     pub(crate) broken: BTreeMap<Promise, String>,
+    /// The last to go: the daemon closes its files first.
+    dir: TempDir,
 }
 
 /// What can be seen of a daemon from outside.
