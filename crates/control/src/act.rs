@@ -115,7 +115,7 @@ pub(crate) async fn carry_out(task: &Task, change: Change) -> Done {
     let mut started = Vec::new();
     let proposed = task.shared.clone();
     // A server may not answer. Dropping the draft on the way out closes what was opened.
-    let made = proposed.unless_quitting(propose(task, &mut draft, change, &mut started)).await;
+    let made = proposed.patiently(propose(task, &mut draft, change, &mut started)).await;
     let done = match made {
         Ok(()) => task.commit(draft).await,
         Err(e) => {
@@ -261,19 +261,17 @@ pub(crate) async fn change_backing_file(task: &Rc<Task>, device: &str, image: &s
     let shared = task.shared.clone();
     let opener = task.opener(&shared.rt);
     let proposed = async { Ok(propose_change_backing(&opener, &mut draft, device, image, file).await?) };
-    let (op, opened) = shared.unless_quitting(proposed).await?;
+    let (op, opened) = shared.patiently(proposed).await?;
     draft.mark_started(&op);
     task.commit(draft).await?;
     let owed = Owed::new(task, op, opened);
-    let rt = task.shared.rt.clone();
-    let rewritten = async {
-        let graph = task.owner.graph();
-        let node = graph.node(image).ok_or_else(|| invalid(format!("node '{image}' is gone")))?;
-        Ok(node.driver.set_backing(Cx { node, rt: &rt }, backing_name(node, file)).await?)
+    let (rt, graph) = (task.shared.rt.clone(), task.owner.graph());
+    let (image, file) = (image.to_owned(), file.to_owned());
+    let rewritten = async move {
+        let node = graph.node(&image).ok_or_else(|| invalid(format!("node '{image}' is gone")))?;
+        Ok(node.driver.set_backing(Cx { node, rt: &rt }, backing_name(node, &file)).await?)
     };
-    let rewritten = task.shared.unless_closing(rewritten).await;
-    owed.give_back().await;
-    rewritten
+    owed.after(rewritten).await
 }
 
 /// The operation of `block_resize`: an edge of its own at the node that was named.
@@ -305,18 +303,16 @@ pub(crate) async fn block_resize(task: &Rc<Task>, node: &str, size: u64) -> Done
     let mut draft = task.owner.draft();
     let shared = task.shared.clone();
     let proposed = async { Ok(propose_resize(&mut draft, &shared.rt, node, size).await?) };
-    let op = shared.unless_quitting(proposed).await?;
+    let op = shared.patiently(proposed).await?;
     draft.mark_started(&op);
     task.commit(draft).await?;
     let edge = task.owner.edges(&op).next();
     let owed = Owed::new(task, op, Vec::new());
-    let rt = task.shared.rt.clone();
-    let resized = async {
+    let (rt, node) = (task.shared.rt.clone(), node.to_owned());
+    let resized = async move {
         let edge = edge.ok_or_else(|| invalid(format!("node '{node}' is gone")))?;
         let token = edge.begin().await?;
         Ok(token.resize(&rt)?.resize(size, Prealloc::Off).await?)
     };
-    let resized = task.shared.unless_closing(resized).await;
-    owed.give_back().await;
-    resized
+    owed.after(resized).await
 }

@@ -76,7 +76,7 @@ pub(crate) async fn propose_server(task: &Task, start: &NbdServerStart) -> Resul
     };
     // A name may take long to resolve.
     let check = async { Ok(NbdServer::check(&task.shared.rt, &address).await?) };
-    task.shared.unless_quitting(check).await?;
+    task.shared.patiently(check).await?;
     Ok(address)
 }
 
@@ -86,7 +86,7 @@ pub(crate) async fn nbd_server_start(task: &Task, start: NbdServerStart) -> Done
     let config =
         NbdServerConfig { max_connections: start.max_connections, handshake_max: start.handshake_max };
     let listen = async { Ok(NbdServer::listen(&task.shared.rt, &address, config).await?) };
-    let server = task.shared.unless_quitting(listen).await?;
+    let server = task.shared.patiently(listen).await?;
     task.server.replace(Some(Rc::new(server)));
     Ok(())
 }

@@ -17,7 +17,7 @@ use dolmen_qmp::{
     ErrorClass, Event, QmpError, Request, Schema, Source, Timestamp, Version, already_negotiated,
 };
 use dolmen_rt::Rt;
-use dolmen_types::{Options, Value};
+use dolmen_types::{Error, ErrorKind, Options, Value};
 use serde_json::{Value as Json, json};
 
 use crate::export::Export;
@@ -26,7 +26,7 @@ use crate::turns::Scope;
 use crate::{Change, export, jobs, operations, query, stats};
 
 /// What is said to those who come too late.
-const ENDING: &str = "The daemon is shutting down";
+pub(crate) const ENDING: &str = "The daemon is shutting down";
 
 /// How long a command waits for storage.
 pub(crate) const PATIENCE: Patience =
@@ -132,6 +132,25 @@ impl Shared {
         work: impl Future<Output = Result<T, QmpError>>,
     ) -> Result<T, QmpError> {
         self.unless(&self.hurry, work).await
+    }
+
+    /// The same for what commands do before anything is published, which always has an end: storage may not answer.
+    ///
+    /// # Errors
+    /// As [`Shared::unless_quitting`]; `TimedOut`.
+    pub(crate) async fn patiently<T>(
+        &self,
+        work: impl Future<Output = Result<T, QmpError>>,
+    ) -> Result<T, QmpError> {
+        let late = async {
+            self.rt.sleep(PATIENCE.publish).await;
+            let secs = PATIENCE.publish.as_secs();
+            let text = format!("storage that is needed for this did not answer within {secs} s");
+            Err(Error::new(ErrorKind::TimedOut, text)
+                .remedy("look for the server or file system that does not answer, then try again")
+                .into())
+        };
+        self.unless_quitting(futures_lite::future::or(work, late)).await
     }
 
     /// The same for something that had better be finished: it is given up only when nodes are closed.

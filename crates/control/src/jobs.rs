@@ -152,7 +152,7 @@ async fn begin(
             shown
         })
     };
-    task.shared.unless_quitting(prepared).await?;
+    task.shared.patiently(prepared).await?;
     Ok(Started { job, fails: None })
 }
 

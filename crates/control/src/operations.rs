@@ -184,7 +184,7 @@ pub(crate) async fn what_if(task: &Task, change: Change) -> Json {
         act::propose(task, &mut draft, change, &mut started).await?;
         Ok(task.owner.rehearse(&mut draft).await?)
     };
-    let rehearsed = task.shared.unless_quitting(rehearsed).await;
+    let rehearsed = task.shared.patiently(rehearsed).await;
     let said = match rehearsed {
         Ok(graph) => {
             let graph = model::to_json(&query::block_graph(&graph, draft.ops()));

@@ -4,11 +4,14 @@
 //! its way, and takes it out when it is done. That second change can fail, too, and the command can be
 //! given up in between; the operation must go all the same, or it would be in everybody's way for ever.
 
+use std::future::Future;
 use std::rc::Rc;
 use std::time::Duration;
 
-use dolmen_types::{NodeName, OpId, Result};
+use dolmen_qmp::QmpError;
+use dolmen_types::{Error, ErrorKind, NodeName, OpId, Result};
 
+use crate::handle::{ENDING, PATIENCE};
 use crate::task::Task;
 use crate::turns::Scope;
 
@@ -54,6 +57,43 @@ impl What {
 impl Owed {
     pub(crate) fn new(task: &Rc<Task>, op: OpId, writable: Vec<NodeName>) -> Owed {
         Owed { task: task.clone(), what: Some(What { op, writable }) }
+    }
+
+    /// Does what the operation is there for, then gives it back: in a task of its own, so whoever asked for it may go away.
+    ///
+    /// # Errors
+    /// Its own; `TimedOut` when it takes longer than commands wait. It goes on then, guarded by its operation.
+    pub(crate) async fn after(
+        self,
+        work: impl Future<Output = Result<(), QmpError>> + 'static,
+    ) -> Result<(), QmpError> {
+        let shared = self.task.shared.clone();
+        let op = self.what.as_ref().map(|w| w.op.to_string()).unwrap_or_default();
+        let (tx, rx) = async_channel::bounded(1);
+        let (log, waits) = (shared.log, shared.clone());
+        shared.rt.spawn(async move {
+            let done = waits.unless_closing(work).await;
+            self.give_back().await;
+            if let Err(unheard) = tx.try_send(done)
+                && let Err(e) = unheard.into_inner()
+            {
+                log(&format!("'{op}', which took long: {}", e.desc));
+            }
+        });
+        let done = async { rx.recv().await.unwrap_or_else(|_| Err(QmpError::generic(ENDING))) };
+        let late = async {
+            shared.rt.sleep(PATIENCE.publish).await;
+            let secs = PATIENCE.publish.as_secs();
+            let text = format!(
+                "it has not finished within {secs} s; it goes on, and query-operations lists it until it has"
+            );
+            Err(Error::new(ErrorKind::TimedOut, text)
+                .remedy("look for the storage that does not answer")
+                .into())
+        };
+        let done = futures_lite::future::or(done, late).await;
+        rx.close();
+        done
     }
 
     /// The operation stays.

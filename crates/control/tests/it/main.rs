@@ -5,4 +5,5 @@ mod blkdebug;
 mod commands;
 mod copy_on_read;
 mod monitors;
+mod owed;
 mod rig;

@@ -18,7 +18,7 @@ use dolmen_types::{
 use serde_json::{Value as Json, json};
 use tempfile::TempDir;
 
-static ROWS: &[&DriverKind] = &[&dolmen_sim::MEMORY, &PASS, &STUCK];
+static ROWS: &[&DriverKind] = &[&dolmen_sim::MEMORY, &PASS, &STUCK, &crate::owed::GATED];
 
 /// A filter that does nothing.
 static PASS: DriverKind = DriverKind {
