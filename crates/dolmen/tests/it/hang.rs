@@ -37,16 +37,22 @@ impl Far {
     fn ours() -> Far {
         let mut origin = Daemon::start(
             |dir| {
-                std::fs::write(dir.join("far"), vec![5; 1 << 20]).expect("written");
+                for name in ["far", "target"] {
+                    std::fs::write(dir.join(name), vec![5; 1 << 20]).expect("written");
+                }
                 serve()
             },
             &[
+                "--blockdev",
+                "file,node-name=target,filename=target",
                 "--blockdev",
                 "file,node-name=far,filename=far",
                 "--nbd-server",
                 "addr.type=unix,addr.path=n",
                 "--export",
                 "nbd,id=e,node-name=far,name=far",
+                "--export",
+                "nbd,id=t,node-name=target,name=target,writable=on",
             ],
         );
         origin.monitor();
@@ -74,7 +80,8 @@ impl Far {
         tool("img", &["create", "-q", "-f", "qcow2", &name, "1M"], Path::new("/"));
         let mut another = Vec::new();
         std::io::Read::read_to_end(image.as_file_mut(), &mut another).expect("read");
-        Mount::new(&[("far", vec![5; 1 << 20]), ("another", another)]).map(Far::Files)
+        let blank = || vec![5; 1 << 20];
+        Mount::new(&[("far", blank()), ("target", blank()), ("another", another)]).map(Far::Files)
     }
 
     fn node(&self) -> String {
@@ -84,6 +91,17 @@ impl Far {
             }
             Far::Files(mount) => {
                 format!("file,node-name=far,read-only=on,filename={}", mount.path("far").display())
+            }
+        }
+    }
+
+    /// A node of raw data that can be written.
+    fn target(&self) -> Json {
+        match self {
+            Far::Server { address, .. } => json!({"driver": "nbd", "node-name": "target", "export": "target",
+                "server": {"type": "unix", "path": address}}),
+            Far::Files(mount) => {
+                json!({"driver": "file", "node-name": "target", "filename": mount.path("target")})
             }
         }
     }
@@ -122,6 +140,11 @@ struct World {
 /// `top` lies over `far`, which does not answer any more, and a read of `top` has not come back from there. Beside it
 /// the nodes `other` (exported as `o`, over `base`), `spare` and `third`.
 fn world(far: Far, engine: &str) -> World {
+    world_with(far, engine, |_, _, _| ())
+}
+
+/// The same after `prelude`.
+fn world_with(far: Far, engine: &str, prelude: impl FnOnce(&Daemon, &mut Monitor, &Far)) -> World {
     let dir = tempfile::tempdir().expect("a directory");
     for image in ["top", "base", "spare", "third"] {
         tool("img", &["create", "-f", "qcow2", image, "1M"], dir.path());
@@ -155,6 +178,7 @@ fn world(far: Far, engine: &str) -> World {
         connect(&daemon, export).write(8, 7).expect("written");
     }
     let before = reads_of_far(&mut m);
+    prelude(&daemon, &mut m, &far);
     far.stop();
     let mut client = connect(&daemon, "e");
     let reader = std::thread::spawn(move || drop(client.read(100)));
@@ -344,6 +368,38 @@ fn a_dead_file_system_holds_up_no_other_files() {
         assert!(took < SOON, "{took:?} with {engine}");
         drop(w);
         readers.into_iter().for_each(|r| r.join().expect("it has ended"));
+    }
+}
+
+/// A job whose target does not answer: it is cancelled at once as far as anybody sees, and what has nothing to do with it
+/// goes on.
+#[test]
+fn a_job_that_writes_there_holds_up_nobody_else() {
+    for far in [Some(Far::ours()), Far::files()].into_iter().flatten() {
+        let mut w = world_with(far, "auto", |_, m, far| {
+            m.ok("blockdev-add", far.target());
+            m.ok(
+                "blockdev-mirror",
+                json!({"job-id": "j", "device": "other", "target": "target", "sync": "full"}),
+            );
+            let is_ready = |m: &mut Monitor| m.ok("query-jobs", json!({}))[0]["status"] == "ready";
+            eventually("a ready mirror", || is_ready(m).then_some(()));
+        });
+        let mut m = w.daemon.monitor();
+        // To be copied to where nothing is answered.
+        connect(&w.daemon, "o").write(8, 7).expect("written");
+        for command in ["query-jobs", "query-block-jobs", "query-named-block-nodes", "query-blockstats"] {
+            works(&mut m, command, json!({}));
+        }
+        works(&mut m, "block-job-cancel", json!({"device": "j", "force": true}));
+        works(&mut m, "query-jobs", json!({}));
+        works(&mut m, "block_resize", json!({"node-name": "spare", "size": 2 << 20}));
+        works(&mut m, "blockdev-del", json!({"node-name": "third"}));
+        // It may wait until the image is written out; nobody else waits for it.
+        let _waits = waiting(&mut w.daemon, "blockdev-del", json!({"node-name": "target"}));
+        works(&mut m, "query-named-block-nodes", json!({}));
+        // The end waits for the close of an image much longer than this test.
+        works(&mut m, "quit", json!({}));
     }
 }
 
