@@ -198,7 +198,8 @@ impl GraphOwner {
     pub async fn publish(&mut self, mut draft: Draft) -> Result<Closing> {
         let published = self.try_to_publish(&mut draft).await;
         if published.is_err() {
-            draft.unmake(&self.rt).await;
+            // Where they are may not answer any more; they stay there then, empty or new.
+            let _ = self.rt.timeout(self.patience.publish, draft.unmake(&self.rt)).await;
         }
         drop(draft);
         let (retired, put_off) = published?;

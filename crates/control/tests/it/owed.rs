@@ -138,12 +138,10 @@ impl Driver for Gated {
         Ok(())
     }
     fn prepare<'a>(&'a self, _: Cx<'a>, to: &'a NodeChange) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
-        let NodeChange::Access { needs, .. } = *to;
         Box::pin(async move {
             self.gate.pass(&self.gate.preparations).await;
-            if !needs.contains(Actions::V)
-                && self.gate.failures.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1)).is_ok()
-            {
+            let ends_writing = matches!(to, NodeChange::Access { needs, .. } if !needs.contains(Actions::V));
+            if ends_writing && self.gate.failures.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1)).is_ok() {
                 return Err(Error::new(ErrorKind::Io, "the lock server is away"));
             }
             Ok(Box::new(()) as Box<dyn Prepared>)
