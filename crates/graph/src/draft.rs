@@ -154,25 +154,6 @@ impl Draft {
         }
     }
 
-    /// Makes the same change of a graph that was published meanwhile.
-    ///
-    /// # Errors
-    /// `Busy` when the two changes have to do with each other.
-    pub(crate) fn catch_up(&mut self, base: Arc<State>, graph: &Graph) -> Result<()> {
-        self.state = crate::merge::merge(&self.base, &self.state, &base)?;
-        self.base = base;
-        self.generation = graph.generation;
-        self.published = graph.nodes.to_vec();
-        Ok(())
-    }
-
-    /// Whether every driver has been told what its parents need and allow.
-    pub(crate) fn all_told(&self, grants: &Grants) -> bool {
-        self.state.nodes.iter().zip(&grants.total).all(|(n, total)| {
-            !n.retell && self.state.told.get(&n.def.name).copied().unwrap_or(Claim::IDLE) == *total
-        })
-    }
-
     /// Makes up a name that users can't type.
     pub fn fresh_name(&mut self) -> NodeName {
         loop {

@@ -4,13 +4,35 @@
 //! What comes after that point can fail only for reasons that nobody can know before: the disk is full, a
 //! request or a flush does not end.
 
+use std::sync::Arc;
+
 use dolmen_rt::Rt;
-use dolmen_types::{NodeName, Result, ResultExt};
+use dolmen_types::{Claim, NodeName, Result, ResultExt};
 
 use crate::registry::Opened;
+use crate::state::State;
 use crate::{Cx, Draft, Grants, Graph, GraphOwner, NodeChange};
 
 impl Draft {
+    /// Makes the same change of a graph that was published meanwhile.
+    ///
+    /// # Errors
+    /// `Busy` when the two changes have to do with each other.
+    pub(crate) fn catch_up(&mut self, base: Arc<State>, graph: &Graph) -> Result<()> {
+        self.state = crate::merge::merge(&self.base, &self.state, &base)?;
+        self.base = base;
+        self.generation = graph.generation;
+        self.published = graph.nodes.to_vec();
+        Ok(())
+    }
+
+    /// Whether every driver has been told what its parents need and allow.
+    pub(crate) fn all_told(&self, grants: &Grants) -> bool {
+        self.state.nodes.iter().zip(&grants.total).all(|(n, total)| {
+            !n.retell && self.state.told.get(&n.def.name).copied().unwrap_or(Claim::IDLE) == *total
+        })
+    }
+
     /// Puts what was opened into its node.
     pub(crate) fn put_opened(&mut self, node: &NodeName, opened: Opened, forced_read_only: bool) {
         self.prepared.extend(opened.effect);

@@ -125,13 +125,6 @@ fn server(command: &str) -> Vec<Json> {
 }
 
 fn images(command: &str) -> Vec<Json> {
-    let with = |base: &Json, more: Json| {
-        let mut out = base.clone();
-        for (k, v) in more.as_object().expect("an object") {
-            out[k] = v.clone();
-        }
-        out
-    };
     match command {
         "blockdev-create" => {
             let qcow2 = json!({"driver": "qcow2", "file": "t2-f", "size": 1 << 20});
@@ -405,41 +398,48 @@ fn step(command: &'static str, arguments: Json) -> Step {
     Step { command, arguments, effect: Effect::Nothing }
 }
 
+/// An object with other members, too.
+fn with(base: &Json, more: Json) -> Json {
+    let mut out = base.clone();
+    for (k, v) in more.as_object().expect("an object") {
+        out[k] = v.clone();
+    }
+    out
+}
+
+/// A job of `top` into `t1` that is still known when it has ended.
+fn job(command: &'static str, more: Json) -> Step {
+    let base = json!({"job-id": "j", "device": "top", "target": "t1", "sync": "full", "auto-dismiss": false});
+    step(command, with(&base, more))
+}
+
+/// A node of the image that has to be repaired before it is written.
+fn dirty(more: Json) -> Step {
+    let base = json!({
+        "driver": "qcow2", "node-name": "d",
+        "file": {"driver": "file", "node-name": "d-f", "filename": "DIR/dirty.qcow2"},
+    });
+    step("blockdev-add", with(&base, more))
+}
+
+fn window(name: &str, more: Json) -> Step {
+    let base = json!({"driver": "raw", "node-name": name, "file": "t2", "offset": 65536});
+    step("blockdev-add", with(&base, more))
+}
+
+fn scene(name: &'static str, steps: Vec<Step>, until: Vec<(Option<Step>, &'static str)>) -> Scene {
+    let state = State { name, steps, writes: &["t1"], guest: true, ready: false, apart: &[] };
+    Scene { state, until }
+}
+
 /// The states of the pair table, and those in which job verbs, servers and images that have to be repaired make a
 /// difference.
 pub(crate) fn scenes() -> Vec<Scene> {
-    let table = steps::states().into_iter().map(|state| Scene { state, until: Vec::new() });
-    let scene = |name, steps, until| Scene {
-        state: State { name, steps, writes: &["t1"], guest: true, ready: false, apart: &[] },
-        until,
-    };
-    let job = |command: &'static str, more: Json| {
-        let mut arguments =
-            json!({"job-id": "j", "device": "top", "target": "t1", "sync": "full", "auto-dismiss": false});
-        for (k, v) in more.as_object().expect("an object") {
-            arguments[k] = v.clone();
-        }
-        step(command, arguments)
-    };
-    let dirty = |more: Json| {
-        let mut node = json!({
-            "driver": "qcow2", "node-name": "d",
-            "file": {"driver": "file", "node-name": "d-f", "filename": "DIR/dirty.qcow2"},
-        });
-        for (k, v) in more.as_object().expect("an object") {
-            node[k] = v.clone();
-        }
-        step("blockdev-add", node)
-    };
-    let window = |name: &str, more: Json| {
-        let mut node = json!({"driver": "raw", "node-name": name, "file": "t2", "offset": 65536});
-        for (k, v) in more.as_object().expect("an object") {
-            node[k] = v.clone();
-        }
-        step("blockdev-add", node)
-    };
+    let mut out: Vec<Scene> =
+        steps::states().into_iter().map(|state| Scene { state, until: Vec::new() }).collect();
     let pause = step("job-pause", json!({"id": "j"}));
-    let mut out: Vec<Scene> = table.collect();
+    let failing = json!({"driver": "qcow2", "file": "t2-f", "size": 1 << 20, "cluster-size": 3});
+    let tool = json!([{"node-name": "mid", "needs": ["consistent-read"], "denies": ["write"]}]);
     out.extend([
         scene(
             "a paused mirror",
@@ -459,22 +459,12 @@ pub(crate) fn scenes() -> Vec<Scene> {
         scene("a backup that has ended", vec![job("blockdev-backup", json!({}))], vec![(None, "concluded")]),
         scene(
             "a creation that has failed",
-            vec![step(
-                "blockdev-create",
-                json!({"job-id": "j", "options": {
-                    "driver": "qcow2", "file": "t2-f", "size": 1 << 20, "cluster-size": 3,
-                }}),
-            )],
+            vec![step("blockdev-create", json!({"job-id": "j", "options": failing}))],
             vec![(None, "concluded")],
         ),
         scene(
             "an operation of a tool",
-            vec![step(
-                "operation-begin",
-                json!({"id": "tool", "claims": [
-                    {"node-name": "mid", "needs": ["consistent-read"], "denies": ["write"]},
-                ]}),
-            )],
+            vec![step("operation-begin", json!({"id": "tool", "claims": tool}))],
             vec![],
         ),
         scene(
@@ -503,16 +493,8 @@ pub(crate) fn scenes() -> Vec<Scene> {
             vec![],
         ),
     ]);
-    out.push(Scene {
-        state: State {
-            name: "no server",
-            steps: vec![step("nbd-server-stop", json!({}))],
-            writes: &[],
-            guest: false,
-            ready: false,
-            apart: &[],
-        },
-        until: vec![],
-    });
+    let mut alone = scene("no server", vec![step("nbd-server-stop", json!({}))], vec![]);
+    alone.state.guest = false;
+    out.push(alone);
     out
 }
