@@ -46,12 +46,21 @@ pub struct OpInfo {
 pub enum ClaimScope {
     /// The node itself.
     Node,
+    /// The same, of a node beneath filters through which the operation works: what arrives by its own edges is meant.
+    Beneath,
     /// One bitmap of the node.
     Bitmap(String),
     /// One internal snapshot.
     Snapshot(String),
     /// One key slot of an encrypted image.
     KeySlot(u8),
+}
+
+impl ClaimScope {
+    /// Whether it is about the node as a whole.
+    pub(crate) fn is_node(&self) -> bool {
+        matches!(self, ClaimScope::Node | ClaimScope::Beneath)
+    }
 }
 
 /// A claim of an operation on a node. Does not propagate.

@@ -158,13 +158,17 @@ impl Draft {
         let Some(target) = target else { return Ok(()) };
         let op = self.add_driver_op(node)?;
         self.keep_right(&op, &target)?;
-        self.add_claim(OpClaim {
-            op,
-            node: target,
-            claim: Claim { needs: Actions::NONE, allows: Actions::EVERY - Actions::V },
-            scope: ClaimScope::Node,
-            why: "saves in it what is overwritten elsewhere".into(),
-            pins: true,
-        })
+        let beneath = self.shown_by(&target).into_iter().map(|n| (n, ClaimScope::Beneath));
+        for (node, scope) in std::iter::once((target, ClaimScope::Node)).chain(beneath) {
+            self.add_claim(OpClaim {
+                op: op.clone(),
+                node,
+                claim: Claim { needs: Actions::NONE, allows: Actions::EVERY - Actions::V },
+                scope,
+                why: "saves in it what is overwritten elsewhere".into(),
+                pins: true,
+            })?;
+        }
+        Ok(())
     }
 }

@@ -33,6 +33,15 @@ impl Draft {
         at
     }
 
+    /// The nodes that `node` only shows: those below it down to [`Draft::content`], none if it is no filter.
+    pub fn shown_by(&self, node: &NodeName) -> Vec<NodeName> {
+        let filtered = |name: &NodeName| {
+            let child = self.state.node(name)?.children.iter().find(|c| c.role == ChildRole::Filtered)?;
+            Some(child.node.clone())
+        };
+        std::iter::successors(filtered(node), filtered).collect()
+    }
+
     /// The nodes from `node` down through filters and backing links, itself first.
     pub fn chain(&self, node: &str) -> Vec<NodeName> {
         let mut out = Vec::new();

@@ -11,10 +11,16 @@
 //! the other does not allow. Cost: linear in the edges for the propagation, quadratic in
 //! the parties that meet at one node.
 //!
+//! A claim does not propagate, so an operation that works through filters (a job whose target is a copy-on-read
+//! node, say) claims what lies beneath, too. Its own edges arrive there by way of the filters, as nobody's: such a
+//! claim *means* what edges would not need without the operation.
+//!
 //! While somebody reads an overlay, nobody writes its backing child, but for an operation
 //! that keeps the overlay right; and nobody shrinks it even if nobody reads the overlay
 //! now. Both are a [`Stance`] of the operation: what it asks for is compared with what
 //! edges would allow if the overlays were as the stance says.
+
+use std::rc::Rc;
 
 use dolmen_types::{Actions, ChildRole, Claim};
 
@@ -30,6 +36,8 @@ pub struct Topology {
     pub users: Vec<TopoUser>,
     /// Claims of operations and drivers.
     pub claims: Vec<TopoClaim>,
+    /// Claims that mean what their operation does itself, through filters that are nobody's: indices.
+    pub beneath: Vec<usize>,
     /// How operations stand to the overlays of what they write; one of each at most.
     pub stances: Vec<Stance>,
 }
@@ -223,6 +231,7 @@ fn decide(t: &Topology, conflicts: Conflicts) -> Result<Grants, Refusal> {
         return Ok(grants);
     }
     let views: Vec<View> = t.stances.iter().map(|s| View::of(t, &order, s)).collect();
+    let beneath = Beneath::of(t, &order);
     for &n in &order {
         let claims = t.claims.iter().enumerate().filter(|(_, c)| c.node == n);
         let mut scopes: Vec<Option<u32>> = claims.clone().map(|(_, c)| c.scope).collect();
@@ -236,7 +245,7 @@ fn decide(t: &Topology, conflicts: Conflicts) -> Result<Grants, Refusal> {
                 at: EdgeRef::Claim(i),
                 claim: c.claim,
             }));
-            meet(n, &parties, &views)?;
+            meet(n, &parties, &views, &beneath)?;
         }
     }
     Ok(grants)
@@ -311,6 +320,36 @@ impl View {
     }
 }
 
+/// The claims that mean what their operation does itself: for each, what edges need without that operation.
+struct Beneath(Vec<(usize, Rc<Grants>)>);
+
+impl Beneath {
+    fn of(t: &Topology, order: &[usize]) -> Beneath {
+        let mut by_op: Vec<(u32, Rc<Grants>)> = Vec::new();
+        let of = t.beneath.iter().map(|&i| {
+            let op = t.claims[i].op;
+            let known = by_op.iter().find(|k| k.0 == op).map(|k| k.1.clone());
+            let without = known.unwrap_or_else(|| {
+                let sight = Sight { silent: Some(op), ..Sight::PLAIN };
+                let grants = Rc::new(propagate(t, order, &sight).0);
+                by_op.push((op, grants.clone()));
+                grants
+            });
+            (i, without)
+        });
+        Beneath(of.collect())
+    }
+
+    /// The part of what `asks` needs that the operation of the claim `denies` has asked for.
+    fn meant(&self, asks: &Party, denies: &Party) -> Actions {
+        let (EdgeRef::Claim(i), EdgeRef::Child { parent, child }) = (denies.at, asks.at) else {
+            return Actions::NONE;
+        };
+        let without = self.0.iter().find(|b| b.0 == i).map(|b| b.1.children[parent][child].needs);
+        without.map_or(Actions::NONE, |w| asks.claim.needs - w)
+    }
+}
+
 /// What `asks` needs and `denies` does not allow.
 fn denied(asks: &Party, denies: &Party, views: &[View]) -> Actions {
     let mut out = asks.claim.denied_by(denies.claim);
@@ -365,7 +404,7 @@ const NOT_DATA: Actions = Actions::EVERY.without(Actions::DATA);
 
 /// Of several conflicts at a node, the one that tells the user most: the newer operation
 /// asks (it is what was just tried), and a claim denies (it says why). The first of equals.
-fn meet(node: usize, parties: &[Party], views: &[View]) -> Result<(), Refusal> {
+fn meet(node: usize, parties: &[Party], views: &[View], beneath: &Beneath) -> Result<(), Refusal> {
     let mut best: Option<((bool, bool), Refusal)> = None;
     for (i, asks) in parties.iter().enumerate() {
         for (j, denies) in parties.iter().enumerate() {
@@ -373,7 +412,7 @@ fn meet(node: usize, parties: &[Party], views: &[View]) -> Result<(), Refusal> {
             if i == j || same_owner {
                 continue;
             }
-            let actions = denied(asks, denies, views);
+            let actions = denied(asks, denies, views) - beneath.meant(asks, denies);
             if actions.is_empty() {
                 continue;
             }

@@ -124,7 +124,7 @@ impl State {
                 op: op(&c.op),
                 node: numbers[&c.node],
                 claim: c.claim,
-                scope: (c.scope != ClaimScope::Node).then(|| {
+                scope: (!c.scope.is_node()).then(|| {
                     scopes.iter().position(|s| **s == c.scope).unwrap_or_else(|| {
                         scopes.push(&c.scope);
                         scopes.len() - 1
@@ -132,7 +132,9 @@ impl State {
                 }),
             })
             .collect();
+        let beneath = |(i, c): (usize, &OpClaim)| (c.scope == ClaimScope::Beneath).then_some(i);
         Topology {
+            beneath: self.claims.iter().enumerate().filter_map(beneath).collect(),
             nodes: self
                 .nodes
                 .iter()

@@ -38,6 +38,7 @@ use dolmen_types::{
     Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, ResultExt, Span, Value,
 };
 
+use crate::claims::{claim_beneath, claim_target};
 use crate::gone::end_of_point;
 use crate::{BeginCx, Details, Ending, JobCx, Kind, OnError, SettleCx, Side, Work, nothing_to_change};
 
@@ -324,9 +325,11 @@ impl Backup {
         for image in images.iter().skip(1) {
             claim(image, A::D, A::V, "copies it as part of its source")?;
         }
-        claim(&target, A::V | A::M, A::V | A::S, "writes its copy to it")?;
+        claim_beneath(draft, cx.op, &source, A::S, why)?;
+        claim_target(draft, cx.op, &target, A::V | A::M, A::V | A::S, "writes its copy to it")?;
         if let Some(fleecing) = &fleecing {
-            claim(fleecing, A::V | A::M, A::V | A::S, "keeps old data of its source in it")?;
+            let why = "keeps old data of its source in it";
+            claim_target(draft, cx.op, fleecing, A::V | A::M, A::V | A::S, why)?;
         }
         *self.stand.borrow_mut() = Some(Stand { point, filter: driver, source, saved_in, left, base });
         Ok(())

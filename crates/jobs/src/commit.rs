@@ -35,7 +35,7 @@ use dolmen_types::{
     Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Span, Value, WriteFlags,
 };
 
-use crate::claims::claim;
+use crate::claims::{claim, claim_beneath};
 use crate::commit_filter::{COMMIT_TOP, CommitFilter};
 use crate::mirror::{add_filter, filter_name};
 use crate::mirror_core::{Core, CoreOptions, USUAL, backing_link, invalid};
@@ -218,6 +218,7 @@ impl Commit {
         claim(d, op, &beneath, A::D, A::V, "commits it and replaces it at the end")?;
         let denies = A::S | A::G | A::P;
         claim(d, op, &b.top, A::D | A::P, denies, "commits it and replaces it at the end")?;
+        claim_beneath(d, op, &b.top, A::S, "commits it and replaces it at the end")?;
         for n in &between {
             claim(d, op, n, A::D, denies | A::D | A::V, "commits it, so that it gets stale")?;
         }
@@ -246,6 +247,7 @@ impl Commit {
         claim(d, op, &filter, A::NONE, still, "commits what lies below, which must not change")?;
         // An overlay that came now would go on naming it.
         claim(d, op, &b.top, A::D, A::V | A::S | A::G | A::P, "commits it")?;
+        claim_beneath(d, op, &b.top, A::S, "commits it")?;
         // What is written to the base is what the top node shows there already. An image between
         // them may show something else.
         d.keep_right(op, &b.top)?;
@@ -268,6 +270,7 @@ impl Commit {
         let grows = if b.grow_to.is_some() { A::S } else { A::NONE };
         d.add_user(op, &b.base, Claim { needs: A::V | grows, allows: A::EVERY })?;
         claim(d, op, &b.base, A::V | A::M | grows, A::V | A::S | A::G, "commits into it")?;
+        claim_beneath(d, op, &b.base, A::V | A::S, "commits into it")?;
         for n in d.images(&b.base).into_iter().skip(1) {
             claim(d, op, &n, A::NONE, A::S | A::G, "commits into an image that relies on it")?;
         }

@@ -24,7 +24,7 @@ use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
-use crate::claims::{claim, known};
+use crate::claims::{claim, claim_beneath, claim_target, known};
 use crate::mirror_core::{Core, CoreOptions, Sync, invalid};
 use crate::mirror_filter::{MIRROR_TOP, MirrorFilter};
 use crate::pivot::Overlays;
@@ -112,7 +112,8 @@ impl Mirror {
         for n in &low {
             claim(d, op, n, A::D, A::V | A::S, "reads it as part of its source")?;
         }
-        claim(d, op, &target, A::V | A::M, A::V | A::D | A::S, "writes its copy to it")?;
+        claim_beneath(d, op, &source, A::S, "reads it as its source")?;
+        claim_target(d, op, &target, A::V | A::M, A::V | A::D | A::S, "writes its copy to it")?;
         self.overlays.put(op, d, &replaced)
     }
 

@@ -56,6 +56,14 @@ impl World {
         assert!(reply["error"]["data"]["remedy"].is_string(), "{reply}");
     }
 
+    /// Refused because of what another does.
+    fn denied(&mut self, name: &str, arguments: Json, why: &str) {
+        let reply = self.m.ask(&json!({"execute": name, "arguments": arguments}));
+        let desc = reply["error"]["desc"].as_str().unwrap_or_else(|| panic!("{name} was accepted: {reply}"));
+        assert!(desc.contains(why), "{desc}");
+        assert_eq!(reply["error"]["data"]["kind"], "Conflict", "{reply}");
+    }
+
     fn until(&mut self, id: &str, status: &str) {
         eventually(status, || {
             let jobs = self.m.ok("query-jobs", json!({}));
@@ -276,4 +284,55 @@ fn an_export_keeps_its_size() {
     let mut late = Client::connect(&w.d.path("n.sock"), "late").expect("connected");
     assert_eq!(late.size, 16 << 20);
     assert_eq!(late.read(8 * 256).expect("read"), [1; 4096]);
+}
+
+/// The target of a job was guarded at its own node only: given a filter over an image, another writer of that image was
+/// accepted, before the job and beside it, and the copy was silently wrong. Likewise a new size of a source beneath
+/// its filter. Found by the storm (seed 1139).
+#[test]
+fn a_target_is_guarded_beneath_its_filters() {
+    let mut w = World::new();
+    w.image("t", None, "4M", None);
+    w.add("t", "t", Json::Null, false);
+    w.image("src", None, "4M", None);
+    w.add("src", "src", Json::Null, false);
+    w.m.ok("blockdev-add", json!({"driver": "raw", "node-name": "low", "file": "t"}));
+    w.m.ok("blockdev-add", json!({"driver": "copy-on-read", "node-name": "f", "file": "low"}));
+    w.m.ok("blockdev-add", json!({"driver": "copy-on-read", "node-name": "over", "file": "src"}));
+    let export = json!({"type": "nbd", "id": "w", "node-name": "t", "name": "w", "writable": true});
+    let job = |device: &str| json!({"job-id": "j", "device": device, "target": "f", "sync": "full"});
+    let saving = json!({"driver": "copy-before-write", "node-name": "saving", "file": "top", "target": "f"});
+    // First the writer, then the job, and the other way round.
+    w.m.ok("block-export-add", export.clone());
+    for verb in ["blockdev-backup", "blockdev-mirror"] {
+        w.denied(verb, job("top"), "export 'w'");
+    }
+    w.denied("blockdev-add", saving.clone(), "export 'w'");
+    w.m.ok("block-export-del", json!({"id": "w"}));
+    w.m.ok("blockdev-add", saving);
+    w.denied("block-export-add", export.clone(), "saves in it what is overwritten elsewhere");
+    w.m.ok("blockdev-del", json!({"node-name": "saving"}));
+    let mut sync_none = job("over");
+    sync_none["sync"] = json!("none");
+    for (verb, job) in [("blockdev-mirror", job("over")), ("blockdev-backup", sync_none)] {
+        w.m.ok(verb, job);
+        w.denied("block-export-add", export.clone(), "writes its copy to it");
+        w.denied("block_resize", json!({"node-name": "t", "size": 8 << 20}), "writes its copy to it");
+        w.denied("block_resize", json!({"node-name": "src", "size": 8 << 20}), "needs to resize");
+        if verb == "blockdev-mirror" {
+            w.until("j", "ready");
+        }
+        w.m.ok("block-job-cancel", json!({"device": "j"}));
+        eventually("the end of the job", || {
+            let jobs = w.m.ok("query-jobs", json!({}));
+            jobs.as_array().is_some_and(Vec::is_empty).then_some(())
+        });
+    }
+    // What the job does itself arrives by way of the filters.
+    let mut last = job("top");
+    last["auto-dismiss"] = json!(false);
+    w.m.ok("blockdev-mirror", last);
+    w.until("j", "ready");
+    w.m.ok("job-complete", json!({"id": "j"}));
+    w.until("j", "concluded");
 }

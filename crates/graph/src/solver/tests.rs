@@ -483,6 +483,7 @@ fn two_parties() {
                 let t = Topology {
                     nodes: vec![node(AccessRule::Leaf)],
                     users: Vec::new(),
+                    beneath: Vec::new(),
                     stances: Vec::new(),
                     claims: vec![
                         TopoClaim { op: 0, node: 0, claim: claim(set(0), set(2)), scope: None },
@@ -726,4 +727,23 @@ fn cycles_are_refused() {
     assert!(matches!(solve(&t), Err(Refusal::Cycle { node: 1 | 2 })));
     t.nodes[2].children[0].1 = 2;
     assert_eq!(solve(&t), Err(Refusal::Cycle { node: 2 }));
+}
+
+/// An operation that works through a filter that is nobody's: its claim beneath means others only.
+#[test]
+fn a_claim_beneath_filters_means_what_its_operation_does() {
+    use Actions as A;
+    let mut t = chain_of_rules(&[AccessRule::Filter]);
+    let writer = |op, node| TopoUser { op, node, claim: claim(A::V, A::NONE) };
+    t.users = vec![writer(1, 0)];
+    t.claims = vec![TopoClaim { op: 1, node: 1, claim: claim(A::NONE, A::V), scope: None }];
+    assert!(solve(&t).is_err(), "through the filter it arrives as somebody else");
+    t.beneath = vec![0];
+    assert!(solve(&t).is_ok());
+    // Another one by the same way, or past the filter.
+    for node in [0, 1] {
+        let mut beside = t.clone();
+        beside.users.push(writer(2, node));
+        assert!(matches!(solve(&beside), Err(Refusal::Conflict { node: 1, .. })), "{node}");
+    }
 }
