@@ -196,6 +196,39 @@ impl Chooser<'_> {
         if self.rng.percent(93) { self.rng.pick(&names).cloned() } else { self.node() }
     }
 
+    /// The same, mostly one of the size of a node.
+    fn target_for(&mut self, node: &str) -> Option<String> {
+        let g = &self.world.graph;
+        let size = g.nodes.get(node).map_or(0, |n| n.size);
+        let fits = |n: &&String| {
+            g.nodes[*n].size == size
+                && g.nodes[*n].driver == "qcow2"
+                && !g.nodes[*n].read_only
+                && n.as_str() != node
+                && !self.has_parent(n)
+                && !g.edges.iter().any(|e| e.1 == **n)
+        };
+        let names: Vec<String> = g.nodes.keys().filter(fits).cloned().collect();
+        if self.rng.percent(60) && !names.is_empty() { self.rng.pick(&names).cloned() } else { self.target() }
+    }
+
+    /// A node, and one that may become its overlay: its header names the node's image.
+    fn overlay_pair(&mut self) -> Option<(String, String)> {
+        let g = &self.world.graph;
+        let mut pairs = Vec::new();
+        for overlay in g.nodes.keys().filter(|n| !self.has_parent(n) && g.child(n, &["backing"]).is_none()) {
+            let named = g.file_of(overlay).and_then(|f| self.world.backings.get(&f));
+            let below = |n: &&String| {
+                named.is_some()
+                    && *n != overlay
+                    && g.nodes[*n].driver != "file"
+                    && g.file_of(n).as_ref() == named
+            };
+            pairs.extend(g.nodes.keys().filter(below).map(|n| (n.clone(), overlay.clone())));
+        }
+        self.rng.pick(&pairs).cloned()
+    }
+
     /// A file that nobody has open, as far as is known.
     fn closed_file(&mut self) -> Option<(String, String)> {
         let open: Vec<String> =
@@ -316,7 +349,11 @@ impl Chooser<'_> {
     }
 
     fn snapshot(&mut self) -> Option<Command> {
-        Some(Command::new("blockdev-snapshot", json!({"node": self.node()?, "overlay": self.target()?})))
+        let (node, overlay) = match self.overlay_pair().filter(|_| self.rng.percent(80)) {
+            Some(pair) => pair,
+            None => (self.node()?, self.target()?),
+        };
+        Some(Command::new("blockdev-snapshot", json!({"node": node, "overlay": overlay})))
     }
 
     fn snapshot_sync(&mut self) -> Option<Command> {
@@ -385,14 +422,16 @@ impl Chooser<'_> {
     }
 
     fn mirror(&mut self) -> Option<Command> {
-        let (device, target, sync) = (self.node()?, self.target()?, self.sync());
+        let device = self.node()?;
+        let (target, sync) = (self.target_for(&device)?, self.sync());
         let mode = self.rng.one(&["background", "write-blocking"]);
         let a = json!({"device": device, "target": target, "sync": sync, "copy-mode": mode});
         Some(Command::new("blockdev-mirror", self.job_options(a)))
     }
 
     fn backup(&mut self) -> Option<Command> {
-        let (device, target, sync) = (self.node()?, self.target()?, self.sync());
+        let device = self.node()?;
+        let (target, sync) = (self.target_for(&device)?, self.sync());
         let a = json!({"device": device, "target": target, "sync": sync});
         Some(Command::new("blockdev-backup", self.job_options(a)))
     }
@@ -515,7 +554,7 @@ impl Chooser<'_> {
     }
 
     fn transaction(&mut self) -> Option<Command> {
-        let count = 1 + self.rng.below(3);
+        let count = 1 + self.rng.below(3) * self.rng.below(2);
         let mut actions = Vec::new();
         for _ in 0..count {
             let c = match self.rng.below(6) {
@@ -538,13 +577,29 @@ impl Chooser<'_> {
 
     fn create(&mut self) -> Option<Command> {
         let id = self.fresh("j");
-        let options = match self.rng.below(4) {
+        let options = match self.rng.below(6) {
+            4.. => self.new_overlay()?,
             0 => json!({"driver": "file", "filename": self.new_file(), "size": 1 << 20}),
             1 => json!({"driver": "qcow2", "file": self.node()?, "size": 1 << 20}),
             2 => json!({"driver": "qcow2", "file": self.node()?, "size": 1 << 20, "cluster-size": 3}),
             _ => json!({"driver": "raw", "file": self.node()?, "size": 1 << 20}),
         };
         Some(Command::new("blockdev-create", json!({"job-id": id, "options": options})))
+    }
+
+    /// An overlay in a raw file that is there already, for `blockdev-snapshot`.
+    fn new_overlay(&mut self) -> Option<Json> {
+        let node = self.node()?;
+        let g = &self.world.graph;
+        let below = g.file_of(&node)?;
+        let format = if g.nodes[&g.format_node(&node)].driver == "qcow2" { "qcow2" } else { "raw" };
+        let size = g.nodes[&node].size;
+        let free = |n: &&String| g.nodes[*n].driver == "file" && !g.edges.iter().any(|e| e.1 == **n);
+        let files: Vec<String> = g.nodes.keys().filter(free).cloned().collect();
+        let file = self.rng.pick(&files)?;
+        Some(
+            json!({"driver": "qcow2", "file": file, "size": size, "backing-file": below, "backing-fmt": format}),
+        )
     }
 
     fn threshold(&mut self) -> Option<Command> {

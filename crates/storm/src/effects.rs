@@ -128,6 +128,7 @@ impl World {
         self.snapshot(node, overlay, from);
         // From now on its header has to name what is below.
         if let Some(f) = file {
+            self.formats.insert(f.clone(), "qcow2".into());
             self.renamed.remove(&f);
             if let Some(b) = below {
                 if self.longer.contains(&b) {
@@ -197,7 +198,9 @@ impl World {
                 }
                 let sectors = known.map(|k| self.book().sectors(k));
                 let below = self.content_now(b);
-                // Whether an overlay that was used before shows what is below is its own affair.
+                // Whether an overlay that was used before shows what is below is its own affair, and what a base holds
+                // beyond its former end nobody keeps track of.
+                let empty = empty && !self.longer.contains(&header);
                 empty.then(|| self.book().copy(&file, below, from, 0..sectors.unwrap_or(0)))
             }
             _ => {
@@ -235,6 +238,10 @@ impl World {
         match reference(o, "file") {
             Some(node) => {
                 let node = node.to_owned();
+                if let (Some(b), Some(f)) = (o["backing-file"].as_str(), self.graph.file_of(&node)) {
+                    self.backings.insert(f.clone(), short(b));
+                    self.formats.insert(f, "qcow2".into());
+                }
                 self.forget(&node, "an image was created in it");
                 let over: Vec<String> =
                     self.graph.edges.iter().filter(|e| e.1 == node).map(|e| e.0.clone()).collect();
@@ -315,6 +322,10 @@ impl World {
             work = Work::Fleece;
         }
         let base = self.graph.file_of(&target);
+        // A copy of what is longer than we know is as long.
+        if self.graph.file_of(&source).is_some_and(|f| self.longer.contains(&f)) {
+            self.longer.extend(file.iter().chain(&base).cloned());
+        }
         let before = self.flow(work, from_content, to, from, base);
         let job = Job {
             work,

@@ -109,7 +109,8 @@ fn run(options: &Options) -> Result<bool, String> {
     let tools = Tools { dir, judge };
     let numbers = Arc::new(Numbers::default());
     if let Some(file) = &options.replay {
-        return shrink::replay(file, &tools, &numbers, options.verbose);
+        let mode = Mode { verbose: options.verbose, past: options.past.clone() };
+        return shrink::replay(file, &tools, &numbers, &mode);
     }
     let (first, last) = match options.seed.split_once('-') {
         Some((a, b)) => (number(a)?, number(b)?),

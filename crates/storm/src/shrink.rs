@@ -88,15 +88,14 @@ pub(crate) fn replay(
     file: &Path,
     tools: &Tools,
     numbers: &Arc<Numbers>,
-    verbose: bool,
+    mode: &Mode,
 ) -> Result<bool, String> {
     let text = std::fs::read_to_string(file).map_err(|e| format!("{}: {e}", file.display()))?;
     let v: Json = serde_json::from_str(&text).map_err(|e| e.to_string())?;
     let seed = v["seed"].as_u64().ok_or("no seed")?;
     let steps: Option<Vec<Step>> = v["steps"].as_array().into_iter().flatten().map(Step::from_json).collect();
     let steps = steps.ok_or("a step that nobody knows")?;
-    let mode = Mode { verbose, past: Vec::new() };
-    let outcome = run(seed, &Source::Recorded(&steps), tools, numbers, &mode, &AtomicBool::new(false))?;
+    let outcome = run(seed, &Source::Recorded(&steps), tools, numbers, mode, &AtomicBool::new(false))?;
     match outcome.finding {
         Some(f) => {
             println!("{}: {}", f.kind, f.text);

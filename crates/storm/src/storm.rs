@@ -240,7 +240,7 @@ impl Storm<'_> {
         if self.mode.verbose {
             println!("    FOUND {kind}: {text}");
         }
-        if !self.mode.past.iter().any(|p| p == kind) {
+        if kind != "full" && !self.mode.past.iter().any(|p| p == kind) {
             self.findings.push(Finding { kind, text });
         }
     }
@@ -460,8 +460,11 @@ impl Storm<'_> {
                 self.refused(c, text);
                 if let Some((file, t)) = touched(&traces, &self.traces()) {
                     self.world.spoilt(&file);
+                    // A disk that turns out to be full while an image is made over another file.
+                    let full = file.starts_with("full/") && text.contains("No space left on device");
+                    let kind = if full { "full" } else { "refusal" };
                     self.found(
-                        "refusal",
+                        kind,
                         format!("{} {} was refused ({text}), but touched {file}, {t}", c.name, c.arguments),
                     );
                 }

@@ -324,7 +324,25 @@ impl World {
                 self.closed.remove(&f);
             }
         }
+        self.look_through_filters();
         self.follow_links();
+    }
+
+    /// A filter shows what lies below, wherever it has been put.
+    fn look_through_filters(&mut self) {
+        for _ in 0..10 {
+            let mut changed = false;
+            let names: Vec<String> = self.graph.nodes.keys().cloned().collect();
+            for n in names.iter().filter(|n| !self.windows.contains(*n)) {
+                let Some(below) = self.graph.shown(n).and_then(|b| self.shows.get(b).copied()) else {
+                    continue;
+                };
+                changed |= self.shows.insert(n.clone(), below) != Some(below);
+            }
+            if !changed {
+                return;
+            }
+        }
     }
 
     /// What is written to a layer may show in the layers over it.
