@@ -22,8 +22,8 @@ use dolmen_types::{
 use crate::place::{self, FileId, Place};
 use crate::stand_in::StandIn;
 use crate::{
-    ChildEdge, Common, CreateCx, Creation, Description, Draft, DriverKind, GraphOwner, Implicit, NodeDef,
-    NodeOpener, OpInfo, OpenCx, OpenPolicy, Registry, join,
+    ChildEdge, Common, CreateCx, Creation, Description, Draft, DriverKind, GraphOwner, Implicit, Io, NodeDef,
+    NodeOpener, OpInfo, OpenCx, OpenPolicy, Prealloc, Registry, Resize, join,
 };
 
 /// Nothing that the old content may name is looked at.
@@ -221,8 +221,12 @@ impl ImageMaker {
         let edge =
             ChildEdge { name: "file", role: ChildRole::Metadata, node: user.node(), claim: user.claim() };
         let cx = CreateCx { file: Some(&edge), fixed: self.is_fixed(), rt };
-        if !cx.fixed && edge.node.size() > 0 {
-            cx.resize()?.resize(0, crate::Prealloc::Off).await?;
+        // To the byte: it may have to be restored.
+        let has = edge.node.driver.size(&edge.node);
+        if !cx.fixed && has > 0 {
+            let file = cx.resize()?;
+            find_room(file, has, self.creation.space(), self.creation.room()).await?;
+            file.resize(0, Prealloc::Off).await?;
         }
         self.creation.make(cx).await
     }
@@ -274,6 +278,25 @@ impl ImageMaker {
         owner.close().await?;
         Ok(driver)
     }
+}
+
+/// Makes sure that a file can become as long as an image, and that the disk has space for what is written at once: as
+/// long as the file still holds what it held, which stays if not.
+async fn find_room(file: Io<'_, Resize>, has: u64, space: u64, room: u64) -> Result<()> {
+    if space > has {
+        match file.resize(space, Prealloc::Falloc).await {
+            Err(e) if e.kind() != ErrorKind::Unsupported => return Err(e),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    if room > has.max(space)
+        && let Err(e) = file.resize(room, Prealloc::Off).await
+    {
+        // The first error is the one that matters.
+        let _ = file.resize(has, Prealloc::Off).await;
+        return Err(e);
+    }
+    Ok(())
 }
 
 /// Makes sure that a file that can't grow has room for an image.

@@ -48,6 +48,8 @@ pub type CreateFn = fn(Options) -> Result<Box<dyn Creation>>;
 pub trait Creation {
     /// Bytes that a file of fixed length must have at least for the image to be made in it.
     fn room(&self) -> u64;
+    /// Bytes from the start of the file that take space on the disk as soon as the image is made.
+    fn space(&self) -> u64;
     /// The backing file that the image will name.
     fn backing(&self) -> Option<BackingName<'_>>;
     /// Makes it: a protocol a file that is not there yet, a format an image in [`CreateCx::file`].

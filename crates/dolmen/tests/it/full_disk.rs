@@ -103,6 +103,45 @@ fn a_full_file_system_keeps_every_acknowledged_write() {
     }
 }
 
+/// The story: `create` over a file emptied it first, and found out then that there was no space for the new image.
+#[test]
+fn an_image_that_does_not_fit_leaves_what_was_there() {
+    let create = |args: &[&str], path: &Path| {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_dolmen"));
+        c.args(["img", "create", "-q"]).args(args).arg(path).stderr(Stdio::null());
+        c
+    };
+    for kind in ["tmpfs", "ext4"] {
+        let Some(disk) = Mounted::new(kind) else { continue };
+        let image = disk.at.join("t");
+        let kept = |mut c: Command, size: &str| {
+            std::fs::write(&image, "precious").expect("a file");
+            let out = c.arg(size).output().expect("runs");
+            let now = std::fs::read(&image).expect("a file");
+            assert!(!out.status.success(), "{kind}: {c:?}");
+            assert!(now == b"precious", "{kind}: {c:?} left {} bytes", now.len());
+        };
+        for mode in ["full", "falloc"] {
+            let option = format!("preallocation={mode}");
+            kept(create(&["-f", "raw", "-o", &option], &image), "16M");
+            kept(create(&["-f", "qcow2", "-o", &option], &image), "16M");
+        }
+        if kind == "ext4" {
+            kept(create(&["-f", "raw"], &image), "17T");
+        }
+        kept(create(&["-f", "qcow2", "-o", "preallocation=metadata"], &image), "64G");
+        // Hardly anything is left.
+        let all = disk.at.join("all");
+        let mut file = std::fs::File::create(&all).expect("a file");
+        while std::io::Write::write_all(&mut file, &[1; 16 << 10]).is_ok() {}
+        kept(create(&["-f", "qcow2"], &image), "1M");
+        drop(file);
+        std::fs::remove_file(&all).expect("removed");
+        must(env!("CARGO_BIN_EXE_dolmen"), &["img", "create", "-qfraw", &image.display().to_string(), "4M"]);
+        assert_eq!(std::fs::read(&image).expect("a file"), vec![0; 4 << 20]);
+    }
+}
+
 /// The story: the same daemon said nothing, and its exit code was 0.
 #[test]
 fn a_daemon_that_could_not_write_everything_says_so() {

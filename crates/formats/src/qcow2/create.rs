@@ -200,6 +200,15 @@ impl Creation for NewQcow2 {
         (self.plan.clusters() + mapped) << geo.cluster_bits
     }
 
+    fn space(&self) -> u64 {
+        let Wanted { geo, size, prealloc, .. } = &self.wanted;
+        match prealloc {
+            Prealloc::Off => self.plan.clusters() << geo.cluster_bits,
+            Prealloc::Metadata => (self.plan.clusters() + geo.l1_entries_for(*size)) << geo.cluster_bits,
+            Prealloc::Falloc | Prealloc::Full => self.room(),
+        }
+    }
+
     fn backing(&self) -> Option<BackingName<'_>> {
         let (name, format) = self.wanted.backing.as_ref()?;
         Some(BackingName { name, format: format.as_deref() })

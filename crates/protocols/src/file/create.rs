@@ -35,6 +35,10 @@ impl Creation for NewFile {
         self.size
     }
 
+    fn space(&self) -> u64 {
+        if self.prealloc == Prealloc::Off { 0 } else { self.size }
+    }
+
     fn backing(&self) -> Option<BackingName<'_>> {
         None
     }

@@ -75,6 +75,11 @@ impl History {
         }
     }
 
+    /// Whether anything was acknowledged that no flush covers.
+    pub(super) const fn is_owed_a_flush(&self) -> bool {
+        self.lost || self.acknowledged > self.flushed
+    }
+
     /// A flush is about to be sent; it covers what was acknowledged before.
     ///
     /// # Errors

@@ -713,9 +713,11 @@ impl Driver for Nbd {
 
     fn close<'a>(&'a self, cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {
         Box::pin(async move {
-            let link = self.link();
-            link.say_goodbye(cx.rt).await;
-            Ok(())
+            // Nobody else does: what closes a node above may have nothing of its own to write out.
+            let owed = !cx.node.flags.no_flush && self.current().history.is_owed_a_flush();
+            let flushed = if owed { self.flush(cx.rt).await } else { Ok(()) };
+            self.link().say_goodbye(cx.rt).await;
+            flushed
         })
     }
 

@@ -175,8 +175,13 @@ impl Disk {
         Ok((s.len, s.zero, s.data))
     }
 
-    pub(crate) async fn close(mut self) {
-        self.owner.close().await.unwrap();
+    pub(crate) async fn close(self) {
+        self.try_close().await.unwrap();
+    }
+
+    pub(crate) async fn try_close(mut self) -> Result<()> {
+        drop(self.edge);
+        self.owner.close().await
     }
 }
 

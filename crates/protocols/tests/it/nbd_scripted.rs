@@ -273,6 +273,33 @@ fn a_flush_does_not_succeed_when_acknowledged_writes_went_down_with_a_connection
     });
 }
 
+/// The story: a node that a daemon closed was not flushed unless a format above had something to write out, and nobody was
+/// told when that would have failed.
+#[test]
+fn closing_flushes_and_says_what_is_lost() {
+    run(async move |rig| {
+        for fails in [false, true] {
+            let _ = std::fs::remove_file(rig.path("s"));
+            let server = serve(&rig, move |listener| {
+                let mut peer = Peer::accept(&listener);
+                assert_eq!(answer(&mut peer, 1)[0].cmd, cmd::WRITE);
+                let flush = peer.request().expect("the client is there");
+                assert_eq!(flush.cmd, cmd::FLUSH);
+                if !fails {
+                    let mut out = Vec::new();
+                    reply::put_none(&mut out, flush.cookie);
+                    peer.send(&out);
+                    assert_eq!(peer.request().expect("it says goodbye").cmd, cmd::DISC);
+                }
+            });
+            let disk = rig.rw(rig.options("s", "")).await.unwrap();
+            disk.write(0, &[1; 512], WriteFlags::NONE).await.unwrap();
+            assert_eq!(disk.try_close().await.is_err(), fails);
+            ended(&rig, server).await;
+        }
+    });
+}
+
 /// What was flushed, or written with FUA, is not lost: flushes go on.
 #[test]
 fn a_flush_succeeds_when_nothing_was_in_the_hands_of_the_old_server() {
