@@ -4,6 +4,12 @@
 
 use crate::bench::target_dir;
 
+/// The part that every change has to pass: these seeds, or as many as a slow machine does in less than two minutes.
+pub(crate) fn short() -> Result<(), String> {
+    let args = ["--seed", "1-24", "--minutes", "1.7", "--no-shrink"];
+    run(&args.map(str::to_owned))
+}
+
 /// Builds the daemon and the tester, as they are built for tests, and runs it.
 pub(crate) fn run(args: &[String]) -> Result<(), String> {
     let built = crate::cargo()

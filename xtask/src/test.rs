@@ -38,6 +38,8 @@ pub(crate) fn run() -> Result<(), String> {
     // The same without io_uring, for the crates that wait for anything.
     let waiting = ["-p", "dolmen-rt", "-p", "dolmen-protocols", "-p", "dolmen-exports", "-p", "dolmen"];
     step("tests without io_uring", tests(nextest, &waiting).env("DOLMEN_IO", "threads"))?;
+    println!("\n=== storm");
+    crate::storm::short()?;
     println!("\nall steps passed in {} s", started.elapsed().as_secs());
     Ok(())
 }

@@ -362,6 +362,20 @@ impl Storm<'_> {
         }
     }
 
+    /// What came before the answer to a command had happened before: a job that had ended did not write any more. What
+    /// is told of a job that the command has begun has to wait until we know it.
+    fn events_of_known_jobs(&mut self) {
+        let events = std::mem::take(&mut self.monitors[0].events);
+        let known = |e: &Json| {
+            let id = e["data"]["device"].as_str().or_else(|| e["data"]["id"].as_str()).unwrap_or_default();
+            self.world.jobs.contains_key(id)
+        };
+        let (now, later): (Vec<_>, Vec<_>) = events.into_iter().partition(known);
+        self.monitors[0].events = now;
+        self.events();
+        self.monitors[0].events = later;
+    }
+
     /// The monitor has no answer.
     fn gone(&mut self, what: &str) {
         // The connection goes before the process has.
@@ -455,7 +469,10 @@ impl Storm<'_> {
         let reply = self.monitors[0].ask(&c.name, &c.arguments);
         self.took(asked);
         match &reply {
-            Reply::Done(_) => self.accepted(c, from),
+            Reply::Done(_) => {
+                self.events_of_known_jobs();
+                self.accepted(c, from);
+            }
             Reply::Refused(text) => {
                 self.refused(c, text);
                 if let Some((file, t)) = touched(&traces, &self.traces()) {
