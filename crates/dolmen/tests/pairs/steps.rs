@@ -359,7 +359,7 @@ pub(crate) fn part(command: &str) -> Option<Part> {
         )]),
         "blockdev-prefetch" => tried(vec![attempt(
             "prefetch of top",
-            job("k", "blockdev-prefetch", json!({"node-name": "top"}), Work::Unseen),
+            job("k", "blockdev-prefetch", json!({"node": "top"}), Work::Unseen),
         )]),
         "blockdev-snapshot-sync" => tried(vec![attempt(
             "snapshot-sync of top",

@@ -40,6 +40,7 @@ const RIGHT_ALL_THE_SAME: &[(&str, &str, &str)] = &[
     ("commit of", "commit of", TWO_JOBS),
     ("commit of", "mirror of", TWO_JOBS),
     ("commit of", "backup of", TWO_JOBS),
+    ("commit of", "prefetch of", TWO_JOBS),
     ("mirror", "commit of", TWO_JOBS),
     ("mirror", "stream of", TWO_JOBS),
     ("mirror", "mirror of", TWO_JOBS),
