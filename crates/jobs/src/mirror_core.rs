@@ -242,6 +242,7 @@ impl Core {
     /// `Cancelled`, or the error that ends the job.
     pub(crate) async fn run(&self, cx: &JobCx, route: Route) -> Result<()> {
         let filter = self.filter()?;
+        filter.target_is_ready();
         let tracker = filter.tracker();
         let sync = self.sync.borrow().clone();
         match sync {

@@ -113,6 +113,8 @@ pub(crate) struct MirrorFilter {
     tracker: Arc<Tracker>,
     /// A [`Phase`].
     phase: AtomicU8,
+    /// The target is as large as it has to be. Writes do not go there before, whatever the phase.
+    target_ready: AtomicBool,
     /// Discards are not done: the copy does not converge otherwise.
     no_discards: AtomicBool,
     /// Requests under way that will be marked when they end.
@@ -131,6 +133,7 @@ impl MirrorFilter {
             rule,
             tracker,
             phase: AtomicU8::new(phase as u8),
+            target_ready: AtomicBool::new(false),
             no_discards: AtomicBool::new(false),
             marking: AtomicUsize::new(0),
             failure: Mutex::new(None),
@@ -144,6 +147,11 @@ impl MirrorFilter {
 
     pub(crate) fn phase(&self) -> Phase {
         Phase::from_u8(self.phase.load(SeqCst))
+    }
+
+    /// The job copies from now on.
+    pub(crate) fn target_is_ready(&self) {
+        self.target_ready.store(true, SeqCst);
     }
 
     /// Moves on. A move back is ignored, except from blocking to background, and except that off
@@ -197,7 +205,11 @@ impl MirrorFilter {
         // Count first, then look at the phase: whoever changes the phase looks at the count afterwards,
         // so one of the two sees the other.
         self.marking.fetch_add(1, SeqCst);
-        let way = match (self.phase(), discard) {
+        let phase = match self.phase() {
+            Phase::Blocking if !self.target_ready.load(SeqCst) => Phase::Background,
+            phase => phase,
+        };
+        let way = match (phase, discard) {
             (Phase::Blocking, true) if self.no_discards.load(SeqCst) => Way::Nowhere,
             (Phase::Background, _) | (Phase::Blocking, true) => {
                 let filter = self.me.upgrade().expect("a driver that runs a request is alive");
