@@ -148,6 +148,14 @@ pub(crate) async fn propose_drive(task: &Task, draft: &mut Draft, drive: Drive) 
             // A raw image lies over nothing.
             let names =
                 opener.registry.find(&format)?.create_options.iter().any(|o| o.name == "backing_file");
+            if let Some(below) = below.as_ref().filter(|_| !names && text(&arguments, "sync") == "top") {
+                return Err(invalid(format!(
+                    "Backing file not supported for file format '{format}': a copy of the topmost image alone would \
+                     read as zeroes instead of the data of '{below}'"
+                ))
+                .remedy("copy with sync=full, or to a format with backing files, such as qcow2")
+                .into());
+            }
             let options = made_over(draft, size, below.as_ref().filter(|_| names), &file)?;
             let image = NewImage { file, format: Some(format), options };
             opener.open_new(draft, image, node).await?
