@@ -512,7 +512,11 @@ impl Chooser<'_> {
     fn change_backing(&mut self) -> Option<Command> {
         let node = self.over()?;
         let below = self.world.graph.backing(&node).and_then(|b| self.world.graph.file_of(b));
-        let name = if self.rng.percent(70) { below? } else { self.closed_file()?.0 };
+        let mut name = if self.rng.percent(70) { below? } else { self.closed_file()?.0 };
+        // A header's name is seen from its own directory.
+        if self.world.graph.file_of(&node).is_some_and(|f| f.starts_with("full/")) {
+            name = name.strip_prefix("full/").map_or_else(|| format!("../{name}"), str::to_owned);
+        }
         Some(Command::new(
             "change-backing-file",
             json!({"device": node, "image-node-name": node, "backing-file": name}),

@@ -93,7 +93,7 @@ impl World {
             "change-backing-file" => {
                 let node = self.graph.format_node(text(a, "image-node-name"));
                 let named = self.graph.backing(&node).and_then(|b| self.graph.file_of(b));
-                if named.as_deref() != a["backing-file"].as_str()
+                if named != a["backing-file"].as_str().map(short)
                     && let Some(f) = self.graph.file_of(&node)
                 {
                     self.renamed.insert(f);
@@ -297,6 +297,10 @@ impl World {
                 let name = std::mem::replace(&mut target, text(a, "node-name").to_owned());
                 self.images.remove(&name);
                 self.backings.remove(&name);
+                // What lies below a copy of the topmost image may be written when the job is over.
+                if let Some(b) = self.graph.backing(&source).filter(|_| sync == "top") {
+                    self.backings.insert(name.clone(), self.graph.file_of(b).unwrap_or_default());
+                }
                 self.formats.insert(name.clone(), text(a, "format").to_owned());
                 self.closed.remove(&name);
                 file = Some(name);
