@@ -283,7 +283,7 @@ async fn propose_resize(draft: &mut Draft, rt: &Rt, node: &str, size: u64) -> Re
     let image = draft.content(&node);
     if size < now {
         // What is cut off is gone for images above that nobody reads now, too.
-        draft.rob_overlays(&op)?;
+        draft.mark_destructive(&op)?;
         draft.claim_other_data(&op, &image, "cuts off its end")?;
     }
     let needs = Actions::S | Actions::M;

@@ -264,7 +264,7 @@ impl Draft {
         self.state.users.retain(|u| u.op != *op);
         self.state.claims.retain(|c| c.op != *op);
         self.state.kept.retain(|(o, _)| o != op);
-        self.state.robbers.retain(|o| o != op);
+        self.state.destructive.retain(|o| o != op);
         while let Some(filter) = self.state.nodes.iter().find(|n| n.def.owner.as_ref() == Some(op)) {
             let filter = filter.def.name.clone();
             self.take_out(&filter);

@@ -90,10 +90,10 @@ pub(crate) fn explain(state: &State, known: &BTreeSet<OpId>, refusal: Refusal, n
             let (deny_party, deny_op) = scene.party(denies, Side::Denies, actions);
             let mut remedies = Vec::new();
             // Who takes data away for good asks the images above, not those who read them now.
-            let robs = ask_op.is_some_and(|o| state.robbers.contains(&o.id));
+            let destroys = ask_op.is_some_and(|o| state.destructive.contains(&o.id));
             let over = scene.overlay(denies).filter(|_| actions.intersects(Actions::V | Actions::S));
             // The one that is there already can be ended; the newcomer can ask for less.
-            for info in [deny_op.filter(|_| !robs || over.is_none()), ask_op].into_iter().flatten() {
+            for info in [deny_op.filter(|_| !destroys || over.is_none()), ask_op].into_iter().flatten() {
                 if let Some(text) = &info.ends_with
                     && scene.since(info).is_some()
                     && !remedies.contains(text)
@@ -112,7 +112,7 @@ pub(crate) fn explain(state: &State, known: &BTreeSet<OpId>, refusal: Refusal, n
                 remedies.push(format!("use node '{}' instead", name(parent)));
             }
             if let Some(overlay) = over {
-                if robs || deny_op.is_none() {
+                if destroys || deny_op.is_none() {
                     remedies.push(format!("remove node '{overlay}' first (blockdev-del)"));
                 }
                 remedies.push(format!(

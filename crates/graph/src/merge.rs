@@ -42,7 +42,7 @@ impl Touched {
             out.nodes.insert(node);
             out.ops.insert(op);
         }
-        out.ops.extend(differ(&from.robbers, &to.robbers));
+        out.ops.extend(differ(&from.destructive, &to.destructive));
         for on in changed(&from.over, &to.over, |a, b| a == b) {
             let filters = |s: &State| s.over.get(&on).cloned().unwrap_or_default();
             out.nodes.extend(filters(from).into_iter().chain(filters(to)));
@@ -163,7 +163,7 @@ pub(crate) fn merge(base: &State, mine: &State, now: &State) -> Result<State> {
     put(&mut out.users, &mine.users, users, same_edge);
     list(&mut out.claims, &base.claims, &mine.claims);
     list(&mut out.kept, &base.kept, &mine.kept);
-    list(&mut out.robbers, &base.robbers, &mine.robbers);
+    list(&mut out.destructive, &base.destructive, &mine.destructive);
     for node in &ours.nodes {
         replace(&mut out.over, node, mine.over.get(node));
         replace(&mut out.told, node, mine.told.get(node));
@@ -218,7 +218,7 @@ fn whole(s: &State) -> Result<()> {
         .chain(s.kept.iter().map(|(_, n)| n))
         .chain(s.over.iter().flat_map(|(n, filters)| filters.iter().chain([n])));
     let by = s.users.iter().map(|u| &u.op).chain(s.claims.iter().map(|c| &c.op));
-    let by = by.chain(s.kept.iter().map(|(o, _)| o)).chain(&s.robbers);
+    let by = by.chain(s.kept.iter().map(|(o, _)| o)).chain(&s.destructive);
     let owners = s.nodes.iter().filter_map(|n| n.def.owner.as_ref());
     if named.into_iter().any(|n| !nodes.contains_key(n)) || by.chain(owners).any(|o| !ops.contains(o)) {
         return Err(broken());

@@ -25,14 +25,14 @@ impl State {
             }
             match out.iter_mut().find(|s| s.op == op).map(|s| &mut s.overlays) {
                 Some(Overlays::Kept(list)) => list.push(node),
-                Some(Overlays::Robbed) => {}
+                Some(Overlays::All) => {}
                 None => out.push(Stance { op, overlays: Overlays::Kept(vec![node]) }),
             }
         }
-        for op in &self.robbers {
+        for op in &self.destructive {
             let op = number(op);
             out.retain(|s| s.op != op);
-            out.push(Stance { op, overlays: Overlays::Robbed });
+            out.push(Stance { op, overlays: Overlays::All });
         }
         out
     }
@@ -77,9 +77,9 @@ impl Draft {
     ///
     /// # Errors
     /// `NotFound`, for the operation.
-    pub fn rob_overlays(&mut self, op: &OpId) -> Result<()> {
+    pub fn mark_destructive(&mut self, op: &OpId) -> Result<()> {
         self.known(op)?;
-        self.state.robbers.push(op.clone());
+        self.state.destructive.push(op.clone());
         Ok(())
     }
 

@@ -58,7 +58,7 @@ pub enum Overlays {
     /// copy-before-write that saves to one. They allow it everything on their backing child.
     Kept(Vec<usize>),
     /// It takes data away for good: all overlays are asked as if somebody read them.
-    Robbed,
+    All,
 }
 
 /// A node.
@@ -296,7 +296,7 @@ impl View {
     fn of(t: &Topology, order: &[usize], stance: &Stance) -> View {
         let (kept, robs): (&[usize], bool) = match &stance.overlays {
             Overlays::Kept(nodes) => (nodes, false),
-            Overlays::Robbed => (&[], true),
+            Overlays::All => (&[], true),
         };
         let toward = Sight { kept, all_read: robs, silent: None };
         let without = Sight { silent: Some(stance.op), ..Sight::PLAIN };

@@ -85,7 +85,7 @@ pub(crate) struct State {
     /// Overlays that operations keep right while they write what these lie over.
     pub(crate) kept: Vec<(OpId, NodeName)>,
     /// Operations that take data away for good.
-    pub(crate) robbers: Vec<OpId>,
+    pub(crate) destructive: Vec<OpId>,
     /// Interposed filters by the node they stand on, innermost first.
     pub(crate) over: BTreeMap<NodeName, Vec<NodeName>>,
     /// What each leaf was last told that its parents need and allow.
@@ -187,7 +187,7 @@ impl State {
         self.users.retain(|u| !op(&u.op));
         self.claims.retain(|c| !op(&c.op));
         self.kept.retain(|(o, _)| !op(o));
-        self.robbers.retain(|o| !op(o));
+        self.destructive.retain(|o| !op(o));
         self.ops.retain(|o| !op(&o.id));
         self.nodes.retain(|n| !node(&n.def.name));
         self.over.retain(|n, _| !node(n));

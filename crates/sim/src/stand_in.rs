@@ -435,7 +435,7 @@ pub fn resize(d: &mut Draft, id: &str, node: &str) -> Result<()> {
 pub fn shrink(d: &mut Draft, id: &str, node: &str) -> Result<()> {
     instant(d, id, format!("resize of '{node}'"), |d, op| {
         let image = d.content(&NodeName::internal(node));
-        d.rob_overlays(op)?;
+        d.mark_destructive(op)?;
         d.claim_other_data(op, &image, "cuts off its end")?;
         claim(d, op, node, Actions::S, Actions::NONE, "changes its size")
     })

@@ -163,6 +163,13 @@ fn neither_errors_nor_dropped_requests_make_it_worse() {
     all_survive(seeds(200), Weather::Rough);
 }
 
+/// The story of a seed: growing the file by a large step failed after it had been done, and was tried again with less, which cut
+/// off what another request had written behind that.
+#[test]
+fn a_growth_that_fails_after_it_was_done_cuts_nothing_off() {
+    explore(2548, Weather::Rough, Bug::None).unwrap_or_else(|e| panic!("{e}"));
+}
+
 /// The explorer must be able to find what it looks for: one flush of the file that the
 /// format needs between the phases of writing its metadata is missing.
 #[test]

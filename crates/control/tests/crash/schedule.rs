@@ -747,7 +747,8 @@ impl Play {
                     _ => continue,
                 };
             }
-            self.world.rt.sleep(Duration::from_millis(1)).await;
+            // What ends a job is tried again after a second, as often as an injected error meets it.
+            self.world.rt.sleep(Duration::from_millis(if round < 200 { 1 } else { 20 })).await;
         }
         self.world.stop.set(true);
         while self.world.guests.get() > 0 {

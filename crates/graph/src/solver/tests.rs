@@ -210,7 +210,7 @@ impl Seen {
     fn of(t: &Topology, s: &Stance) -> Seen {
         let (kept, robs) = match &s.overlays {
             Overlays::Kept(k) => (&k[..], false),
-            Overlays::Robbed => (&[][..], true),
+            Overlays::All => (&[][..], true),
         };
         let (without, found) = (settled(t, &[], false, Some(s.op)), settled(t, kept, robs, None));
         Seen { op: s.op, robs, without, found }
@@ -643,7 +643,7 @@ fn stances() {
                     t.users.pop();
                     t.stances.clear();
                     let plain = compare(&t);
-                    t.stances = vec![Stance { op: 0, overlays: Overlays::Robbed }];
+                    t.stances = vec![Stance { op: 0, overlays: Overlays::All }];
                     tally.compare(&t);
                     closed += u32::from(plain && solve(&t).is_err());
                 }
@@ -690,7 +690,7 @@ fn names_do_not_matter() {
         }
         if random(3) == 0 {
             let kept = (0..n).filter(|_| random(3) == 0).collect();
-            let overlays = if random(4) == 0 { Overlays::Robbed } else { Overlays::Kept(kept) };
+            let overlays = if random(4) == 0 { Overlays::All } else { Overlays::Kept(kept) };
             t.stances.push(Stance { op: 0, overlays });
         }
         let verdict = compare(&t);

@@ -4,5 +4,6 @@ mod access_cases;
 mod changes;
 mod opening;
 mod requests;
+mod side_by_side;
 mod support;
 mod threads;

@@ -1,0 +1,97 @@
+//! Changes of the graph that go on at the same time.
+
+use dolmen_graph::{GraphOwner, OpInfo};
+use dolmen_sim::Sim;
+use dolmen_types::{Actions, Claim, ErrorKind, OpId};
+use futures_lite::future::poll_once;
+
+use crate::support::{Log, add_probe};
+
+/// An operation without edges.
+fn user_of(d: &mut dolmen_graph::Draft, id: &str) {
+    d.add_op(OpInfo {
+        id: OpId::internal(id),
+        kind: "tool".into(),
+        detail: String::new(),
+        since: None,
+        ends_with: None,
+        instead_of_writing: None,
+    })
+    .unwrap();
+}
+
+/// While a change waits for a request, others are published. It is published on top of them, if they have nothing to do
+/// with each other, with everything in its place: a job finds its edges by their order.
+#[test]
+fn a_change_that_waits_holds_up_no_other() {
+    Sim::run(1, |rt| async move {
+        let mut owner = GraphOwner::new(rt.clone());
+        let log = Log::default();
+        let mut d = owner.draft();
+        for n in ["a", "b", "c", "x"] {
+            add_probe(&mut d, n, &log);
+        }
+        for (id, nodes) in [("guest", &["a"][..]), ("job", &["b", "c"]), ("other", &["x"])] {
+            user_of(&mut d, id);
+            for n in nodes {
+                d.add_user(&OpId::internal(id), n, Claim { needs: Actions::D, allows: Actions::EVERY })
+                    .unwrap();
+            }
+        }
+        owner.commit(d).await.unwrap();
+        let guest = owner.edges(&OpId::internal("guest")).next().unwrap();
+        let token = guest.begin().await.unwrap();
+
+        // Waits for the token.
+        let mut d = owner.draft();
+        d.remove_op(&OpId::internal("guest"));
+        d.remove_node("a").unwrap();
+        let mut first = owner.clone();
+        let mut waits = Box::pin(first.commit(d));
+        assert!(poll_once(&mut waits).await.is_none());
+
+        // Publishes meanwhile.
+        let mut d = owner.draft();
+        d.remove_op(&OpId::internal("other"));
+        d.remove_node("x").unwrap();
+        owner.commit(d).await.unwrap();
+
+        drop(token);
+        waits.await.unwrap();
+        let names: Vec<_> = owner.graph().nodes.iter().map(|n| n.name.to_string()).collect();
+        assert_eq!(names, ["b", "c"]);
+        let edges: Vec<_> = owner.edges(&OpId::internal("job")).map(|e| e.node().name.to_string()).collect();
+        assert_eq!(edges, ["b", "c"]);
+        assert!(owner.ops().iter().all(|o| o.id.as_str() == "job"));
+    });
+}
+
+/// The same for changes of one node: the later one is refused, and nothing of it is there.
+#[test]
+fn a_change_of_what_was_changed_meanwhile_is_refused() {
+    Sim::run(1, |rt| async move {
+        let mut owner = GraphOwner::new(rt.clone());
+        let log = Log::default();
+        let mut d = owner.draft();
+        add_probe(&mut d, "a", &log);
+        user_of(&mut d, "guest");
+        let claim = Claim { needs: Actions::D, allows: Actions::EVERY };
+        d.add_user(&OpId::internal("guest"), "a", claim).unwrap();
+        owner.commit(d).await.unwrap();
+        let guest = owner.edges(&OpId::internal("guest")).next().unwrap();
+        let token = guest.begin().await.unwrap();
+        let mut d = owner.draft();
+        d.remove_op(&OpId::internal("guest"));
+        let mut first = owner.clone();
+        let mut waits = Box::pin(first.commit(d));
+        assert!(poll_once(&mut waits).await.is_none());
+        let mut d = owner.draft();
+        user_of(&mut d, "late");
+        d.add_user(&OpId::internal("late"), "a", claim).unwrap();
+        owner.commit(d).await.unwrap();
+        drop(token);
+        assert_eq!(waits.await.unwrap_err().kind(), ErrorKind::Busy);
+        assert_eq!(owner.ops().len(), 2);
+        assert!(guest.begin().await.is_ok(), "its gate is open again");
+    });
+}
