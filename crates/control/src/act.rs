@@ -200,6 +200,8 @@ pub(crate) fn propose_snapshot(draft: &mut Draft, node: &str, overlay: &str) -> 
         for reader in draft.readers(&under) {
             claim(draft, &op, &reader, Actions::S, "puts an overlay of another size above it")?;
         }
+        // Asked before the overlay is linked: it is no party to the conflict.
+        draft.solve().map_err(|e| e.first_remedy(format!("use an overlay of {} bytes", sizes.0)))?;
     }
     draft.put_over(&node, &overlay)?;
     Ok(op)

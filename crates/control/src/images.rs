@@ -97,7 +97,8 @@ fn plan(draft: &Draft, drive: Drive) -> Result<Plan> {
     let images = draft.images(&source);
     let below = match (kind, sync.as_str()) {
         (_, "top") => images.get(1),
-        (DriveKind::Backup, "none") => images.first(),
+        // A backup keeps what the source had, and a mirror what is written from now on: the rest is the source's.
+        (_, "none") => images.first(),
         _ => None,
     };
     let mut unmap = true;

@@ -256,6 +256,11 @@ impl Opener<'_> {
                 let climbs = path
                     .components()
                     .any(|c| !matches!(c, std::path::Component::Normal(_) | std::path::Component::CurDir));
+                if path.is_absolute() {
+                    return Err(refuse(
+                        "by an absolute name: only names beneath the image's own directory are followed",
+                    ));
+                }
                 if climbs {
                     return Err(refuse("which is not beneath the image's own directory"));
                 }

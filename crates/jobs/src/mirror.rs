@@ -159,8 +159,9 @@ impl Mirror {
             ),
         };
         Err(invalid(why).remedy(
-            "keep the copy and the source as they are (block-job-cancel), link the right backing file to the target first \
-             (blockdev-snapshot), or mirror with sync=full",
+            "keep the copy and the source as they are (block-job-cancel); to let a target take the source's place, mirror with \
+             sync=full, or open the target with the right backing node: the source's own with sync=top, the source itself \
+             with sync=none",
         ))
     }
 

@@ -201,6 +201,18 @@ impl Error {
         self
     }
 
+    /// Adds a way out that the one who asked knows, in front of those that are there.
+    #[must_use]
+    pub fn first_remedy(mut self, remedy: impl Into<String>) -> Error {
+        let first = remedy.into();
+        match (&mut self.0.conflict, &mut self.0.remedy) {
+            (Some(c), _) => c.remedies.insert(0, first),
+            (None, Some(r)) => *r = format!("{first}, or {r}"),
+            (None, none) => *none = Some(first),
+        }
+        self
+    }
+
     /// What kind of error it is.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind

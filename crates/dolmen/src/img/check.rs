@@ -185,7 +185,10 @@ fn human(r: &CheckResult, repair: bool) -> String {
         ));
     }
     if r.corruptions + r.leaks + r.check_errors == 0 {
-        s.push_str("No errors were found on the image.\n");
+        s.push_str(&match r.lost {
+            0 => "No errors were found on the image.\n".to_owned(),
+            n => format!("The image is consistent now, but what {n} damaged entries referred to is lost.\n"),
+        });
     } else {
         if r.corruptions > 0 {
             s.push_str(&format!(

@@ -426,13 +426,16 @@ fn headers_name_images_without_how_they_are_used() {
     let uses = [
         json!({"lazy-refcounts": true}),
         json!({"overlap-check": "all", "l2-cache-size": 1 << 20, "refcount-cache-size": 1 << 20}),
-        json!({"pass-discard-request": true, "cache-size": 1 << 20}),
-        json!({"file": {"driver": "file", "filename": "old3", "locking": "on", "aio": "threads"}}),
+        json!({"pass-discard-request": true, "cache-size": 1 << 20, "l2-cache-entry-size": 4096}),
+        json!({"pass-discard-snapshot": false, "pass-discard-other": true, "cache-clean-interval": 60}),
+        json!({"file": {"driver": "file", "filename": "old4", "locking": "on", "aio": "threads"}}),
     ];
     for (i, more) in uses.iter().enumerate() {
         let (old, over) = (format!("old{i}"), format!("over{i}"));
         let path = w.path(&old);
-        w.bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "compat=0.10", &path, "1M"]);
+        let lazy = more["lazy-refcounts"] == true;
+        let version = if lazy { "compat=1.1" } else { "compat=0.10" };
+        w.bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-o", version, &path, "1M"]);
         let file = json!({"driver": "file", "filename": old});
         let mut node = json!({"driver": "qcow2", "node-name": old, "file": file});
         node.as_object_mut().expect("a map").extend(more.as_object().expect("a map").clone());
@@ -448,6 +451,22 @@ fn headers_name_images_without_how_they_are_used() {
     for (i, path) in paths.iter().enumerate() {
         assert_eq!(backing(&bench, path), (format!("old{i}"), "qcow2".to_owned()), "{}", uses[i]);
     }
+}
+
+/// The story: `lazy-refcounts` of a version 2 image was accepted, at opening and by a reopen. QEMU refuses it, as such an
+/// image can't say that its refcounts are behind.
+#[test]
+fn lazy_refcounts_need_version_3() {
+    let Some(mut w) = world() else { return };
+    let path = w.path("v2");
+    w.bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "compat=0.10", &path, "1M"]);
+    let node = |lazy: bool| json!({"driver": "qcow2", "node-name": "v2", "lazy-refcounts": lazy, "file": {"driver": "file", "filename": "v2"}});
+    w.refused("blockdev-add", &node(true));
+    let said = w.ask("blockdev-add", node(true))["error"]["desc"].to_string();
+    assert!(said.contains("Lazy refcounts require a qcow2 image with at least qemu 1.1"), "{said}");
+    w.monitor.ok("blockdev-add", node(false));
+    w.refused("blockdev-reopen", &json!({"options": [node(true)]}));
+    w.monitor.ok("blockdev-reopen", json!({"options": [node(false)]}));
 }
 
 /// The story: `drive-backup` with sync=top and format=raw copied the topmost image into a file that lies over nothing, so the

@@ -154,6 +154,25 @@ fn an_overlay_shows_what_it_lies_over() {
     }
 }
 
+/// The refusal of an overlay of another size under an export named the overlay as the one that refuses, with advice
+/// that leads nowhere.
+#[test]
+fn an_overlay_of_another_size_is_refused_for_the_export() {
+    let mut w = World::new();
+    w.image("large", Some("top"), "8M", None);
+    w.add("large", "large", Json::Null, false);
+    let over = json!({"node": "top", "overlay": "large"});
+    let reply = w.m.ask(&json!({"execute": "blockdev-snapshot", "arguments": over}));
+    let desc = reply["error"]["desc"].as_str().expect("refused");
+    assert!(desc.contains("export 'e' (nbd, writable"), "{desc}");
+    assert!(
+        desc.ends_with("Use an overlay of 4194304 bytes, or remove the export (block-export-del 'e')."),
+        "{desc}"
+    );
+    w.m.ok("block-export-del", json!({"id": "e"}));
+    w.m.ok("blockdev-snapshot", over);
+}
+
 /// A mirror of one layer took its source's place over whatever images its target lay: the client saw another disk.
 #[test]
 fn a_mirror_of_one_layer_pivots_over_the_same_images_only() {
@@ -174,6 +193,32 @@ fn a_mirror_of_one_layer_pivots_over_the_same_images_only() {
     w.add("t2", "t2", json!("base2"), false);
     w.mirror("t2", "top");
     w.pivots();
+}
+
+/// `drive-mirror` with sync=none made an image that names the source, and opened it without: its end could only be
+/// refused, and no way of linking the source helped.
+#[test]
+fn a_mirror_of_new_writes_alone_pivots_over_its_source() {
+    let mut w = World::new();
+    let target = w.b.path("new");
+    let at_once = json!({"job-id": "m", "device": "top", "target": target, "format": "qcow2", "sync": "none",
+                         "auto-dismiss": false, "node-name": "new"});
+    w.m.ok("drive-mirror", at_once);
+    w.until("m", "ready");
+    Client::connect(&w.d.path("n.sock"), "e").expect("connected").write(20, 7).expect("written");
+    w.pivots();
+    w.holds(&[(80, 7), (84, 1)]);
+    Client::connect(&w.d.path("n.sock"), "e").expect("connected").write(21, 8).expect("written");
+    w.holds(&[(0, 2), (80, 7), (84, 8), (88, 1)]);
+    w.m.ok("quit", json!({}));
+    w.d.wait();
+    let said = w.b.ok("dolmen", &["img", "info", "-f", "qcow2", "new"]);
+    assert!(said.contains("backing file: ") && said.contains("top"), "{said}");
+    // Made for an absolute name, it names its backing file by one.
+    for read in ["read -P 7 80k 4k", "read -P 8 84k 4k", "read -P 2 0 64k", "read -P 1 88k 512k"] {
+        w.b.ok("dolmen", &["io", "--allow-backing=anything", "-r", "-f", "qcow2", "-c", read, "new"]);
+    }
+    w.b.ok("dolmen", &["io", "-r", "-f", "qcow2", "-c", "read -P 1 84k 4k", "top"]);
 }
 
 /// A target with data of its own showed them where the source has none.

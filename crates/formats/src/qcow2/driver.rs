@@ -70,6 +70,22 @@ const OPTIONS: &[OptionSpec] = &[
     OptionSpec::hint("l2-cache-size", OptionType::Size, "no effect: the cache of mappings has 32 MiB"),
     OptionSpec::hint("cache-size", OptionType::Size, "no effect: the caches have their sizes"),
     OptionSpec::hint("refcount-cache-size", OptionType::Size, "no effect: the cache of refcounts has 4 MiB"),
+    OptionSpec::hint(
+        "l2-cache-entry-size",
+        OptionType::Size,
+        "no effect: mappings are cached in whole clusters",
+    ),
+    OptionSpec::hint("cache-clean-interval", OptionType::Size, "no effect: the caches keep what they have"),
+    OptionSpec::hint(
+        "pass-discard-snapshot",
+        OptionType::Bool,
+        "no effect: snapshots are not deleted while a node is open",
+    ),
+    OptionSpec::hint(
+        "pass-discard-other",
+        OptionType::Bool,
+        "no effect: freed metadata clusters are used again",
+    ),
 ];
 
 fn parse(options: &mut Options, common: &Common) -> Result<Parsed> {
@@ -82,10 +98,14 @@ fn parse(options: &mut Options, common: &Common) -> Result<Parsed> {
         true => AccessRule::FormatOverChanging,
         false => AccessRule::Format,
     };
-    options.take_bool("lazy-refcounts")?;
+    let lazy = options.take_bool("lazy-refcounts")?.unwrap_or(false);
     options.take_enum("overlap-check", &["none", "constant", "cached", "all"])?;
-    for name in ["l2-cache-size", "cache-size", "refcount-cache-size"] {
+    for name in ["l2-cache-size", "l2-cache-entry-size", "cache-size", "refcount-cache-size"] {
         options.take_size(name)?;
+    }
+    options.take_size("cache-clean-interval")?;
+    for name in ["pass-discard-snapshot", "pass-discard-other"] {
+        options.take_bool(name)?;
     }
     let pass_discard = options.take_bool("pass-discard-request")?.unwrap_or(common.flags.unmap);
     Ok(Parsed {
@@ -95,14 +115,29 @@ fn parse(options: &mut Options, common: &Common) -> Result<Parsed> {
         ],
         rule,
         relies_down_to: None,
-        open: Box::new(Open { pass_discard, rule, backing_from_image: backing == ChildDef::FromImage }),
+        open: Box::new(Open { pass_discard, lazy, rule, backing_from_image: backing == ChildDef::FromImage }),
     })
 }
 
 struct Open {
     pass_discard: bool,
+    lazy: bool,
     rule: AccessRule,
     backing_from_image: bool,
+}
+
+impl Open {
+    /// Refuses what images of this version can't have.
+    fn check(&self, version: u32) -> Result<()> {
+        if self.lazy && version < 3 {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
+            )
+            .remedy("leave out lazy-refcounts: this image is of version 2"));
+        }
+        Ok(())
+    }
 }
 
 impl Opener for Open {
@@ -116,6 +151,7 @@ impl Opener for Open {
                 && (old.core.writable() || cx.common.flags.inactive)
             {
                 let core = old.core.clone();
+                self.check(core.geo.version)?;
                 let effect = Reopened { core: core.clone(), writable, pass_discard: self.pass_discard };
                 return Ok(Opened {
                     effect: Some(Box::new(effect)),
@@ -123,6 +159,7 @@ impl Opener for Open {
                 });
             }
             let core = Core::open(File::new(cx.child("file")?, cx.rt), writable, self.pass_discard).await?;
+            self.check(core.geo.version)?;
             let mut implicit = Vec::new();
             let m = core.meta();
             if let (Some(name), true) = (&m.header.backing_file, self.backing_from_image) {
@@ -175,7 +212,6 @@ impl Prepared for Reopened {
     }
 }
 
-/// The state of an open image.
 /// Bytes that a copy from a backing file moves at a time: as much as stays in a processor's cache between reading
 /// and writing. A larger cluster goes at once.
 const COPY_STEP: u64 = 512 << 10;
@@ -183,6 +219,7 @@ const COPY_STEP: u64 = 512 << 10;
 /// Buffers for copies that stay allocated.
 const COPIES_KEPT: usize = 4;
 
+/// The state of an open image.
 pub(super) struct Core {
     /// Protects all metadata in memory. Never held across an await.
     meta: Mutex<Meta>,

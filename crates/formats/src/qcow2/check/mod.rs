@@ -207,7 +207,7 @@ async fn carry_out(
     if lost > 0 && result.leaks > 0 {
         result.messages.push(format!(
             "{} leaked clusters are kept: {lost} entries referred to something that can't be found, and it may be \
-             among them. To give them back all the same, repair with 'all', then with 'leaks'",
+             among them. Copy what can still be found first: the next repair, with 'all' or 'leaks', gives them back",
             result.leaks
         ));
     }
