@@ -21,7 +21,7 @@ use serde_json::Value as Json;
 use crate::Control;
 
 /// Bytes of replies that may wait before the next command is looked at.
-const HIGH_WATER: usize = 1 << 20;
+const HIGH_WATER: usize = 256 << 10;
 
 /// Bytes that may wait at all.
 const MAX_QUEUED: usize = 16 << 20;
@@ -267,6 +267,8 @@ async fn execute_all(control: &Control, incoming: &Incoming, out: &Outgoing) -> 
         out.push(&reply);
         out.busy.set(false);
         out.negotiated.set(negotiated);
+        // A client that sends many commands at once has no more than its turn.
+        control.rt().yield_now().await;
         out.until(|o| o.bytes.get() < HIGH_WATER || o.closed.get()).await;
     }
 }

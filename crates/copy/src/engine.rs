@@ -347,6 +347,8 @@ impl Engine {
     /// One worker. It counts as busy unless it waits for something to become dirty.
     async fn work(&self, hooks: &dyn Hooks) {
         loop {
+            // Storage that never makes anybody wait would have the core to itself.
+            self.rt.yield_now().await;
             // Before the map is looked at, or a change is missed.
             let listener = self.tracker.listen();
             match self.next(hooks).await {

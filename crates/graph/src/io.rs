@@ -527,8 +527,22 @@ pub(crate) async fn close(node: &Node, rt: &Rt) -> Result<()> {
     carry(node.driver.close(Cx { node, rt }), held).await
 }
 
+/// Refuses sizes that no node may have: ranges in it could not be rounded out to whole units.
+pub(crate) fn check_size(size: u64) -> Result<()> {
+    match size > Span::MAX_SIZE {
+        false => Ok(()),
+        true => Err(Error::new(
+            ErrorKind::Limit,
+            format!("a size of {size} bytes is larger than any image may be ({} bytes)", Span::MAX_SIZE),
+        )),
+    }
+}
+
 /// An operation without a span.
 async fn whole(node: &Node, rt: &Rt, user: Option<&Arc<UserEdge>>, op: Op<'_>) -> Result<()> {
+    if let Op::Resize { size, .. } = op {
+        check_size(size)?;
+    }
     let mut leases = Leases::new();
     let mut visits = Visits { at: Place::of(rt.lane(), op.kind()), known: 0 };
     match walk(node, op.request(), Span::new(0, 0), None, &mut leases, &mut visits) {

@@ -183,7 +183,7 @@ impl Node {
     pub fn size(&self) -> u64 {
         let n = self.answering();
         let size = n.driver.size(n);
-        size.checked_next_multiple_of(SECTOR).unwrap_or(size)
+        size.min(Span::MAX_SIZE).next_multiple_of(SECTOR)
     }
 
     /// The node that requests to this one reach first: itself, or what shows through it.

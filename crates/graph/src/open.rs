@@ -161,10 +161,7 @@ impl Opener<'_> {
         let edges = draft.edges_for_opening(&name)?;
         let cx = OpenCx { name: &name, children: &edges, common: &common, replaces: None, rt: self.rt };
         let mut opened = parsed.open.open(cx).await?;
-        let forced = common.auto_read_only && !common.flags.read_only && {
-            let node = draft.probe_node(&name, opened.driver.clone(), &edges);
-            opened.driver.describe(&node).read_only
-        };
+        let forced = draft.judge_opened(&name, &opened, &edges, &common)?;
         drop(edges);
         let named = std::mem::take(&mut opened.implicit);
         draft.put_opened(&name, opened, forced);

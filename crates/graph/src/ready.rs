@@ -11,7 +11,7 @@ use dolmen_types::{Claim, NodeName, Result, ResultExt};
 
 use crate::registry::Opened;
 use crate::state::State;
-use crate::{Cx, Draft, Grants, Graph, GraphOwner, NodeChange};
+use crate::{ChildEdge, Common, Cx, Draft, Grants, Graph, GraphOwner, NodeChange};
 
 impl Draft {
     /// Makes the same change of a graph that was published meanwhile.
@@ -48,11 +48,30 @@ impl Draft {
     /// # Errors
     /// What the driver says; as [`Draft::prepare`].
     pub async fn prepare_change(&mut self, rt: &Rt, node: &NodeName, change: NodeChange) -> Result<()> {
+        if let NodeChange::Resize { size } = change {
+            crate::io::check_size(size)?;
+        }
         self.prepare(rt).await?;
         let node = self.built_node(node)?;
         let prepared = node.driver.prepare(Cx { node: &node, rt }, &change).await?;
         self.prepared.push(prepared);
         Ok(())
+    }
+
+    /// Looks at a driver that has just been opened: whether it could only be opened for reading.
+    ///
+    /// # Errors
+    /// `Limit` when it is larger than a node may be.
+    pub(crate) fn judge_opened(
+        &self,
+        name: &NodeName,
+        opened: &Opened,
+        edges: &[ChildEdge],
+        common: &Common,
+    ) -> Result<bool> {
+        let node = self.probe_node(name, opened.driver.clone(), edges);
+        crate::io::check_size(opened.driver.size(&node))?;
+        Ok(common.auto_read_only && !common.flags.read_only && opened.driver.describe(&node).read_only)
     }
 
     /// Repairs the images that can't be written as they are.

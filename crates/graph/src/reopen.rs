@@ -226,10 +226,7 @@ impl Draft {
             let replaces = (!self.state.nodes[i].other_image).then_some(&old);
             let cx = OpenCx { name: &name, children: &edges, common: &common, replaces, rt };
             let opened = parsed.open.open(cx).await.context(|| format!("node '{name}' can't be reopened"))?;
-            let forced = common.auto_read_only && !common.flags.read_only && {
-                let node = self.probe_node(&name, opened.driver.clone(), &edges);
-                opened.driver.describe(&node).read_only
-            };
+            let forced = self.judge_opened(&name, &opened, &edges, &common)?;
             drop(edges);
             self.put_opened(&name, opened, forced);
             let node = &mut self.state.nodes[i];

@@ -118,6 +118,9 @@ impl Fill<'_> {
                 }
                 if flying.is_empty() {
                     failed = self.cx.checkpoint().await.err();
+                } else {
+                    // Storage that never makes anybody wait would have the core to itself.
+                    meanwhile(&mut flying, &mut failed, self.cx.rt().yield_now()).await;
                 }
                 match meanwhile(&mut flying, &mut failed, self.next(rest)).await {
                     Ok(Next { copy: true, len }) => {

@@ -61,7 +61,7 @@ fn parse(options: &mut Options, kind: &'static DriverKind) -> Result<Parsed> {
     let null = Null {
         kind,
         plain: !["size", "latency-ns", "read-zeroes"].iter().any(|o| options.has(o)),
-        size: AtomicU64::new(options.take_size("size")?.unwrap_or(DEFAULT_SIZE).min(Span::MAX_END)),
+        size: AtomicU64::new(options.take_size("size")?.unwrap_or(DEFAULT_SIZE)),
         latency: Duration::from_nanos(options.take_size("latency-ns")?.unwrap_or(0)),
         read_zeroes: options.take_bool("read-zeroes")?.unwrap_or(false),
     };

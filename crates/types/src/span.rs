@@ -19,6 +19,10 @@ impl Span {
     /// The largest unit in which any image format or storage allocates: multiples of it are whole blocks for everybody.
     pub const LARGEST_UNIT: u64 = 2 << 20;
 
+    /// The largest size of a node, a multiple of every unit: a range within a node that is rounded out to whole units of
+    /// any of them still is a span.
+    pub const MAX_SIZE: u64 = Span::MAX_END / Span::LARGEST_UNIT * Span::LARGEST_UNIT;
+
     /// A span, or `None` when its end lies beyond [`Span::MAX_END`].
     pub const fn checked(offset: u64, len: u64) -> Option<Span> {
         match offset.checked_add(len) {

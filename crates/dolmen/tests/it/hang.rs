@@ -426,3 +426,20 @@ fn a_signal_ends_it_all_the_same() {
         ends(w, begun);
     }
 }
+
+/// A job between nodes that never make it wait had the executor to itself: copies of `null-co`, or a stream of an image over
+/// it, and the command that started it was answered when the job was done.
+#[test]
+fn a_job_that_never_waits_leaves_others_their_turn() {
+    let mut d = Daemon::start(|_| serve(), &[]);
+    let mut m = d.monitor();
+    for name in ["from", "to"] {
+        m.ok("blockdev-add", json!({"driver": "null-co", "node-name": name, "size": 1_u64 << 60}));
+    }
+    for command in ["blockdev-mirror", "blockdev-backup"] {
+        works(&mut m, command, json!({"job-id": "j", "device": "from", "target": "to", "sync": "full"}));
+        works(&mut m, "query-version", json!({}));
+        works(&mut m, "job-cancel", json!({"id": "j"}));
+        eventually("the end of the job", || (m.ok("query-jobs", json!({})) == json!([])).then_some(()));
+    }
+}

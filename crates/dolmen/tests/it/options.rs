@@ -1,5 +1,8 @@
 //! Options of nodes: each one does what it says, and none is accepted that nothing implements.
 
+use serde_json::{Value as Json, json};
+
+use crate::daemon::{Daemon, eventually, serve};
 use crate::peer::{Bench, Ran};
 
 /// What a run of commands on a node came to: what was said, and the space that the image takes.
@@ -319,4 +322,38 @@ fn is_there(file: &str, test: &str) {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let text = std::fs::read_to_string(root.join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
     assert!(text.contains(test), "{file} has no test '{test}'");
+}
+
+/// Sizes from 2^63 on, and some below, were accepted and ended the process as soon as a range was rounded out
+/// there: by `block_resize`, by `null-co`, by a file that was that long.
+#[test]
+fn no_node_is_too_large_for_its_ranges() {
+    const LARGEST: u64 = (1 << 63) - (2 << 20);
+    let too_large = |reply: &Json| {
+        let desc = reply["error"]["desc"].as_str().unwrap_or_else(|| panic!("accepted: {reply}"));
+        assert!(desc.contains("larger than any image may be") || desc.contains("can't have"), "{desc}");
+    };
+    let mut d = Daemon::start(|_| serve(), &[]);
+    let mut m = d.monitor();
+    let null = |name: &str, size: u64| json!({"execute": "blockdev-add", "arguments": {"driver": "null-co", "node-name": name, "size": size}});
+    let resize = |name: &str, size: u64| json!({"execute": "block_resize", "arguments": {"node-name": name, "size": size}});
+    for (name, size) in [("n", 1 << 20), ("large", LARGEST), ("target", LARGEST)] {
+        assert_eq!(m.ask(&null(name, size))["return"], json!({}));
+    }
+    m.ok("blockdev-add", json!({"driver": "raw", "node-name": "window", "file": "n", "offset": 512}));
+    for size in [LARGEST + 1, (1 << 63) - 512, (1 << 63) - 1, 1 << 63, u64::MAX] {
+        too_large(&m.ask(&null("x", size)));
+        for node in ["n", "window", "large"] {
+            too_large(&m.ask(&resize(node, size)));
+        }
+    }
+    // What lies over the largest node, and copies of it, have ranges that are rounded out to their own units.
+    for (driver, file) in [("raw", "large"), ("copy-on-read", "large")] {
+        m.ok("blockdev-add", json!({"driver": driver, "node-name": driver, "file": file}));
+    }
+    for command in ["blockdev-mirror", "blockdev-backup"] {
+        m.ok(command, json!({"job-id": "j", "device": "raw", "target": "target", "sync": "full"}));
+        m.ok("job-cancel", json!({"id": "j"}));
+        eventually("the end of the job", || (m.ok("query-jobs", json!({})) == json!([])).then_some(()));
+    }
 }
