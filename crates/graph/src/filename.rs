@@ -161,7 +161,9 @@ impl Style {
             let image = self.skip(b);
             self.plain_name(image).unwrap_or_else(|| self.json(image))
         });
-        named == is
+        // By another spelling it is the same file.
+        let file = |name: String| if has_protocol(&name) { name } else { absolute(&name) };
+        named.map(file) == is.map(file)
     }
 
     /// The options that matter, with children spelled out; keys in alphabetical order, so
@@ -171,7 +173,14 @@ impl Style {
         if let Value::Map(options) = &node.options {
             for (k, v) in options {
                 let value = match (node.child(k), v) {
-                    (Some(c), _) => self.definition(self.skip(&c.node)),
+                    (Some(c), _) => {
+                        let image = self.skip(&c.node);
+                        let value = self.definition(image);
+                        // What holds no format is a raw disk, and QEMU wants that said of a backing file.
+                        let says =
+                            c.role != ChildRole::Backing || image.driver.kind().class != Class::Protocol;
+                        if says { value } else { raw_over(value) }
+                    }
                     // In a header it means the same file for whoever opens it, wherever that is.
                     (None, Value::Str(name)) if k == "filename" && self == Style::Header => {
                         absolute(name.strip_prefix("file:").unwrap_or(name)).into()
@@ -186,6 +195,11 @@ impl Style {
         keys.sort_by(|a, b| a.0.cmp(&b.0));
         Value::Map(keys)
     }
+}
+
+/// The definition of a raw disk in what holds it.
+fn raw_over(file: Value) -> Value {
+    Value::Map(vec![("driver".into(), "raw".into()), ("file".into(), file)])
 }
 
 /// The name of a leaf. One whose first part has a colon must not be taken for a protocol's.

@@ -239,7 +239,10 @@ impl CoreIo {
     async fn check_left_over(&self, path: &Path, addr: SockAddr) -> Result<()> {
         let name = path.to_owned();
         let is_socket = self.blocking_at(path, move || crate::sys::is_socket(&name)).await;
-        if self.is_live(addr).await || !is_socket {
+        if !is_socket {
+            return Err(Error::new(ErrorKind::AlreadyExists, "there is a file that is not a socket"));
+        }
+        if self.is_live(addr).await {
             return Err(Error::new(ErrorKind::Busy, "another process listens there already"));
         }
         Ok(())

@@ -418,6 +418,32 @@ impl World {
     }
 }
 
+/// The story: a disk that nobody put a format over was named `{"driver": "file", ...}` as a backing file in `json:`, which
+/// QEMU refuses to open; and a name that is absolute in the header and relative at the node made such a text in the first
+/// place.
+#[test]
+fn headers_name_backing_disks_without_a_format() {
+    let Some(mut w) = world() else { return };
+    w.bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", &w.path("bare"), "64k"]);
+    let (idle, named) = (w.path("idle"), w.path("named"));
+    w.bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &idle, "-F", "raw", &named]);
+    w.monitor.ok("blockdev-del", json!({"node-name": "idle"}));
+    w.monitor.ok("blockdev-add", json!({"driver": "file", "node-name": "disk", "filename": "idle"}));
+    for image in ["bare", "named"] {
+        let file = json!({"driver": "file", "filename": image});
+        let node = json!({"driver": "qcow2", "node-name": image, "backing": "disk", "file": file});
+        w.monitor.ok("blockdev-add", node);
+        let over = format!("over-{image}");
+        w.monitor.ok("blockdev-snapshot-sync", json!({"node-name": image, "snapshot-file": over}));
+    }
+    let paths = ["over-bare", "over-named"].map(|p| w.path(p));
+    let (bench, _daemon) = w.quit();
+    assert_eq!(backing(&bench, &paths[1]), ("named".to_owned(), "qcow2".to_owned()));
+    for path in &paths {
+        bench.ok("qemu-io", &["-r", "-f", "qcow2", "-c", "read -P 5 0 64k", path]);
+    }
+}
+
 /// The story: a version 2 image was reopened with `lazy-refcounts`, and the next snapshot named it
 /// `json:{..., "lazy-refcounts": true}`, which QEMU's tools refuse to open. How an image is used is not what it is.
 #[test]
