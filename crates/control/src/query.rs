@@ -1,8 +1,10 @@
 //! Queries: pure functions from a snapshot to what a client sees.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use dolmen_graph::{Class, Description, Graph, Node, OpInfo, join, node_filename, own_file};
+use dolmen_graph::{Class, Description, Filenames, Graph, Node, OpInfo, join, own_file};
 use dolmen_qmp::json;
 use dolmen_qmp::model::{
     BlockDeviceInfo, BlockGraph, BlockGraphEdge, BlockGraphNode, BlockGraphNodeType, CacheInfo, ImageInfo,
@@ -17,57 +19,83 @@ const SECTOR: u64 = 512;
 
 /// The reply of `query-named-block-nodes`: parents before children.
 pub fn block_nodes(graph: &Graph, flat: bool) -> Vec<BlockDeviceInfo> {
-    graph.nodes.iter().rev().filter(|n| !is_implicit(n)).map(|n| block_node(n, flat)).collect()
-}
-
-pub(crate) fn block_node(node: &Arc<Node>, flat: bool) -> BlockDeviceInfo {
-    let image = image_info(node, !flat);
-    let mut depth = 0;
-    let mut below = image.backing_image.as_deref();
-    while let Some(i) = below {
-        depth += 1;
-        below = i.backing_image.as_deref();
-    }
-    BlockDeviceInfo {
-        file: image.filename.clone(),
-        node_name: node.name.as_str().to_owned(),
-        ro: node.flags.read_only,
-        drv: node.driver.kind().name.to_owned(),
-        backing_file: node.backing().map(node_filename),
-        backing_file_depth: depth,
-        active: !node.flags.inactive,
-        encrypted: image.encrypted.unwrap_or(false),
-        detect_zeroes: node.flags.detect_zeroes.as_str().to_owned(),
-        throttling: NoThrottling::default(),
-        image,
-        cache: CacheInfo { writeback: true, direct: node.flags.direct, no_flush: node.flags.no_flush },
-        write_threshold: node.state.write_threshold().unwrap_or(0),
-    }
+    let images = Images::default();
+    graph.nodes.iter().rev().filter(|n| !is_implicit(n)).map(|n| images.block_node(n, flat)).collect()
 }
 
 /// What is known about the image of a node; with `chain` also about those below it.
 pub fn image_info(node: &Arc<Node>, chain: bool) -> ImageInfo {
-    let d = describe(node);
-    // A filter shows the image below it, but under its own name.
-    let image = through_filters(node);
-    let of_image = if Arc::ptr_eq(image, node) { d.clone() } else { describe(image) };
-    let is_image = of_image.filename.is_some() || image.driver.kind().class == Class::Format;
-    let backing = d.backing.as_ref().filter(|_| node.driver.kind().class == Class::Format);
-    ImageInfo {
-        backing_image: if chain { next_image(node).map(|n| Box::new(image_info(n, true))) } else { None },
-        virtual_size: node.size().next_multiple_of(SECTOR),
-        filename: node_filename(node),
-        cluster_size: of_image.cluster_size,
-        format: node.driver.kind().name.to_owned(),
-        actual_size: actual_size(node),
-        encrypted: d.encrypted.then_some(true),
-        compressed: None,
-        backing_filename: backing.map(|(name, _)| name.clone()),
-        full_backing_filename: backing.map(|(name, _)| join(&own_file(node), name)),
-        backing_filename_format: backing.and_then(|(_, format)| format.clone()),
-        snapshots: d.snapshots.iter().map(snapshot).collect(),
-        format_specific: d.format_specific.as_ref().map(json::from_value),
-        dirty_flag: is_image.then_some(of_image.dirty),
+    Images::default().info(node, chain)
+}
+
+/// What is known about the images of one snapshot. Each node of a chain shows all below it: what is known about a node
+/// is found out once.
+#[derive(Default)]
+pub(crate) struct Images<'g> {
+    names: Filenames<'g>,
+    chains: RefCell<HashMap<*const Node, ImageInfo>>,
+}
+
+impl<'g> Images<'g> {
+    pub(crate) fn block_node(&self, node: &'g Arc<Node>, flat: bool) -> BlockDeviceInfo {
+        let image = self.info(node, !flat);
+        let depth = std::iter::successors(image.backing_image.as_deref(), |i| i.backing_image.as_deref());
+        BlockDeviceInfo {
+            file: image.filename.clone(),
+            node_name: node.name.as_str().to_owned(),
+            ro: node.flags.read_only,
+            drv: node.driver.kind().name.to_owned(),
+            backing_file: node.backing().map(|b| self.names.of(b)),
+            backing_file_depth: depth.count() as u64,
+            active: !node.flags.inactive,
+            encrypted: image.encrypted.unwrap_or(false),
+            detect_zeroes: node.flags.detect_zeroes.as_str().to_owned(),
+            throttling: NoThrottling::default(),
+            image,
+            cache: CacheInfo { writeback: true, direct: node.flags.direct, no_flush: node.flags.no_flush },
+            write_threshold: node.state.write_threshold().unwrap_or(0),
+        }
+    }
+
+    fn info(&self, node: &'g Arc<Node>, chain: bool) -> ImageInfo {
+        if !chain {
+            return self.image(node, None);
+        }
+        // From the deepest that is not known yet upwards: a chain may be longer than the stack.
+        let known = |n: &&Arc<Node>| self.chains.borrow().contains_key(&Arc::as_ptr(n));
+        let unknown: Vec<_> =
+            std::iter::successors(Some(node), |n| next_image(n)).take_while(|n| !known(n)).collect();
+        for n in unknown.into_iter().rev() {
+            let below = next_image(n).and_then(|b| self.chains.borrow().get(&Arc::as_ptr(b)).cloned());
+            let info = self.image(n, below);
+            self.chains.borrow_mut().insert(Arc::as_ptr(n), info);
+        }
+        self.chains.borrow()[&Arc::as_ptr(node)].clone()
+    }
+
+    fn image(&self, node: &'g Arc<Node>, below: Option<ImageInfo>) -> ImageInfo {
+        let d = describe(node);
+        // A filter shows the image below it, but under its own name.
+        let image = through_filters(node);
+        let of_image = if Arc::ptr_eq(image, node) { d.clone() } else { describe(image) };
+        let is_image = of_image.filename.is_some() || image.driver.kind().class == Class::Format;
+        let backing = d.backing.as_ref().filter(|_| node.driver.kind().class == Class::Format);
+        ImageInfo {
+            backing_image: below.map(Box::new),
+            virtual_size: node.size().next_multiple_of(SECTOR),
+            filename: self.names.of(node),
+            cluster_size: of_image.cluster_size,
+            format: node.driver.kind().name.to_owned(),
+            actual_size: actual_size(node),
+            encrypted: d.encrypted.then_some(true),
+            compressed: None,
+            backing_filename: backing.map(|(name, _)| name.clone()),
+            full_backing_filename: backing.map(|(name, _)| join(&own_file(node), name)),
+            backing_filename_format: backing.and_then(|(_, format)| format.clone()),
+            snapshots: d.snapshots.iter().map(snapshot).collect(),
+            format_specific: d.format_specific.as_ref().map(json::from_value),
+            dirty_flag: is_image.then_some(of_image.dirty),
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! asked for; nodes show what came to them, also when nobody knows it as a device. Nodes that an operation put
 //! there without a name are stepped over: a client that has not asked for them does not see them.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use dolmen_graph::{Counts, Graph, Node, UserEdge};
@@ -11,7 +12,7 @@ use dolmen_qmp::model::{BlockDeviceStats, BlockExportInfo, BlockInfo, BlockStats
 use dolmen_rt::Instant;
 use dolmen_types::ChildRole;
 
-use crate::query::block_node;
+use crate::query::Images;
 
 /// The reply of `query-blockstats`: every node, or every export.
 pub(crate) fn block_stats(
@@ -38,13 +39,16 @@ pub(crate) fn block_stats(
 
 /// The reply of `query-block`: every export and what it shows.
 pub(crate) fn blocks(graph: &Graph, exports: &[BlockExportInfo]) -> Vec<BlockInfo> {
-    devices(graph, exports)
-        .map(|(id, edge)| BlockInfo {
-            device: id.to_owned(),
+    let shown: Vec<_> = devices(graph, exports).map(|(id, edge)| (id, edge.node())).collect();
+    let images = Images::default();
+    shown
+        .iter()
+        .map(|(id, node)| BlockInfo {
+            device: (*id).to_owned(),
             kind: "unknown",
             removable: false,
             locked: false,
-            inserted: Some(block_node(explicit(&edge.node()), false)),
+            inserted: Some(images.block_node(explicit(node), false)),
         })
         .collect()
 }
@@ -54,10 +58,9 @@ fn devices<'a>(
     graph: &'a Graph,
     exports: &'a [BlockExportInfo],
 ) -> impl Iterator<Item = (&'a str, &'a Arc<UserEdge>)> {
-    exports.iter().filter_map(|e| {
-        let edge = graph.users.iter().find(|u| u.op().as_str() == e.id)?;
-        Some((e.id.as_str(), edge))
-    })
+    // The first edge of an operation is what its export shows.
+    let edges: HashMap<&str, _> = graph.users.iter().rev().map(|u| (u.op().as_str(), u)).collect();
+    exports.iter().filter_map(move |e| Some((e.id.as_str(), *edges.get(e.id.as_str())?)))
 }
 
 /// Whether an operation put the node there and nobody gave it a name.

@@ -2,6 +2,8 @@
 //!
 //! Such texts are shown to users, and written into the headers of overlays.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use dolmen_types::{ChildRole, Error, ErrorKind, Result, Value, os_name, text_of_os};
@@ -46,10 +48,32 @@ const USE_OPTIONS: &[&str] = &[
 /// Filters that jobs have put in are left out: they are gone when somebody opens the text, and most of them
 /// can't be opened at all.
 pub fn node_filename(node: &Arc<Node>) -> String {
-    let node = Style::Shown.skip(node);
-    match Style::Shown.plain_name(node) {
-        Some(name) => name,
-        None => Style::Shown.json(node),
+    Filenames::default().of(node)
+}
+
+/// [`node_filename`] for many nodes of one snapshot: a name depends on those of the images below, and each is made once.
+#[derive(Default)]
+pub struct Filenames<'g> {
+    made: RefCell<HashMap<*const Node, String>>,
+    namer: Namer<'g>,
+}
+
+impl<'g> Filenames<'g> {
+    /// The text for one node.
+    pub fn of(&self, node: &'g Arc<Node>) -> String {
+        let node = self.namer.skip(node);
+        if let Some(name) = self.made.borrow().get(&Arc::as_ptr(node)) {
+            return name.clone();
+        }
+        let name = self.namer.plain_name(node).unwrap_or_else(|| self.namer.json(node));
+        self.made.borrow_mut().insert(Arc::as_ptr(node), name.clone());
+        name
+    }
+}
+
+impl std::fmt::Debug for Filenames<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Filenames({})", self.made.borrow().len())
     }
 }
 
@@ -62,7 +86,8 @@ pub fn node_filename(node: &Arc<Node>) -> String {
 /// # Errors
 /// `Unsupported` for a node that shows what no name leads to (a point in time).
 pub fn header_name(node: &Arc<Node>, file: &str) -> Result<(String, &'static str)> {
-    let image = Style::Header.skip(node);
+    let namer = Namer { style: Style::Header, ..Namer::default() };
+    let image = namer.skip(node);
     if let Some(view) = view_in(image) {
         return Err(Error::new(
             ErrorKind::Unsupported,
@@ -73,11 +98,11 @@ pub fn header_name(node: &Arc<Node>, file: &str) -> Result<(String, &'static str
     let kind = image.driver.kind();
     // What holds no format is a raw disk to whoever opens it.
     let format = if kind.class == Class::Protocol { "raw" } else { kind.name };
-    let name = match Style::Header.plain_name(image) {
+    let name = match namer.plain_name(image) {
         // Seen from the image, or from here: the same file.
         Some(name) if !has_protocol(&name) && join(file, &name) != name => absolute(&name),
         Some(name) => name,
-        None => Style::Header.json(image),
+        None => namer.json(image),
     };
     Ok((name, format))
 }
@@ -97,9 +122,10 @@ fn view_in(node: &Arc<Node>) -> Option<&Arc<Node>> {
 }
 
 /// What a name is for.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Style {
     /// To be shown, or to open the node again as it is.
+    #[default]
     Shown,
     /// To be written into an image.
     Header,
@@ -114,12 +140,22 @@ fn ascii(text: &str) -> String {
     text.chars().map(escape).collect()
 }
 
-impl Style {
+/// Makes names. Those of backing files are asked for at every step of a chain, so each is made once.
+#[derive(Default)]
+struct Namer<'g> {
+    style: Style,
+    plain: RefCell<HashMap<*const Node, Option<String>>>,
+    same: RefCell<HashMap<*const Node, bool>>,
+    /// What the addresses belong to.
+    graph: std::marker::PhantomData<&'g Arc<Node>>,
+}
+
+impl<'g> Namer<'g> {
     /// The node itself, or the one that filters which are left out stand on.
-    fn skip(self, node: &Arc<Node>) -> &Arc<Node> {
+    fn skip(&self, node: &'g Arc<Node>) -> &'g Arc<Node> {
         let mut at = node;
         loop {
-            let left_out = match self {
+            let left_out = match self.style {
                 Style::Shown => at.anonymous && at.owner.is_some(),
                 Style::Header => at.driver.kind().class == Class::Filter,
             };
@@ -130,12 +166,21 @@ impl Style {
         }
     }
 
-    fn json(self, node: &Arc<Node>) -> String {
+    fn json(&self, node: &'g Arc<Node>) -> String {
         format!("json:{}", ascii(&self.definition(node).to_string()))
     }
 
     /// The file name, if it is enough to find the image (and the driver, by looking at it).
-    fn plain_name(self, node: &Arc<Node>) -> Option<String> {
+    fn plain_name(&self, node: &'g Arc<Node>) -> Option<String> {
+        if let Some(known) = self.plain.borrow().get(&Arc::as_ptr(node)) {
+            return known.clone();
+        }
+        let name = self.make_plain_name(node);
+        self.plain.borrow_mut().insert(Arc::as_ptr(node), name.clone());
+        name
+    }
+
+    fn make_plain_name(&self, node: &'g Arc<Node>) -> Option<String> {
         let allowed: &[&str] = match node.driver.kind().class {
             Class::Protocol => return leaf_name(node),
             Class::Format => &["driver", "file"],
@@ -152,10 +197,20 @@ impl Style {
     }
 
     /// Whether an option names the backing file that the image names as well (or both say that there is none).
-    fn says_the_same(self, node: &Arc<Node>, option: &str) -> bool {
+    fn says_the_same(&self, node: &'g Arc<Node>, option: &str) -> bool {
         if option != "backing" {
             return false;
         }
+        if let Some(known) = self.same.borrow().get(&Arc::as_ptr(node)) {
+            return *known;
+        }
+        let same = self.names_what_is_there(node);
+        self.same.borrow_mut().insert(Arc::as_ptr(node), same);
+        same
+    }
+
+    /// Whether the image names the backing file that is there.
+    fn names_what_is_there(&self, node: &'g Arc<Node>) -> bool {
         let named = describe(node).backing.map(|(name, _)| join(&own_file(node), &name));
         let is = node.backing().map(|b| {
             let image = self.skip(b);
@@ -168,7 +223,7 @@ impl Style {
 
     /// The options that matter, with children spelled out; keys in alphabetical order, so
     /// that equal definitions are equal texts.
-    fn definition(self, node: &Arc<Node>) -> Value {
+    fn definition(&self, node: &'g Arc<Node>) -> Value {
         let mut keys: Vec<(String, Value)> = vec![("driver".into(), node.driver.kind().name.into())];
         if let Value::Map(options) = &node.options {
             for (k, v) in options {
@@ -182,7 +237,7 @@ impl Style {
                         if says { value } else { raw_over(value) }
                     }
                     // In a header it means the same file for whoever opens it, wherever that is.
-                    (None, Value::Str(name)) if k == "filename" && self == Style::Header => {
+                    (None, Value::Str(name)) if k == "filename" && self.style == Style::Header => {
                         absolute(name.strip_prefix("file:").unwrap_or(name)).into()
                     }
                     (None, v) => v.clone(),
@@ -223,5 +278,5 @@ fn is_use_of(node: &Arc<Node>, name: &str) -> bool {
 
 /// What a node is, in options that open it again: equal for nodes that were defined alike.
 pub(crate) fn definition(node: &Arc<Node>) -> Value {
-    Style::Header.definition(node)
+    Namer { style: Style::Header, ..Namer::default() }.definition(node)
 }

@@ -94,16 +94,18 @@ async fn layer(top: &Arc<Node>, rt: &Rt, mut span: Span) -> Result<(u64, Layer)>
 /// Whether data that a format keeps in `file` lie in a hole there (space that was mapped in
 /// advance and never written), and for how many bytes of `span` that holds. Only holes of
 /// whole units count: the unwritten rest of a cluster is not worth an extent of its own.
+///
+/// What lies beyond the end of the file is missing. Whoever reads it gets an error, so it is no hole.
 async fn hole(file: &Arc<Node>, rt: &Rt, span: Span, unit: u64) -> Result<(bool, u64)> {
     let size = file.size();
     if span.offset() >= size {
-        // An image may end within its last cluster.
-        return Ok((true, span.len()));
+        return Ok((false, span.len()));
     }
-    let (len, found) = layer(file, rt, span.prefix(size - span.offset())).await?;
+    let span = span.prefix(size - span.offset());
+    let (len, found) = layer(file, rt, span).await?;
     let end = span.offset() + len;
     let zero = matches!(found, Layer::Held { zero: true, .. });
-    if zero && (end >= span.end() || end == size) {
+    if zero && end >= span.end() {
         return Ok((true, span.len()));
     }
     let whole = end / unit * unit;

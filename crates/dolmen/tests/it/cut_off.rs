@@ -65,3 +65,54 @@ fn an_image_that_was_cut_off_is_not_written() {
     let ran = b.command("ours/qemu-img").args(["check", "q"]).output().expect("it runs");
     assert_eq!(ran.status.code(), Some(2), "{ran:?}");
 }
+
+/// The story: of an image whose file had been cut off before it was opened for reading, reads of the missing end failed, but
+/// its block status called that end zeroes. So whoever asks before reading took it for a hole: backup, mirror and stream made
+/// copies with zeroes and ended well, a stream even let go of the backing file. Found in a user's trial.
+#[test]
+fn a_copy_of_an_image_that_was_cut_off_before_fails() {
+    let Some(b) = Bench::with_peers() else { return };
+    for (compat, keep) in [("1.1", 1 << 20), ("1.1", (2 << 20) + 100), ("0.10", (1 << 20) + (32 << 10))] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let image = dir.path().join("image").to_str().expect("plain").to_owned();
+        let over = dir.path().join("over").to_str().expect("plain").to_owned();
+        b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &format!("compat={compat}"), &image, "4M"]);
+        b.ok("qemu-io", &["-c", "write -P 5 0 4M", &image]);
+        std::fs::File::options().write(true).open(&image).and_then(|f| f.set_len(keep)).expect("cut off");
+        b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "image", "-F", "qcow2", &over]);
+        let ran =
+            b.command("ours/qemu-img").args(["map", "--output=json", &image]).output().expect("it runs");
+        let map: serde_json::Value = serde_json::from_slice(&ran.stdout).expect("JSON");
+        let zero = |e: &serde_json::Value| e["zero"] == true;
+        assert!(!map.as_array().expect("a list").iter().any(zero), "{compat} {keep}: {map}");
+        let mut d = Daemon::start_in(dir, by_established_name, &[]);
+        let mut m = d.monitor();
+        let file = |name: &str| json!({"driver": "file", "filename": name});
+        m.ok(
+            "blockdev-add",
+            json!({"driver": "qcow2", "node-name": "n", "read-only": true, "file": file("image")}),
+        );
+        m.ok(
+            "blockdev-add",
+            json!({"driver": "qcow2", "node-name": "over", "backing": "n", "file": file("over")}),
+        );
+        let copy = |job: &str| json!({"device": "n", "job-id": job, "target": job, "format": "qcow2", "sync": "full", "auto-dismiss": false});
+        for (job, arguments) in [
+            ("drive-backup", copy("drive-backup")),
+            ("drive-mirror", copy("drive-mirror")),
+            ("block-stream", json!({"device": "over", "job-id": "block-stream", "auto-dismiss": false})),
+        ] {
+            m.ok(job, arguments);
+            let ended = eventually(job, || {
+                let jobs = m.ok("query-jobs", json!({}));
+                let ended = |j: &&serde_json::Value| {
+                    j["id"] == job && (j["status"] == "concluded" || j["status"] == "ready")
+                };
+                jobs.as_array()?.iter().find(ended).cloned()
+            });
+            let why = ended["error"].as_str().unwrap_or_else(|| panic!("{compat} {keep} {job}: {ended}"));
+            assert!(why.contains("cut off"), "{compat} {keep} {job}: {why}");
+            m.ok("job-dismiss", json!({"id": job}));
+        }
+    }
+}
