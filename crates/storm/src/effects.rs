@@ -125,7 +125,16 @@ impl World {
         }
         self.taken_raw(node);
         let below = self.graph.file_of(node);
+        let size = self.graph.nodes.get(overlay).map_or(0, |o| o.size / SECTOR);
         self.snapshot(node, overlay, from);
+        // Nobody has written the end of a larger overlay. Who used the node keeps its size, new users see all.
+        let c = self.content(overlay);
+        {
+            let mut book = crate::world::open(&self.book);
+            if book.is_known(c) && size > book.sectors(c) {
+                book.resize(c, size);
+            }
+        }
         // From now on its header has to name what is below.
         if let Some(f) = file {
             self.formats.insert(f.clone(), "qcow2".into());
@@ -184,7 +193,8 @@ impl World {
     /// What an image shows when it is opened.
     fn image(&mut self, a: &Json, from: Moment) -> Option<ContentId> {
         let file = short(a["file"]["filename"].as_str()?);
-        let known = self.closed.get(&file).copied();
+        let same = self.is_format(&file, text(a, "driver"));
+        let known = self.closed.get(&file).copied().filter(|_| same);
         let empty = self.empty.remove(&file);
         match (&a["backing"], self.backings.get(&file).cloned()) {
             (Json::Null, None) => known,

@@ -50,6 +50,9 @@ impl Link {
     }
 }
 
+/// What files must show, by their names and the formats that they are read as.
+type Expected = BTreeMap<(String, String), ContentId>;
+
 /// What a header, or a definition, names.
 enum Named {
     Nothing,
@@ -250,7 +253,10 @@ impl Storm<'_> {
                 a["read-only"] = true.into();
             }
             self.must("blockdev-add", &a)?;
+            // Somebody may have named an image as if it were raw, say.
+            let other = !self.world.is_format(&link.name, &link.format);
             let c = match self.world.closed.get(&link.name) {
+                Some(_) if other => self.world.book().unknown(&name, "it is opened as another format"),
                 Some(c) => *c,
                 None if link.definition.is_some() => {
                     let seen = self.read(&link.name, "json", &[]);
@@ -354,14 +360,15 @@ impl Storm<'_> {
         }
     }
 
-    /// What files have to hold.
-    fn expected(&mut self) -> BTreeMap<String, ContentId> {
+    /// What files have to hold, each read as one format.
+    fn expected(&mut self) -> Expected {
         let mut out = BTreeMap::new();
         let moving: Vec<ContentId> =
             self.world.jobs.values().filter(|j| j.told.is_some()).flat_map(|j| [j.from, j.to]).collect();
         for (file, c) in &self.world.closed {
+            let Some(format) = self.world.formats.get(file) else { continue };
             if !self.world.backings.contains_key(file) && !self.world.renamed.contains(file) {
-                out.insert(file.clone(), *c);
+                out.insert((file.clone(), format.clone()), *c);
             }
         }
         let names: Vec<String> = self.world.graph.nodes.keys().cloned().collect();
@@ -370,11 +377,18 @@ impl Storm<'_> {
                 continue;
             }
             let Some(file) = self.world.graph.file_of(&n) else { continue };
+            let Some(format) = self.world.formats.get(&file) else { continue };
+            // A file with an image in it is raw as well.
+            let format = match self.world.graph.nodes[&n].driver.as_str() {
+                "qcow2" => "qcow2".to_owned(),
+                _ if format == "device" => format.clone(),
+                _ => "raw".to_owned(),
+            };
             let c = self.world.content(&n);
             if moving.contains(&c) || self.world.renamed.contains(&file) {
-                out.remove(&file);
+                out.remove(&(file, format));
             } else {
-                out.insert(file, c);
+                out.insert((file, format), c);
             }
         }
         out
@@ -412,17 +426,19 @@ impl Storm<'_> {
         }
     }
 
-    fn judge_files(&mut self, expected: &BTreeMap<String, ContentId>, way: Way) {
+    fn judge_files(&mut self, expected: &Expected, way: Way) {
         let now = self.world.book().moment();
         let look = if way == Way::Kill { Look::Crash } else { Look::Live(now) };
-        for (file, c) in expected {
+        for ((file, format), c) in expected {
             let (known, size) = {
                 let book = self.world.book();
                 (book.is_known(*c), book.sectors(*c) * SECTOR)
             };
-            let Some(format) = self.world.formats.get(file).cloned().filter(|_| known) else { continue };
+            if !known {
+                continue;
+            }
             let honest = |l: &Link| !l.files().iter().any(|f| self.world.renamed.contains(f));
-            let chain = match self.chain(file, &format) {
+            let chain = match self.chain(file, format) {
                 Ok(c) => c,
                 Err(e) => {
                     self.found("chain", format!("the chain of {file} can't be followed after {way:?}: {e}"));
@@ -432,7 +448,7 @@ impl Storm<'_> {
             if !chain.iter().all(honest) {
                 continue;
             }
-            match self.read(file, &format, &[]) {
+            match self.read(file, format, &[]) {
                 // QEMU has no way to put another image in an image below one whose header names a file.
                 Err(e) if e.contains("Can't specify 'file' and 'filename' options") => {}
                 Err(e) => self.found("chain", format!("{file} can't be read after {way:?}: {e}")),
@@ -482,9 +498,11 @@ impl Storm<'_> {
     }
 
     /// The files that the disks' active layers are in now.
-    fn find_tops(&mut self, expected: &BTreeMap<String, ContentId>) {
+    fn find_tops(&mut self, expected: &Expected) {
         for (i, c) in self.disks.clone().into_iter().enumerate() {
-            if let Some((file, _)) = expected.iter().find(|e| *e.1 == c) {
+            let formats = &self.world.formats;
+            let is_top = |e: &(&(String, String), &ContentId)| *e.1 == c && formats.get(&e.0.0) == Some(&e.0.1);
+            if let Some(((file, _), _)) = expected.iter().find(is_top) {
                 self.files.tops[i] = file.clone();
             }
         }

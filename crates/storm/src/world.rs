@@ -307,9 +307,9 @@ impl World {
         // What a file holds when its node goes.
         for n in &gone {
             let is_format = self.graph.format_node(n) == *n;
-            if let Some((file, c)) =
-                self.graph.file_of(n).zip(self.shows.get(n).copied()).filter(|_| is_format)
-            {
+            let Some((file, c)) = self.graph.file_of(n).zip(self.shows.get(n).copied()) else { continue };
+            // What a file holds with an image in it is what it holds as that image.
+            if is_format && self.is_format(&file, &self.graph.nodes[n].driver) {
                 self.closed.insert(file, c);
             }
         }
@@ -365,6 +365,11 @@ impl World {
         for n in self.graph.down(node) {
             self.shows.insert(n, content);
         }
+    }
+
+    /// Whether a file is known to be what a node of this driver takes it for.
+    pub(crate) fn is_format(&self, file: &str, driver: &str) -> bool {
+        self.formats.get(file).is_none_or(|f| (f == "qcow2") == (driver == "qcow2"))
     }
 
     /// Somebody writes to a file as it is, whatever format it had.
