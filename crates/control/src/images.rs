@@ -226,5 +226,10 @@ pub(crate) async fn propose_snapshot_sync(
         let image = NewImage { file, format: Some(sync.format), options: made };
         opener.open_new(draft, image, options).await?
     };
-    propose_snapshot(draft, &node, &overlay)
+    let op = propose_snapshot(draft, &node, &overlay)?;
+    // Nothing would ever let go of an overlay that nothing holds.
+    if draft.used_by(&overlay).is_none() {
+        draft.keep(&overlay)?;
+    }
+    Ok(op)
 }

@@ -39,6 +39,17 @@ impl State {
 }
 
 impl Draft {
+    /// A node stays from now on until it is deleted by name.
+    ///
+    /// # Errors
+    /// `NotFound` without such a node.
+    pub fn keep(&mut self, node: &NodeName) -> Result<()> {
+        self.state.node(node).ok_or_else(|| no_such_node(node))?;
+        let i = self.state.index(node);
+        self.state.nodes[i].def.monitor = true;
+        Ok(())
+    }
+
     /// Says that what `op` writes below the image that `node` shows leaves it as it is: a
     /// commit of that image, or copy-before-write that saves to it. So the image does not
     /// keep `op` from writing its backing file.

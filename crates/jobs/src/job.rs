@@ -21,6 +21,7 @@ use event_listener::Event;
 
 use crate::cx::JobCx;
 use crate::rate::Limit;
+use crate::work::Over;
 use crate::{Action, Details, Group, Kind, Side, Status, Verb, Work};
 
 /// What all jobs can be asked for when they are made.
@@ -153,7 +154,7 @@ struct Pace {
 /// A job. See the module's head.
 pub struct Job {
     options: JobOptions,
-    pub(crate) work: Box<dyn Work>,
+    work: RefCell<Rc<dyn Work>>,
     pub(crate) rt: Rt,
     emit: Emit,
     attention: Attention,
@@ -194,7 +195,7 @@ impl Job {
         let now = rt.now();
         Rc::new(Job {
             options,
-            work,
+            work: RefCell::new(work.into()),
             rt: rt.clone(),
             emit,
             attention,
@@ -220,16 +221,28 @@ impl Job {
         &self.options.id
     }
 
+    /// What it does.
+    pub(crate) fn work(&self) -> Rc<dyn Work> {
+        self.work.borrow().clone()
+    }
+
+    /// Lets go of everything that its work holds. A job that has ended may wait for `job-dismiss` for as long as it
+    /// likes; its nodes, and with them files and their locks, must not wait with it.
+    pub(crate) fn let_go(&self) {
+        let over = Over::new(&*self.work());
+        *self.work.borrow_mut() = Rc::new(over);
+    }
+
     /// What kind of job it is.
     pub fn kind(&self) -> Kind {
-        self.work.kind()
+        self.work().kind()
     }
 
     /// What it does to what, and its state: "mirror of 'top', ready".
     pub fn detail(&self) -> String {
         match self.status() {
-            Status::Undefined | Status::Created => self.work.detail(),
-            status => format!("{}, {}", self.work.detail(), status.as_str()),
+            Status::Undefined | Status::Created => self.work().detail(),
+            status => format!("{}, {}", self.work().detail(), status.as_str()),
         }
     }
 
@@ -282,7 +295,7 @@ impl Job {
 
     /// What its kind tells beyond that.
     pub fn details(&self) -> Details {
-        self.work.details()
+        self.work().details()
     }
 
     /// How long it will take from now on, at its present pace; `None` while that is not known.
@@ -348,12 +361,13 @@ impl Job {
         self.pace.set(Pace { since: self.rt.now(), done: 0, bytes_per_sec: None });
         self.rt.spawn(async move {
             let cx = JobCx::new(job.clone(), edges);
-            let mut outcome = job.work.run(&cx).await;
+            let work = job.work();
+            let mut outcome = work.run(&cx).await;
             if outcome.is_ok() {
                 // A pause that was asked for at the last moment holds, and so does the end.
                 outcome = cx.checkpoint().await;
             }
-            drop(cx);
+            drop((cx, work));
             job.wake_up();
             *job.outcome.borrow_mut() = Some(outcome);
             job.needs_attention();
@@ -411,12 +425,12 @@ impl Job {
                 if self.cancelled.get() || self.wish.get() == Wish::Keep {
                     return Err(refused(format!("The active block job '{}' cannot be completed", self.id())));
                 }
-                self.work.may_complete()?;
+                self.work().may_complete()?;
             }
             Demand::SetSpeed(_) => self.may(Verb::SetSpeed)?,
             Demand::Change(options) => {
                 self.may(Verb::Change)?;
-                drop(self.work.change(options.clone())?);
+                drop(self.work().change(options.clone())?);
             }
             Demand::Finalize => self.may(Verb::Finalize)?,
             Demand::Dismiss => self.may(Verb::Dismiss)?,
@@ -503,7 +517,7 @@ impl Job {
     /// As [`Job::pause`], and what the work says.
     pub fn change(&self, options: Options) -> Result<()> {
         self.may(Verb::Change)?;
-        self.work.change(options)?();
+        self.work().change(options)?();
         self.changed();
         Ok(())
     }

@@ -42,7 +42,8 @@ pub async fn prepare(job: &Rc<Job>, draft: &mut Draft, opener: &NodeOpener<'_>) 
         }),
         instead_of_writing: None,
     })?;
-    job.work.begin(BeginCx { op, draft: &mut *draft, opener, rt: &job.rt }).await?;
+    let work = job.work();
+    work.begin(BeginCx { op, draft: &mut *draft, opener, rt: &job.rt }).await?;
     // Refusals are worded for a newcomer; from here on it has a start time.
     draft.solve()?;
     draft.mark_started(op);
@@ -190,7 +191,7 @@ impl Group {
         let mut draft = owner.draft();
         for job in members {
             // A work has nothing to say about an abort; and if it had, its operation would go all the same.
-            let _ = job.work.end(job.id(), &mut draft, Ending::Abort);
+            let _ = job.work().end(job.id(), &mut draft, Ending::Abort);
             draft.remove_op(job.id());
         }
         owner.commit(draft).await?;
@@ -208,6 +209,7 @@ impl Group {
                 Ending::Abort => JobEvent::Completed(job.error()),
                 Ending::Success => JobEvent::Completed(None),
             });
+            job.let_go();
             job.become_(Status::Concluded);
             if job.auto_dismiss() {
                 job.become_(Status::Null);
@@ -229,11 +231,11 @@ async fn publish_success(
 ) -> Result<(), (Option<Rc<Job>>, Error)> {
     for job in members {
         let cx = SettleCx { op: job.id(), owner, rt: &job.rt };
-        job.work.settle(cx).await.map_err(|e| (Some(job.clone()), e))?;
+        job.work().settle(cx).await.map_err(|e| (Some(job.clone()), e))?;
     }
     let mut draft = owner.draft();
     for job in members {
-        job.work.end(job.id(), &mut draft, Ending::Success).map_err(|e| (Some(job.clone()), e))?;
+        job.work().end(job.id(), &mut draft, Ending::Success).map_err(|e| (Some(job.clone()), e))?;
         draft.remove_op(job.id());
     }
     owner.commit(draft).await.map_err(|e| (None, e))?;

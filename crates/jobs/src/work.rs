@@ -181,6 +181,62 @@ pub trait Work: fmt::Debug + std::any::Any {
     fn details(&self) -> Details;
 }
 
+/// What is left of a work when its job has ended: what queries show of it.
+#[derive(Debug)]
+pub(crate) struct Over {
+    kind: Kind,
+    detail: String,
+    details: Details,
+}
+
+impl Over {
+    pub(crate) fn new(work: &dyn Work) -> Over {
+        Over { kind: work.kind(), detail: work.detail(), details: work.details() }
+    }
+}
+
+fn is_over() -> Error {
+    Error::new(ErrorKind::InvalidInput, "the job has ended").remedy("start a new one")
+}
+
+impl Work for Over {
+    fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    fn detail(&self) -> String {
+        self.detail.clone()
+    }
+
+    fn begin<'a>(&'a self, _: BeginCx<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async { Err(is_over()) })
+    }
+
+    fn run<'a>(&'a self, _: &'a JobCx) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async { Err(is_over()) })
+    }
+
+    fn settle<'a>(&'a self, _: SettleCx<'a>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async { Err(is_over()) })
+    }
+
+    fn end(&self, _: &OpId, _: &mut Draft, _: Ending) -> Result<()> {
+        Err(is_over())
+    }
+
+    fn may_complete(&self) -> Result<()> {
+        Err(is_over())
+    }
+
+    fn change(&self, _: Options) -> Result<Effect<'_>> {
+        Err(is_over())
+    }
+
+    fn details(&self) -> Details {
+        self.details
+    }
+}
+
 /// The answer of jobs that have nothing to change.
 #[cold]
 pub fn nothing_to_change() -> Error {

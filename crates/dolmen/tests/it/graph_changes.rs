@@ -328,3 +328,71 @@ fn a_mirror_of_the_top_layer_does_not_pivot_onto_nothing() {
     w.guest("read -P 2 1M 1M");
     w.end();
 }
+
+/// The overlay that `blockdev-snapshot-sync` put over a node that nobody used belonged to nobody: it could not be removed,
+/// nor could anything below it, until the daemon ended. Found by the storm.
+#[test]
+fn an_overlay_that_nobody_holds_can_be_removed() {
+    let Some(mut w) = world() else { return };
+    let over = |node: &str, name: &str| json!({"node-name": node, "snapshot-file": format!("{name}.img"), "snapshot-node-name": name});
+    w.ok("blockdev-snapshot-sync", over("t", "n"));
+    let two = json!({"actions": [{"type": "blockdev-snapshot-sync", "data": over("u", "o")},
+                                 {"type": "blockdev-snapshot-sync", "data": over("o", "p")}]});
+    w.ok("transaction", two);
+    // Who has used it before does not make it go.
+    w.ok("block-export-add", json!({"type": "nbd", "id": "e", "node-name": "n", "name": "e"}));
+    w.ok("block-export-del", json!({"id": "e"}));
+    for node in ["n", "t", "p", "o", "u"] {
+        w.ok("blockdev-del", json!({"node-name": node}));
+    }
+    // One that somebody uses goes with its last user, as ever.
+    w.ok("blockdev-snapshot-sync", over("top", "q"));
+    let refused = w.refused("blockdev-del", json!({"node-name": "q"}));
+    assert_eq!(refused["desc"], "Node q is not owned by the monitor");
+    w.end();
+}
+
+/// A mirror that had ended kept the files of its source and its target open, with their locks, until `job-dismiss`, even
+/// when the nodes had been removed: nobody else could open the images. Found by the storm.
+#[test]
+fn a_job_that_has_ended_lets_go_of_its_images() {
+    let Some(mut w) = world() else { return };
+    w.ok("block-export-del", json!({"id": "guest", "mode": "hard"}));
+    let job = |id: &str, more: Json| {
+        let mut a = json!({"job-id": id, "auto-dismiss": false});
+        a.as_object_mut().expect("a map").extend(more.as_object().expect("a map").clone());
+        a
+    };
+    let copy = |id: &str, target: &str| job(id, json!({"device": "t", "target": target, "sync": "full"}));
+    w.ok("drive-mirror", copy("m", "moved"));
+    w.until("m", "ready");
+    w.ok("job-cancel", json!({"id": "m"}));
+    w.until("m", "concluded");
+    w.ok("drive-backup", copy("b", "copied"));
+    w.until("b", "concluded");
+    w.ok("blockdev-mirror", copy("m2", "u"));
+    w.until("m2", "ready");
+    w.ok("job-complete", json!({"id": "m2"}));
+    w.until("m2", "concluded");
+    w.ok("block-stream", job("s", json!({"device": "top"})));
+    w.until("s", "concluded");
+    w.ok(
+        "blockdev-snapshot-sync",
+        json!({"node-name": "u", "snapshot-file": "over", "snapshot-node-name": "n"}),
+    );
+    w.ok("block-commit", job("c", json!({"device": "n"})));
+    w.until("c", "ready");
+    w.ok("job-complete", json!({"id": "c"}));
+    w.until("c", "concluded");
+    for node in ["n", "top", "base", "t", "u"] {
+        w.ok("blockdev-del", json!({"node-name": node}));
+    }
+    assert_eq!(w.ok("query-jobs", json!({})).as_array().map(Vec::len), Some(5));
+    for image in ["moved", "copied", "t", "u", "over", "top", "base"] {
+        w.bench.ok("qemu-io", &["-c", "write -P 1 0 64k", &w.path(image)]);
+    }
+    for id in ["m", "b", "m2", "s", "c"] {
+        w.ok("job-dismiss", json!({"id": id}));
+    }
+    w.end();
+}
