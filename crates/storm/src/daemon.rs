@@ -9,6 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::qmp::Monitor;
+use crate::weigh::Weight;
 
 /// How long it may take to come up, or to end when it is asked to.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -126,14 +127,14 @@ impl Daemon {
         BAD_WORDS.iter().any(|w| text.contains(w)).then_some(text)
     }
 
-    /// Resident memory in MiB, and open descriptors.
-    pub(crate) fn weight(&self) -> (u64, usize) {
+    /// Resident memory, and open descriptors.
+    pub(crate) fn weight(&self) -> Weight {
         let proc = PathBuf::from(format!("/proc/{}", self.child.id()));
         let status = fs::read_to_string(proc.join("status")).unwrap_or_default();
         let kib = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
         let kib = kib.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0);
         let fds = fs::read_dir(proc.join("fd")).map_or(0, Iterator::count);
-        (kib / 1024, fds)
+        Weight { mib: kib / 1024, files: fds }
     }
 
     /// The files that it has open.

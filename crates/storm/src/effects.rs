@@ -211,7 +211,13 @@ impl World {
                 // Whether an overlay that was used before shows what is below is its own affair, and what a base holds
                 // beyond its former end nobody keeps track of.
                 let empty = empty && !self.longer.contains(&header);
-                empty.then(|| self.book().copy(&file, below, from, 0..sectors.unwrap_or(0)))
+                empty.then(|| {
+                    let mut book = crate::world::open(&self.book);
+                    let over = book.copy(&file, below, from, 0..sectors.unwrap_or(0));
+                    // What is written below from now on shows as well.
+                    book.follow(below, over);
+                    over
+                })
             }
             _ => {
                 self.renamed.insert(file);

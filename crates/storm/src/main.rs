@@ -3,7 +3,7 @@
 //!
 //! - [`images`] makes the files, [`choose`] the commands, [`load`] and [`pester`] the clients;
 //! - [`book`] judges what is read, [`world`] and [`effects`] know which node and export shows what;
-//! - [`storm`] does one seed, [`rounds`] the beginning and the end of a daemon's life in it;
+//! - [`storm`] does one seed, [`rounds`] the beginning and the end of a daemon's life in it, [`weigh`] what it holds;
 //! - [`shrink`] looks for the shortest list of steps that still fails, [`testcase`] writes it down as a test.
 //!
 //! What is chosen depends on the seed and on what the daemon answers, so a seed does the same again as far as
@@ -25,6 +25,7 @@ mod shrink;
 mod steps;
 mod storm;
 mod testcase;
+mod weigh;
 mod world;
 
 use std::path::PathBuf;

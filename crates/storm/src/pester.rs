@@ -36,6 +36,33 @@ const NONSENSE: [&str; 8] = [
     r#"{"execute": "block_resize", "arguments": {"node-name": "nobody", "size": 1e300}}"#,
 ];
 
+/// Bytes that are no message, or the beginning of one. 0xFF after them begins anew, as other tools rely on.
+fn noise(rng: &mut Rng) -> Vec<u8> {
+    let deep = 1 + rng.below(3000) as usize;
+    match rng.below(8) {
+        0 => vec![0xff; deep.min(9)],
+        1 => b"[".repeat(deep),
+        2 => br#"{"a":"#.repeat(deep),
+        3 => br#"{"execute": "query-"#.to_vec(),
+        4 => b"\"\x01\xc3\x28\\".to_vec(),
+        5 => [br#"{"execute": "query-jobs", "arguments": {"a": "#.to_vec(), b"9".repeat(deep)].concat(),
+        6 => b"}]:,nul%-1e\0".to_vec(),
+        _ => (0..deep).map(|_| rng.next() as u8).filter(|b| !b"\n\r".contains(b)).collect(),
+    }
+}
+
+/// Sends noise and then a query; the query must be answered.
+fn after_noise(monitor: &mut Monitor, rng: &mut Rng) -> Reply {
+    let mut bytes = noise(rng);
+    bytes.push(0xff);
+    let id = rng.next() >> 12;
+    bytes.extend(format!("{}\n", json!({"execute": "query-version", "id": id})).bytes());
+    match monitor.raw(&bytes) {
+        Ok(()) => monitor.reply_to(id, BOUND),
+        Err(_) => Reply::Gone,
+    }
+}
+
 pub(crate) struct Pester {
     stop: Arc<AtomicBool>,
     finding: Arc<Mutex<Option<String>>>,
@@ -48,14 +75,19 @@ impl Pester {
         let (halt, note) = (stop.clone(), finding.clone());
         let thread = std::thread::spawn(move || {
             while !halt.load(Ordering::Relaxed) {
-                let (text, wrong) = match rng.percent(75) {
-                    true => (json!({"execute": rng.one(&QUERIES)}).to_string(), false),
-                    false => (rng.one(&NONSENSE).to_owned(), true),
+                let (text, wrong) = match rng.below(100) {
+                    0..70 => (json!({"execute": rng.one(&QUERIES)}).to_string(), false),
+                    70..95 => (rng.one(&NONSENSE).to_owned(), true),
+                    _ => ("query-version after noise".to_owned(), false),
                 };
                 let asked = Instant::now();
-                let reply = match monitor.raw(format!("{text}\n").as_bytes()) {
-                    Ok(()) => monitor.reply(BOUND),
-                    Err(_) => Reply::Gone,
+                let reply = if text.starts_with('{') {
+                    match monitor.raw(format!("{text}\n").as_bytes()) {
+                        Ok(()) => monitor.reply(BOUND),
+                        Err(_) => Reply::Gone,
+                    }
+                } else {
+                    after_noise(&mut monitor, &mut rng)
                 };
                 monitor.events.clear();
                 let took = asked.elapsed();
@@ -63,7 +95,7 @@ impl Pester {
                 Numbers::add(&numbers.queries, 1);
                 let bad = match reply {
                     Reply::Hangs => Some(format!("{text} is not answered within {BOUND:?}")),
-                    Reply::Gone => return,
+                    Reply::Gone => Some(format!("the monitor hangs up after {text}")),
                     Reply::Done(_) if wrong => Some(format!("{text} is accepted")),
                     Reply::Refused(e) if !wrong => Some(format!("{text} is refused: {e}")),
                     Reply::Done(_) | Reply::Refused(_) => None,

@@ -100,6 +100,24 @@ impl Monitor {
         }
     }
 
+    /// Waits for the answer to the command with this id, and passes over what else is said.
+    pub(crate) fn reply_to(&mut self, id: u64, patience: Duration) -> Reply {
+        let until = Instant::now() + patience;
+        loop {
+            match self.next(until) {
+                Ok(Some(v)) if v["id"] == id => {
+                    return match v.get("return") {
+                        Some(done) => Reply::Done(done.clone()),
+                        None => Reply::Refused(v["error"]["desc"].to_string()),
+                    };
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => return Reply::Hangs,
+                Err(()) => return Reply::Gone,
+            }
+        }
+    }
+
     pub(crate) fn ask(&mut self, command: &str, arguments: &Json) -> Reply {
         self.send(command, arguments);
         self.reply(PATIENCE)

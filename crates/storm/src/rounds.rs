@@ -26,12 +26,14 @@ struct Link {
     backing: Option<String>,
     /// How it is opened, if that is more than a format of a file: an image in an image, say.
     definition: Option<Json>,
+    /// Who names it says that there is nothing below, whatever its header names.
+    cut: bool,
 }
 
 impl Link {
     /// What is served by the server behind the daemon, or what needs a definition of its own.
     fn other(name: &str, definition: Option<Json>) -> Link {
-        Link { name: name.to_owned(), format: "raw".into(), backing: None, definition }
+        Link { name: name.to_owned(), format: "raw".into(), backing: None, definition, cut: false }
     }
 
     /// The files in it.
@@ -69,7 +71,7 @@ impl Storm<'_> {
             if out.len() > 60 {
                 return Err(format!("the chain of {file} has no end"));
             }
-            let (name, format, mut below) = match next {
+            let (name, format, below) = match next {
                 Named::Nothing => return Ok(out),
                 Named::File(name, _) if name.starts_with("nbd") => {
                     out.push(Link::other(SERVED, None));
@@ -77,7 +79,7 @@ impl Storm<'_> {
                 }
                 Named::File(name, format) => (short(&name), format, None),
                 Named::Definition(d) => match simple(&d) {
-                    Some((name, format)) => (short(&name), format, Some(d["backing"].clone())),
+                    Some((name, format)) => (short(&name), format, d.get("backing").cloned()),
                     None if d["driver"] == "nbd" || d["file"]["driver"] == "nbd" => {
                         out.push(Link::other(SERVED, None));
                         return Ok(out);
@@ -96,8 +98,9 @@ impl Storm<'_> {
             }
             let info: Json = serde_json::from_str(&text).map_err(|e| format!("{e}: {text}"))?;
             let header = info["backing-filename"].as_str().map(str::to_owned);
-            below = below.filter(|b| !b.is_null());
+            let cut = header.is_some() && below == Some(Json::Null);
             next = match (below, &header) {
+                (Some(Json::Null), _) => Named::Nothing,
                 (Some(b), _) => Named::Definition(b),
                 (None, Some(b)) => match b.strip_prefix("json:") {
                     Some(d) => Named::Definition(serde_json::from_str(d).map_err(|e| format!("{e}: {b}"))?),
@@ -110,7 +113,7 @@ impl Storm<'_> {
                 (None, None) => Named::Nothing,
             };
             let backing = header.as_deref().map(short_name);
-            out.push(Link { name, format: format.to_owned(), backing, definition: None });
+            out.push(Link { name, format: format.to_owned(), backing, definition: None, cut });
         }
     }
 
@@ -149,6 +152,7 @@ impl Storm<'_> {
         self.daemon = Some(daemon);
         let commands = self.monitors[0].ask("query-commands", &json!({}));
         self.ours = matches!(&commands, Reply::Done(v) if v.to_string().contains("\"what-if\""));
+        self.empty = self.daemon.as_ref().map(Daemon::weight).unwrap_or_default();
         self.pester =
             Some(Pester::start(pester, Rng::new(self.seed, 300 + self.round), self.numbers.clone()));
         let start = server_start();
@@ -254,9 +258,12 @@ impl Storm<'_> {
             }
             self.must("blockdev-add", &a)?;
             // Somebody may have named an image as if it were raw, say.
-            let other = !self.world.is_format(&link.name, &link.format);
+            let other = !self.world.is_format(&link.name, &link.format) || link.cut;
+            if link.cut {
+                self.world.renamed.insert(link.name.clone());
+            }
             let c = match self.world.closed.get(&link.name) {
-                Some(_) if other => self.world.book().unknown(&name, "it is opened as another format"),
+                Some(_) if other => self.world.book().unknown(&name, "it is opened as something else"),
                 Some(c) => *c,
                 None if link.definition.is_some() => {
                     let seen = self.read(&link.name, "json", &[]);
@@ -301,7 +308,11 @@ impl Storm<'_> {
             self.stop_workers(false);
         }
         self.observe();
+        self.weigh();
         let expected = self.expected();
+        if !busy && way != Way::Kill && Rng::new(self.seed, 620 + self.round).percent(60) {
+            self.clear_away();
+        }
         let end = self.end_daemon(way);
         if let Some(b) = &self.back {
             b.signal(Signal::SIGCONT);
@@ -437,7 +448,7 @@ impl Storm<'_> {
             if !known {
                 continue;
             }
-            let honest = |l: &Link| !l.files().iter().any(|f| self.world.renamed.contains(f));
+            let honest = |l: &Link| l.cut || !l.files().iter().any(|f| self.world.renamed.contains(f));
             let chain = match self.chain(file, format) {
                 Ok(c) => c,
                 Err(e) => {
@@ -501,7 +512,8 @@ impl Storm<'_> {
     fn find_tops(&mut self, expected: &Expected) {
         for (i, c) in self.disks.clone().into_iter().enumerate() {
             let formats = &self.world.formats;
-            let is_top = |e: &(&(String, String), &ContentId)| *e.1 == c && formats.get(&e.0.0) == Some(&e.0.1);
+            let is_top =
+                |e: &(&(String, String), &ContentId)| *e.1 == c && formats.get(&e.0.0) == Some(&e.0.1);
             if let Some(((file, _), _)) = expected.iter().find(is_top) {
                 self.files.tops[i] = file.clone();
             }

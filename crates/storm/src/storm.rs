@@ -22,9 +22,10 @@ use crate::qmp::{Monitor, Reply};
 use crate::rng::Rng;
 use crate::steps::{Command, Step};
 use crate::testcase::Made;
+use crate::weigh::Weight;
 use crate::world::{Graph, World};
 
-/// More than this many MiB of memory, or descriptors, are a leak: the disks have a few.
+/// More than this many MiB of memory, or descriptors, are a leak at any moment: the disks have a few.
 const MOST_MEMORY: u64 = 700;
 const MOST_FILES: usize = 400;
 /// How long events are waited for after a step.
@@ -115,6 +116,8 @@ pub(crate) struct Storm<'a> {
     pub(crate) disks: Vec<ContentId>,
     /// The daemon knows commands that QEMU's doesn't.
     pub(crate) ours: bool,
+    /// What the daemon weighed before it had a node.
+    pub(crate) empty: Weight,
     pub(crate) round: u64,
     pub(crate) opened: Vec<Vec<Command>>,
     step: u64,
@@ -167,6 +170,7 @@ pub(crate) fn run(
         leaky: std::collections::BTreeSet::new(),
         disks: Vec::new(),
         ours: false,
+        empty: Weight::default(),
         round: 0,
         opened: Vec::new(),
         step: 0,
@@ -332,12 +336,12 @@ impl Storm<'_> {
         }
         self.look_after_workers();
         let Some(d) = &self.daemon else { return };
-        let (memory, files) = d.weight();
+        let weight = d.weight();
         if let Some(text) = d.bad_words() {
             self.found("panic", text);
         }
-        if memory > MOST_MEMORY || files > MOST_FILES {
-            self.found("leak", format!("the daemon has {memory} MiB of memory and {files} descriptors"));
+        if weight.mib > MOST_MEMORY || weight.files > MOST_FILES {
+            self.found("leak", format!("the daemon has {weight:?}"));
         }
         if let Some(text) = self.pester.as_ref().and_then(Pester::finding) {
             self.found("monitor", text);
@@ -377,7 +381,7 @@ impl Storm<'_> {
     }
 
     /// The monitor has no answer.
-    fn gone(&mut self, what: &str) {
+    pub(crate) fn gone(&mut self, what: &str) {
         // The connection goes before the process has.
         let mut ended = None;
         for _ in 0..100 {
@@ -438,7 +442,7 @@ impl Storm<'_> {
         }
     }
 
-    fn ask(&mut self, c: &Command, what_if: bool) {
+    pub(crate) fn ask(&mut self, c: &Command, what_if: bool) {
         self.observe();
         if !self.findings.is_empty() || self.monitors.is_empty() {
             return;
@@ -491,7 +495,10 @@ impl Storm<'_> {
         }
         if let Some((allowed, error)) = foreseen.filter(|_| quiet) {
             Numbers::add(&self.numbers.what_if, 1);
-            if allowed != reply.is_done() {
+            // Nobody can know before that a disk will be full.
+            let full = self.files.full
+                && matches!(&reply, Reply::Refused(text) if text.contains("No space left on device"));
+            if allowed != reply.is_done() && !full {
                 self.found(
                     "what-if",
                     format!(

@@ -385,6 +385,13 @@ impl World {
             return;
         };
         if let Some(f) = self.graph.file_of(leaf) {
+            // A node of the same file that nobody uses does not forbid it, and shows it.
+            let g = &self.graph;
+            let other = |n: &&String| g.file_of(n).as_ref() == Some(&f) && !g.down(n).contains(leaf);
+            let others: Vec<String> = g.nodes.keys().filter(other).cloned().collect();
+            for n in others {
+                self.forget(&n, "its file is written by way of another node");
+            }
             self.images.remove(&f);
             if let Some(format) = self.formats.get_mut(&f).filter(|f| *f == "qcow2") {
                 *format = "raw".into();
