@@ -62,13 +62,14 @@ impl Storm<'_> {
                 return;
             }
             for (id, job) in self.world.jobs.clone() {
-                match job.status.as_str() {
-                    "concluded" => self.ask(&Command::new("job-dismiss", json!({ "id": id })), false),
-                    _ if job.told.is_none() => {
-                        self.ask(&Command::new("job-cancel", json!({ "id": id })), false)
-                    }
-                    _ => {}
-                }
+                let verb = match job.status.as_str() {
+                    "concluded" => "job-dismiss",
+                    _ if job.told.is_none() => "job-cancel",
+                    "pending" => "job-finalize",
+                    "paused" | "standby" => "job-resume",
+                    _ => continue,
+                };
+                self.ask(&Command::new(verb, json!({ "id": id })), false);
             }
             refusals.clear();
             for n in self.world.graph.nodes.keys() {
