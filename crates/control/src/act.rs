@@ -9,9 +9,11 @@
 //! is asked about ([`reopen::settle`]) and gone again before the draft is published.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use dolmen_graph::{
     BackingName, ClaimScope, Class, Cx, Draft, Node, NodeChange, NodeOpener, OpClaim, OpInfo, Prealloc,
+    header_name, own_file,
 };
 use dolmen_qmp::QmpError;
 use dolmen_rt::Rt;
@@ -230,7 +232,7 @@ async fn propose_change_backing(
         // A header must not lead back to its own image.
         opener.check_backing(&node, BackingName { name: file, format: None }).await?;
     }
-    let to = backing_name(&node, file).map(|b| (b.name.to_owned(), b.format.map(str::to_owned)));
+    let to = backing_name(&node, file)?.map(|b| (b.name.to_owned(), b.format.map(str::to_owned)));
     drop(node);
     let op = command(
         draft,
@@ -245,16 +247,12 @@ async fn propose_change_backing(
 }
 
 /// The name as it goes into the header, with the format of the image that lies below now.
-fn backing_name<'a>(node: &Node, file: &'a str) -> Option<BackingName<'a>> {
-    let mut below = node.backing();
-    while let Some(next) = below
-        .and_then(|n| n.filtered())
-        .filter(|_| below.is_some_and(|n| n.driver.kind().class == Class::Filter))
-    {
-        below = Some(next);
+fn backing_name<'a>(node: &Arc<Node>, file: &'a str) -> Result<Option<BackingName<'a>>> {
+    if file.is_empty() {
+        return Ok(None);
     }
-    let format = below.map(|n| n.driver.kind().name);
-    Some(BackingName { name: file, format }).filter(|_| !file.is_empty())
+    let format = node.backing().map(|below| header_name(below, &own_file(node))).transpose()?.map(|n| n.1);
+    Ok(Some(BackingName { name: file, format }))
 }
 
 /// `change-backing-file`: the header names another file, nothing else changes.
@@ -271,7 +269,7 @@ pub(crate) async fn change_backing_file(task: &Rc<Task>, device: &str, image: &s
     let (image, file) = (image.to_owned(), file.to_owned());
     let rewritten = async move {
         let node = graph.node(&image).ok_or_else(|| invalid(format!("node '{image}' is gone")))?;
-        Ok(node.driver.set_backing(Cx { node, rt: &rt }, backing_name(node, &file)).await?)
+        Ok(node.driver.set_backing(Cx { node, rt: &rt }, backing_name(node, &file)?).await?)
     };
     owed.after(rewritten).await
 }

@@ -111,10 +111,15 @@ fn absolute(name: &str) -> String {
     std::path::absolute(os_name(name)).map_or_else(|_| name.to_owned(), |p| text_of_os(p.as_os_str()))
 }
 
-/// The node beneath filters that shows more than its image.
+/// The node that shows what no name leads to: a filter that shows more than its image, or a leaf that was put there without
+/// options and has no file.
 fn view_in(node: &Arc<Node>) -> Option<&Arc<Node>> {
     let reads = |c: &&crate::ChildEdge| c.role == ChildRole::Data;
-    let here = node.driver.kind().class == Class::Filter && node.children.iter().any(|c| reads(&c));
+    let here = match node.driver.kind().class {
+        Class::Filter => node.children.iter().any(|c| reads(&c)),
+        Class::Protocol => node.options == Value::Null && describe(node).filename.is_none(),
+        Class::Format => false,
+    };
     if here {
         return Some(node);
     }

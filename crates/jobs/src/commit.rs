@@ -159,6 +159,7 @@ impl Commit {
         if !d.images(&top).contains(&base) {
             return Err(invalid(format!("'{base}' is not in this backing file chain")));
         }
+        let base = of_raw(d, &top, base);
         Ok((top, base))
     }
 
@@ -353,7 +354,24 @@ async fn flush(edge: &Arc<dolmen_graph::UserEdge>, rt: &Rt) -> Result<()> {
 
 /// The images that lie between top and base.
 fn between(d: &Draft, b: &Begun) -> Vec<NodeName> {
-    d.images(&b.top).into_iter().skip(1).take_while(|n| *n != b.base).collect()
+    let base = d.content(&b.base);
+    d.images(&b.top).into_iter().skip(1).take_while(|n| *n != base).collect()
+}
+
+/// The node by which others know an image below `top`: that of its format, if that is raw, and not the file. Whoever goes on
+/// with the image belongs there, or the next snapshot of that node would miss them.
+fn of_raw(d: &Draft, top: &NodeName, image: NodeName) -> NodeName {
+    let class = |n: &NodeName| d.kind(n).map(|k| k.class);
+    let chain = d.chain(top);
+    match chain.iter().position(|n| *n == image) {
+        Some(at) if at > 0 && class(&image) == Some(Class::Protocol) => {
+            Some(&chain[at - 1]).filter(|n| class(n) == Some(Class::Format) && **n != *top)
+        }
+        _ => None,
+    }
+    .filter(|n| d.content(n) == image)
+    .cloned()
+    .unwrap_or(image)
 }
 
 fn in_chain(d: &Draft, chain: &[NodeName], name: &str) -> Result<NodeName> {

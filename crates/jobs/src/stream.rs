@@ -277,7 +277,10 @@ impl Work for Stream {
                 (Some(b), None) => Some(header_name(b, &own_file(&top))?.0),
                 (None, _) => None,
             };
-            let format = base.map(|b| match b.driver.kind() {
+            // A raw image is the node of that format, and not the file below.
+            let link = std::iter::successors(bottom.backing(), |n| n.filtered());
+            let image = link.into_iter().find(|n| n.driver.kind().class != Class::Filter).or(base);
+            let format = image.map(|b| match b.driver.kind() {
                 k if k.class == Class::Protocol && self.mask_protocol => "raw",
                 k => k.name,
             });

@@ -396,3 +396,92 @@ fn a_job_that_has_ended_lets_go_of_its_images() {
     }
     w.end();
 }
+
+/// While a backup's target is still read when the backup ends, it lies over a node of the daemon's own that answers with
+/// errors. `block-stream` with that node as its base, `change-backing-file` and a snapshot wrote that node's driver into headers:
+/// QEMU could not open those images any more. Found by the storm.
+#[test]
+fn no_header_names_a_point_in_time_that_has_ended() {
+    let Some(mut w) = world() else { return };
+    w.ok("blockdev-del", json!({"node-name": "v"}));
+    w.ok(
+        "blockdev-add",
+        json!({"driver": "qcow2", "node-name": "v", "backing": "base", "file": {"driver": "file", "filename": "v"}}),
+    );
+    w.ok("block-export-add", json!({"type": "nbd", "id": "r", "node-name": "v", "name": "r"}));
+    w.ok("blockdev-backup", json!({"job-id": "b", "device": "base", "target": "v", "sync": "full"}));
+    w.conclude("b");
+    let nodes = w.ok("query-named-block-nodes", json!({"flat": true}));
+    let gone = nodes.as_array().expect("a list").iter().find(|n| n["drv"] == "point-in-time-gone");
+    let gone = gone.expect("it lies below 'v'")["node-name"].clone();
+    w.ok("block-export-del", json!({"id": "r", "mode": "hard"}));
+    w.refused("change-backing-file", json!({"device": "v", "image-node-name": "v", "backing-file": "base"}));
+    for node in [json!("v"), gone.clone()] {
+        w.refused(
+            "blockdev-snapshot-sync",
+            json!({"node-name": node, "snapshot-file": "over", "snapshot-node-name": "over"}),
+        );
+    }
+    assert!(!w.daemon.path("over").exists());
+    w.refused(
+        "drive-mirror",
+        json!({"job-id": "m", "device": "v", "target": "over", "sync": "top", "node-name": "n"}),
+    );
+    w.ok("block-stream", json!({"job-id": "s", "device": "v", "base-node": gone, "auto-dismiss": false}));
+    w.until("s", "concluded");
+    let jobs = w.ok("query-jobs", json!({}));
+    assert!(jobs[0]["error"].as_str().is_some_and(|e| e.contains("point in time")), "{jobs}");
+    w.ok("blockdev-del", json!({"node-name": "v"}));
+    let info = w.bench.ok("qemu-img", &["info", &w.path("v")]);
+    assert!(info.contains("backing file: base"), "{info}");
+    w.end();
+}
+
+/// A commit into a raw image went on with the file node and not with the node of the image: the next snapshot of the image left
+/// its user behind, who went on writing what the snapshot was to keep. While the commit ran, such a snapshot was accepted, too.
+/// Headers of overlays named the format "file". Found by the storm.
+#[test]
+fn a_commit_into_a_raw_image_goes_on_at_its_node() {
+    let Some(mut w) = world() else { return };
+    let path = |name: &str| w.path(name);
+    w.bench.ok("qemu-img", &["create", "-q", "-f", "raw", &path("rb"), "4M"]);
+    for name in ["rm", "rt", "ru"] {
+        w.bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "rb", "-F", "raw", &path(name)]);
+    }
+    let file = |name: &str| json!({"driver": "file", "filename": name});
+    w.ok("blockdev-add", json!({"driver": "raw", "node-name": "rb", "read-only": true, "file": file("rb")}));
+    for (name, below) in [("rm", "rb"), ("rt", "rm"), ("ru", "rt")] {
+        w.ok(
+            "blockdev-add",
+            json!({"driver": "qcow2", "node-name": name, "backing": below, "file": file(name)}),
+        );
+    }
+    w.ok(
+        "block-export-add",
+        json!({"type": "nbd", "id": "e", "node-name": "ru", "name": "e", "writable": true}),
+    );
+    // From the middle of the chain: the overlay's header names the format.
+    w.ok("block-stream", json!({"job-id": "s", "device": "rt", "base-node": "rb"}));
+    w.conclude("s");
+    w.ok("block-commit", json!({"job-id": "c", "device": "ru", "top-node": "rt", "base-node": "rb"}));
+    w.conclude("c");
+    for image in ["rt", "ru"] {
+        let info = w.bench.ok("qemu-img", &["info", "-U", &w.path(image)]);
+        assert!(info.contains("backing file format: raw"), "{info}");
+    }
+    let snapshot = json!({"node-name": "rb", "snapshot-file": "rs", "snapshot-node-name": "rs"});
+    w.ok("block-commit", json!({"job-id": "c", "device": "ru"}));
+    w.until("c", "ready");
+    w.refused("blockdev-snapshot-sync", snapshot.clone());
+    w.ok("job-complete", json!({"id": "c"}));
+    w.conclude("c");
+    let exports = w.ok("query-block-exports", json!({}));
+    let e = exports.as_array().expect("a list").iter().find(|e| e["id"] == "e").expect("an export");
+    assert_eq!(e["node-name"], "rb", "{exports}");
+    w.ok("blockdev-snapshot-sync", snapshot);
+    let url = format!("nbd+unix:///e?socket={}", w.path(NBD));
+    w.bench.ok("qemu-io", &["-f", "raw", "-c", "write -P 5 0 64k", "-c", "flush", &url]);
+    w.end();
+    w.bench.ok("qemu-io", &["-f", "raw", "-r", "-c", "read -P 0 0 4M", &w.path("rb")]);
+    w.bench.ok("qemu-io", &["-r", "-c", "read -P 5 0 64k", &w.path("rs")]);
+}

@@ -41,6 +41,8 @@ pub(super) const COMPAT_LAZY_REFCOUNTS: u64 = 1;
 /// Dolmen does not keep up, so they are cleared with the first change of the image.
 pub(super) const AUTOCLEAR_BITMAPS: u64 = 1;
 
+/// QEMU opens no image with a longer name of a format.
+const MAX_FORMAT_NAME: usize = 15;
 /// Header extension: format of the backing file.
 pub(super) const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 /// Header extension: names of feature bits.
@@ -410,6 +412,14 @@ impl Header {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!("a backing file name has 1 to {MAX_BACKING_NAME} bytes, not {len}"),
+            ));
+        }
+        if let Some(format) = format.filter(|f| f.len() > MAX_FORMAT_NAME) {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "'{format}' is no format that a header can name: it has more than {MAX_FORMAT_NAME} bytes"
+                ),
             ));
         }
         self.backing_file = name.map(str::to_owned);
