@@ -313,9 +313,14 @@ impl World {
                 let name = std::mem::replace(&mut target, text(a, "node-name").to_owned());
                 self.images.remove(&name);
                 self.backings.remove(&name);
-                // What lies below a copy of the topmost image may be written when the job is over.
-                if let Some(b) = self.graph.backing(&source).filter(|_| sync == "top") {
-                    self.backings.insert(name.clone(), self.graph.file_of(b).unwrap_or_default());
+                // What lies below a copy of the topmost image, or of new writes only, may be written when the job is over.
+                let below = match sync {
+                    "top" => self.graph.backing(&source).map(str::to_owned),
+                    "none" => Some(source.clone()),
+                    _ => None,
+                };
+                if let Some(b) = below {
+                    self.backings.insert(name.clone(), self.graph.file_of(&b).unwrap_or_default());
                 }
                 self.formats.insert(name.clone(), text(a, "format").to_owned());
                 self.closed.remove(&name);
@@ -347,6 +352,9 @@ impl World {
             self.longer.extend(file.iter().chain(&base).cloned());
         }
         let before = self.flow(work, from_content, to, from, base);
+        if matches!(work, Work::Commit | Work::ActiveCommit) {
+            self.zeroes_past_end(&source, from_content, to);
+        }
         let job = Job {
             work,
             source,
@@ -399,6 +407,20 @@ impl World {
                 book.copy_into(target, source, from, 0..sectors);
                 None
             }
+        }
+    }
+
+    /// An overlay that is larger than what is committed reads zeroes behind the end of that; a larger base gets them there.
+    fn zeroes_past_end(&mut self, top: &str, committed: ContentId, base: ContentId) {
+        let image = self.graph.format_node(top);
+        let size = |n: &str| self.graph.nodes.get(n).map_or(0, |n| n.size);
+        let over =
+            self.graph.edges.iter().filter(|e| e.2 == "backing" && self.graph.format_node(&e.1) == image);
+        let larger = over.map(|e| size(&e.0)).any(|s| s > size(&image));
+        let mut book = crate::world::open(&self.book);
+        let (from, to) = (book.sectors(committed), book.sectors(base));
+        if larger && from < to {
+            book.begin(base, from..to, 0, false, false);
         }
     }
 

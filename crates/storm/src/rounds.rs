@@ -65,28 +65,34 @@ enum Named {
 impl Storm<'_> {
     /// The chain that headers name, from the top.
     fn chain(&self, file: &str, format: &str) -> Result<Vec<Link>, String> {
+        let mut out = Vec::new();
+        self.follow(file, format, &mut out)?;
+        Ok(out)
+    }
+
+    /// The same; what was found until it could not be followed any more is in `out`.
+    fn follow(&self, file: &str, format: &str, out: &mut Vec<Link>) -> Result<(), String> {
         let mut next = Named::File(file.to_owned(), format.to_owned());
-        let mut out: Vec<Link> = Vec::new();
         loop {
             if out.len() > 60 {
                 return Err(format!("the chain of {file} has no end"));
             }
             let (name, format, below) = match next {
-                Named::Nothing => return Ok(out),
+                Named::Nothing => return Ok(()),
                 Named::File(name, _) if name.starts_with("nbd") => {
                     out.push(Link::other(SERVED, None));
-                    return Ok(out);
+                    return Ok(());
                 }
                 Named::File(name, format) => (short(&name), format, None),
                 Named::Definition(d) => match simple(&d) {
                     Some((name, format)) => (short(&name), format, d.get("backing").cloned()),
                     None if d["driver"] == "nbd" || d["file"]["driver"] == "nbd" => {
                         out.push(Link::other(SERVED, None));
-                        return Ok(out);
+                        return Ok(());
                     }
                     None => {
                         out.push(Link::other(&format!("json:{d}"), Some(d)));
-                        return Ok(out);
+                        return Ok(());
                     }
                 },
             };
@@ -449,14 +455,14 @@ impl Storm<'_> {
                 continue;
             }
             let honest = |l: &Link| l.cut || !l.files().iter().any(|f| self.world.renamed.contains(f));
-            let chain = match self.chain(file, format) {
-                Ok(c) => c,
-                Err(e) => {
-                    self.found("chain", format!("the chain of {file} can't be followed after {way:?}: {e}"));
-                    continue;
-                }
-            };
+            let mut chain = Vec::new();
+            let followed = self.follow(file, format, &mut chain);
+            // What somebody has named leads to anything.
             if !chain.iter().all(honest) {
+                continue;
+            }
+            if let Err(e) = followed {
+                self.found("chain", format!("the chain of {file} can't be followed after {way:?}: {e}"));
                 continue;
             }
             match self.read(file, format, &[]) {
