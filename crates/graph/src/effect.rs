@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, Result};
 
-use crate::{AccessRule, ChildEdge, Draft, Grants, Node, UserEdge};
+use crate::{AccessRule, ChildEdge, Draft, Grants, Node, UserEdge, content};
 
 /// What publishing a draft does to what is there.
 pub(crate) struct Effect {
@@ -14,7 +14,8 @@ pub(crate) struct Effect {
     pub(crate) gone: Vec<Arc<UserEdge>>,
     /// Users whose path changes.
     pub(crate) moved: Vec<(Arc<UserEdge>, Arc<Node>, Claim)>,
-    /// Nodes that existed and whose links or options change; true for those whose driver was opened again.
+    /// Nodes that existed and that show something else by their links, or whose options change; true for those whose
+    /// driver was opened again.
     pub(crate) settled: Vec<(Arc<Node>, bool)>,
     /// Nodes that later flushes do not reach.
     pub(crate) left: Vec<Arc<Node>>,
@@ -40,7 +41,7 @@ impl Effect {
         for old in &draft.published {
             let Some(new) = built.get(&old.name) else { continue };
             let reopened = !Arc::ptr_eq(&old.driver, &new.driver);
-            let relinked = relinked(old, new) && !draft.unflushed.contains(&old.name);
+            let relinked = shows_else(old, new) && !draft.unflushed.contains(&old.name);
             if (relinked || reopened) && !old.flags.read_only && !old.flags.inactive {
                 settled.push((old.clone(), reopened));
             }
@@ -202,6 +203,17 @@ pub(crate) fn given_up(node: &Arc<Node>) -> String {
     let n = node.state.given_up();
     let plural = if n == 1 { "" } else { "s" };
     format!("node '{}' with {n} request{plural} given up that the storage still works on", node.name)
+}
+
+/// Whether a link of a node that stays leads to other data. A filter more or less on the way is none: what the node
+/// has written lies where it lay, and later flushes reach it. So a disk that fails flushes keeps no job from ending.
+fn shows_else(old: &Node, new: &Node) -> bool {
+    let same = |a: &Arc<Node>, b: &Arc<Node>| Arc::ptr_eq(&a.state, &b.state);
+    let other = |(a, b): (&ChildEdge, &ChildEdge)| {
+        !same(&a.node, &b.node) && !same(content(&a.node), content(&b.node))
+    };
+    Arc::ptr_eq(&old.state, &new.state)
+        && (old.children.len() != new.children.len() || old.children.iter().zip(&new.children).any(other))
 }
 
 /// Whether a node that stays has other children.

@@ -101,6 +101,9 @@ impl Draft {
     /// to `new`, except nodes that `new` reaches and what is attached below filters on
     /// purpose. For a snapshot, where `new` lies over `old`, and for a pivot.
     ///
+    /// Filters that move have nothing of their own to write out: what went through them is durable if it has to be
+    /// (what an overlay leaves behind is flushed, what a job has copied was), so they are like users.
+    ///
     /// # Errors
     /// `NotFound`.
     pub fn replace(&mut self, old: &str, new: &str) -> Result<()> {
@@ -117,6 +120,9 @@ impl Draft {
             if !spared.contains(&node.def.name) {
                 for c in node.children.iter_mut().filter(|c| c.node == old) {
                     c.node = new.clone();
+                    if c.role == ChildRole::Filtered {
+                        self.unflushed.push(node.def.name.clone());
+                    }
                 }
             }
         }

@@ -835,3 +835,55 @@ fn a_node_that_was_replaced_is_not_flushed() {
         assert_eq!(edge(&owner, "e").node().name.as_str(), "ov");
     });
 }
+
+/// The same with filters on the way: they have nothing of their own to write out. One was flushed on its old child, so a mirror could
+/// not pivot away from a dying disk when the client came through it.
+#[test]
+fn a_node_that_was_replaced_under_a_filter_is_not_flushed() {
+    Sim::run(1, |rt| async move {
+        let (mut owner, log, top) = two_images(&rt).await;
+        let mut d = owner.draft();
+        add_filter(&mut d, "f", "top");
+        d.replace("top", "f").unwrap();
+        add_filter(&mut d, "g", "f");
+        d.replace("f", "g").unwrap();
+        owner.commit(d).await.unwrap();
+        log.take();
+        top.fail_flush.store(true, SeqCst);
+        let mut d = owner.draft();
+        d.replace("top", "ov").unwrap();
+        owner.commit(d).await.unwrap();
+        assert_eq!(flushes(&log), [""; 0]);
+        let f = edge(&owner, "e").node().children[0].node.clone();
+        assert_eq!((f.name.as_str(), f.children[0].node.name.as_str()), ("f", "ov"));
+    });
+}
+
+/// A stream that failed because its disk did could not end: taking its filter out relinked the node above it, which was flushed
+/// first, and that failed as well, for ever.
+#[test]
+fn a_filter_comes_and_goes_on_a_disk_that_fails_flushes() {
+    Sim::run(1, |rt| async move {
+        let (mut owner, log, top) = two_images(&rt).await;
+        let mut d = owner.draft();
+        add_filter(&mut d, "above", "top");
+        d.replace("top", "above").unwrap();
+        d.set_backing_link(&name("ov"), Some("top")).unwrap();
+        owner.commit(d).await.unwrap();
+        log.take();
+        top.fail_flush.store(true, SeqCst);
+        let mut d = owner.draft();
+        let raw = StandIn::new(&op::RAW, AccessRule::Filter);
+        let f = op::add(&mut d, "f", raw, None, &[]).unwrap();
+        d.interpose(&f, "file", "top").unwrap();
+        owner.commit(d).await.unwrap();
+        let above = edge(&owner, "e").node();
+        assert_eq!(above.children[0].node.name.as_str(), "f");
+        assert_eq!(owner.graph().node("ov").unwrap().backing().unwrap().name.as_str(), "f");
+        let mut d = owner.draft();
+        d.take_out(&f);
+        owner.commit(d).await.unwrap();
+        assert_eq!(edge(&owner, "e").node().children[0].node.name.as_str(), "top");
+        assert_eq!(flushes(&log), [""; 0]);
+    });
+}
