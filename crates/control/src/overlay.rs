@@ -1,11 +1,11 @@
 //! Whether an image may become the overlay of a node: it must show the node's data and nothing else, now and when it
 //! is opened again by what its header names.
 
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 
 use dolmen_graph::{
-    Class, Draft, FileId, Node, NodeOpener, content, first_allocated, has_protocol, is_use, join, own_file,
+    Class, Draft, FileId, Node, NodeOpener, content, first_allocated, has_protocol, id_of, is_use, join,
+    own_file,
 };
 use dolmen_types::{Actions, Error, ErrorKind, NodeName, Options, Result, Value};
 
@@ -146,6 +146,5 @@ impl Named {
 
 /// Which file a name leads to, in the terms of [`FileId`].
 fn file_id(name: &std::path::Path) -> Option<FileId> {
-    let m = std::fs::metadata(name).ok()?;
-    Some(if m.file_type().is_block_device() { (m.rdev(), 0) } else { (m.dev(), m.ino()) })
+    std::fs::metadata(name).ok().as_ref().map(id_of)
 }

@@ -42,6 +42,15 @@ pub(crate) async fn settle(draft: &mut Draft, op: &OpId, opener: &NodeOpener<'_>
     // What is about to go must not be in the way.
     draft.sweep();
     draft.prepare(opener.rt).await?;
+    // What is cut off is gone for overlays that nobody reads now, too: they show zeroes there from now on.
+    let shrunk = draft.shrunk()?;
+    if !shrunk.is_empty() {
+        draft.mark_destructive(op)?;
+        for node in &shrunk {
+            draft.claim_other_data(op, node, "cuts off its end")?;
+        }
+        draft.solve()?;
+    }
     draft.remove_op(op);
     Ok(())
 }

@@ -139,7 +139,7 @@ pub use open::{
     Implicit, MAX_CHAIN, MAX_NODES, OpenPolicy, Opener as NodeOpener, PROBE_BYTES, has_protocol, join,
 };
 pub use owner::{Closing, GraphEvent, GraphOwner, Patience};
-pub use place::{FileId, path_options};
+pub use place::{FileId, id_of, path_options};
 pub use range_lock::{RangeGuard, RangeLock};
 pub use registry::{
     ChildDef, ChildSpec, Common, CreateCx, CreateFn, Creation, DriverKind, Foreign, ImplicitChild, OpenCx,

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// The children of a filter that show its data.
-const SHOWN: [&str; 2] = ["file", "image"];
+pub(crate) const SHOWN: [&str; 2] = ["file", "image"];
 
 impl NodeOpener<'_> {
     /// Makes sure that an image does not become its own backing file, directly or by way of others.
@@ -81,7 +81,7 @@ impl NodeOpener<'_> {
     fn image_in(&self, mut options: Options) -> Options {
         loop {
             let filter = matches!(options.get("driver"), Some(Value::Str(d))
-                if self.registry.find(d).is_ok_and(|k| k.class == Class::Filter && !k.maps));
+                if self.registry.find(d).is_ok_and(|k| !k.options.iter().any(|o| o.name == "backing")));
             let below = SHOWN.iter().find_map(|name| match options.get(name) {
                 Some(Value::Map(m)) if filter => Options::from_value(Value::Map(m.clone())).ok(),
                 _ => None,

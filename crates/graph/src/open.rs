@@ -273,6 +273,27 @@ impl Opener<'_> {
         self.named_by(image, child).await
     }
 
+    /// Whether options say which format the image has, or only what holds it, perhaps beneath filters (`blkdebug:`).
+    fn has_format(&self, options: &Options) -> bool {
+        let kind = match options.get("driver") {
+            Some(Value::Str(d)) => self.registry.find(d),
+            None => return true,
+            Some(_) => return false,
+        };
+        match kind.map(|k| k.class) {
+            Ok(crate::Class::Protocol) | Err(_) => false,
+            Ok(crate::Class::Format) => true,
+            Ok(crate::Class::Filter) => crate::loops::SHOWN.iter().any(|child| match options.get(child) {
+                Some(Value::Map(m)) => {
+                    Options::from_value(Value::Map(m.clone())).is_ok_and(|below| self.has_format(&below))
+                }
+                // A node that is open.
+                Some(_) => true,
+                None => false,
+            }),
+        }
+    }
+
     fn refuse(&self, image: &str, child: &ImplicitChild, why: &str) -> Error {
         Error::new(
             ErrorKind::PermissionDenied,
@@ -312,11 +333,7 @@ impl Opener<'_> {
             return Ok(Options::new().with("driver", "raw").with("file", file.into_value()));
         }
         // A `json:` definition may be of a whole node, with its format.
-        let is_format = file.get("driver").is_none_or(|d| match d {
-            Value::Str(d) => self.registry.find(d).is_ok_and(|k| k.class != crate::Class::Protocol),
-            _ => false,
-        });
-        if is_format && !plain {
+        if !plain && self.has_format(&file) {
             return Ok(file);
         }
         match &child.format {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use dolmen_rt::{Rt, sys};
 use dolmen_types::{Error, ErrorKind, Options, Result, ResultExt, os_name};
 
-/// Which file it is: device and inode; of a block device its number.
+/// Which file it is: device and inode; of a block device its number, unless it is a loop device over a whole file.
 pub type FileId = (u64, u64);
 
 /// Symbolic links followed before a name counts as a loop, as the kernel does.
@@ -57,6 +57,11 @@ pub(crate) async fn path_options_in(rt: &Rt, name: &str) -> Options {
     io.blocking_at(&path, move || path_options(&name)).await
 }
 
+/// Which file metadata are of.
+pub fn id_of(m: &std::fs::Metadata) -> FileId {
+    if m.file_type().is_block_device() { sys::device_id(m.rdev()) } else { (m.dev(), m.ino()) }
+}
+
 /// Where a name leads.
 ///
 /// # Errors
@@ -65,8 +70,7 @@ pub(crate) fn place(name: &Path) -> Result<Place> {
     let mut name = name.to_owned();
     for _ in 0..MAX_LINKS {
         match std::fs::metadata(&name) {
-            Ok(m) if m.file_type().is_block_device() => return Ok(Place::Present((m.rdev(), 0))),
-            Ok(m) => return Ok(Place::Present((m.dev(), m.ino()))),
+            Ok(m) => return Ok(Place::Present(id_of(&m))),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
             Err(e) => return Err(e.into()),
         }

@@ -9,6 +9,8 @@
 //! and V on it and on every node above, because what they read as changes. A link that
 //! leads to the same image, past or through one more filter, needs nothing.
 
+use std::sync::Arc;
+
 use dolmen_rt::{LocalFuture, Rt};
 use dolmen_types::{
     Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, ResultExt, Value,
@@ -214,6 +216,22 @@ impl Draft {
             })?;
         }
         Ok(())
+    }
+
+    /// The nodes that are shorter than before, with another driver.
+    ///
+    /// # Errors
+    /// The solver's.
+    pub fn shrunk(&self) -> Result<Vec<NodeName>> {
+        let built = self.build(&self.solve()?);
+        let is = |old: &&Arc<Node>| {
+            built.get(&old.name).is_some_and(|new| {
+                Arc::ptr_eq(&new.state, &old.state)
+                    && !Arc::ptr_eq(&new.driver, &old.driver)
+                    && new.size() < old.size()
+            })
+        };
+        Ok(self.published.iter().filter(is).map(|n| n.name.clone()).collect())
     }
 
     /// Opens the drivers of nodes whose options have changed, children first.

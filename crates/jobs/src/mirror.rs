@@ -131,8 +131,8 @@ impl Mirror {
             }
             Sync::Full | Sync::Above(_) => return Ok(()),
             Sync::Top if below.is_none() => format!(
-                "target '{name}' has no backing file, and this mirror has not given it all data of '{}': what is missing \
-                 would read as zeroes",
+                "target '{name}' has no backing file, and this mirror has not given it all data of '{}': the rest would \
+                 read as what the target held, or as zeroes",
                 self.source
             ),
             Sync::Top
@@ -148,8 +148,8 @@ impl Mirror {
                 "target '{name}' held data of its own when the mirror began, and this mirror has given it only what was written since"
             ),
             Sync::None if below.is_none() => format!(
-                "target '{name}' has no backing file, and this mirror has not given it all data of '{}': what is missing \
-                 would read as zeroes",
+                "target '{name}' has no backing file, and this mirror has not given it all data of '{}': the rest would \
+                 read as what the target held, or as zeroes",
                 self.source
             ),
             Sync::None if below.is_some_and(|b| Arc::ptr_eq(&content(b).state, &own.state)) => return Ok(()),

@@ -299,3 +299,74 @@ fn a_name_beside_options() {
         assert_eq!(ours, words("qemu-io"), "{options}");
     }
 }
+
+/// The story: a loop device over an image's own file was accepted as the target of a copy of it, which destroyed the image,
+/// and as its backing file. It is the same file by another name.
+#[test]
+fn a_loop_device_is_the_file_that_it_shows() {
+    let Some(b) = Bench::with_peers() else { return };
+    let image = b.path("x");
+    let Some(l) = Loop::over(&image, 16 << 20) else { return };
+    let device = l.0.as_str();
+    b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "x", "16M"]);
+    b.ok("qemu-io", &["-c", "write -q -P 5 0 1M", "x"]);
+    let ran = b.run("ours/qemu-img", &["rebase", "-u", "-f", "qcow2", "-b", device, "-F", "raw", "x"]);
+    assert!(ran.code == 1 && ran.err.contains("it is the same file"), "{ran:?}");
+    let mut d = Daemon::start(by_established_name, &[]);
+    let mut m = d.monitor();
+    let file = json!({"driver": "file", "filename": image});
+    m.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "x", "file": file}));
+    let refused = |reply: Json| {
+        let desc = reply["error"]["desc"].as_str().unwrap_or_else(|| panic!("accepted: {reply}")).to_owned();
+        assert!(desc.contains("the same file"), "{desc}");
+    };
+    for command in ["drive-mirror", "drive-backup"] {
+        let copy = json!({"device": "x", "job-id": "j", "target": device, "sync": "full", "format": "raw", "mode": "existing"});
+        refused(m.ask(&json!({"execute": command, "arguments": copy})));
+    }
+    m.ok("quit", json!({}));
+    d.wait();
+    b.ok("qemu-io", &["-r", "-f", "qcow2", "-c", "read -P 5 0 1M", "x"]);
+}
+
+/// The stories: a backing file that a header names `blkdebug:CONFIG:FILE` was opened as a raw disk, whatever its format, so that
+/// its metadata showed as the guest's data; and an image could become its own backing file by way of that name, or of
+/// `json:` with a raw node over a format. Found in a user's trial.
+#[test]
+fn backing_files_named_through_filters() {
+    let Some(b) = Bench::with_peers() else { return };
+    let at = |name: &str| b.path(name).to_str().expect("plain").to_owned();
+    b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "base", "1M"]);
+    b.ok("qemu-io", &["-c", "write -q -P 5 0 1M", "base"]);
+    let debug = format!("blkdebug::{}", at("base"));
+    b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &debug, "-F", "qcow2", "over"]);
+    for tool in ["qemu-io", "ours/qemu-io"] {
+        b.ok(tool, &["-r", "-f", "qcow2", "-c", "read -P 5 0 1M", "over"]);
+    }
+    // Loops.
+    b.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "top"]);
+    let top = json!({"driver": "file", "filename": at("top")});
+    let loops = [
+        (format!("blkdebug::{}", at("top")), "qcow2"),
+        (format!("json:{}", json!({"driver": "raw", "file": {"driver": "qcow2", "file": top}})), "raw"),
+        (
+            format!("json:{}", json!({"driver": "copy-on-read", "file": {"driver": "qcow2", "file": top}})),
+            "raw",
+        ),
+        (
+            format!("json:{}", json!({"driver": "qcow2", "file": {"driver": "blkdebug", "image": top}})),
+            "qcow2",
+        ),
+    ];
+    for (name, format) in &loops {
+        for args in [
+            &["rebase", "-u", "-f", "qcow2", "-b", name, "-F", format, "base"][..],
+            &["create", "-q", "-f", "qcow2", "-u", "-b", name, "-F", format, "base", "1M"],
+            &["create", "-q", "-f", "qcow2", "-b", name, "-F", format, "base"],
+        ] {
+            let ran = b.run("ours/qemu-img", args);
+            assert_eq!(ran.code, 1, "{args:?} {ran:?}");
+        }
+    }
+    b.ok("qemu-io", &["-r", "-f", "qcow2", "-c", "read -P 5 0 1M", "top"]);
+}

@@ -74,6 +74,30 @@ fn a_node_is_not_shrunk_under_its_overlays() {
     assert_eq!(size(&mut s, "base"), 65536);
 }
 
+/// `block_resize` was refused there, and another window of a raw node, by `blockdev-reopen`, did the same. Found in a user's
+/// trial.
+#[test]
+fn a_node_is_not_reopened_smaller_under_its_overlays() {
+    let mut s = Scene::new();
+    std::fs::write(s.bench.path("disk"), vec![1; 8 << 20]).expect("a file");
+    s.ok("blockdev-add", json!({"driver": "file", "node-name": "disk", "filename": s.bench.path("disk")}));
+    s.ok("blockdev-add", json!({"driver": "raw", "node-name": "window", "file": "disk"}));
+    overlay(&mut s, "over", "");
+    let link = |s: &Scene| {
+        let mut node = qcow2(s, "over", json!("window"));
+        node["file"] = json!("over-f");
+        json!({ "options": [node] })
+    };
+    let over = link(&s);
+    s.ok("blockdev-reopen", over);
+    let window = |size: u64| json!({"options": [{"driver": "raw", "node-name": "window", "file": "disk", "size": size}]});
+    s.refused("blockdev-reopen", window(1 << 20), "window", "blockdev-reopen", "over");
+    assert_eq!(size(&mut s, "window"), 8 << 20);
+    s.ok("blockdev-del", json!({"node-name": "over"}));
+    s.ok("blockdev-reopen", window(1 << 20));
+    assert_eq!(size(&mut s, "window"), 1 << 20);
+}
+
 /// The other way out: the user of the overlay says that it may change.
 #[test]
 fn an_overlay_may_say_that_its_backing_node_may_change() {

@@ -168,7 +168,7 @@ pub fn facts(file: impl AsFd) -> Result<FileFacts> {
         }
         facts.size = size;
         // The inode of the device node says nothing about the disk; its number does.
-        facts.id = (st.st_rdev, 0);
+        facts.id = device_id(st.st_rdev);
         let mut sector: libc::c_int = 0;
         // SAFETY: BLKSSZGET writes one int.
         if facts.direct_offset_align == 0 && unsafe { libc::ioctl(fd, libc::BLKSSZGET, &raw mut sector) } == 0
@@ -178,6 +178,35 @@ pub fn facts(file: impl AsFd) -> Result<FileFacts> {
         }
     }
     Ok(facts)
+}
+
+/// Loop devices over loop devices that are followed.
+const MAX_LOOPS: usize = 8;
+
+/// Whose bytes a block device shows, by its number: a loop device over a whole file is that file (device and inode), any
+/// other one itself (number and zero). May wait for the file system.
+pub fn device_id(number: u64) -> (u64, u64) {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let mut id = (number, 0);
+    for _ in 0..MAX_LOOPS {
+        let at = format!("/sys/dev/block/{}:{}/loop", libc::major(id.0), libc::minor(id.0));
+        let attribute = |name: &str| std::fs::read(Path::new(&at).join(name)).ok();
+        // A window of a file has bytes of its own: two of them get along.
+        if attribute("offset").is_none_or(|o| o.trim_ascii() != b"0") {
+            return id;
+        }
+        let file = attribute("backing_file").and_then(|name| {
+            let name = name.strip_suffix(b"\n").unwrap_or(&name);
+            std::fs::metadata(Path::new(std::ffi::OsStr::from_bytes(name))).ok()
+        });
+        match file {
+            Some(m) if m.file_type().is_block_device() => id = (m.rdev(), 0),
+            Some(m) => return (m.dev(), m.ino()),
+            // Removed, or named in another namespace.
+            None => return id,
+        }
+    }
+    id
 }
 
 /// `_IOR(0x12, 114, size_t)`.
