@@ -134,3 +134,50 @@ fn a_dead_origin_is_an_error_and_not_an_end() {
     let _second = origin(dir.path(), &image);
     eventually("the disk", || dolmen(&read).0.then_some(()));
 }
+
+/// One export through two nodes is one disk. An NBD server has no locks, so two images were opened in it for writing, and gave
+/// the same clusters to both; and a mirror of an image could write its copy over the image itself.
+#[test]
+fn one_export_is_one_disk_by_whatever_way() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let image = dir.path().join("image");
+    ok(&["img", "create", "-q", "-f", "qcow2", &image.display().to_string(), "8M"]);
+    let before = std::fs::read(&image).expect("the image");
+    let _origin = origin(dir.path(), &image);
+    std::os::unix::fs::symlink("origin.sock", dir.path().join("link.sock")).expect("a link");
+    let mut d = Daemon::start(|_| serve(), &[]);
+    let mut m = d.monitor();
+    let path = |socket: &str| dir.path().join(socket).display().to_string();
+    let nbd = |node: &str, socket: &str, read_only: bool| {
+        json!({"driver": "nbd", "node-name": node, "server": {"type": "unix", "path": path(socket)},
+               "export": "disk", "read-only": read_only})
+    };
+    m.ok("blockdev-add", nbd("n1", "origin.sock", false));
+    m.ok("blockdev-add", nbd("n2", "link.sock", false));
+    m.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "a", "file": "n1"}));
+    let uri = format!("nbd+unix:///disk?socket={}", path("link.sock"));
+    for (command, arguments) in [
+        ("blockdev-add", json!({"driver": "qcow2", "node-name": "b", "file": "n2"})),
+        ("blockdev-add", json!({"driver": "qcow2", "node-name": "b", "file": nbd("n3", "link.sock", false)})),
+        (
+            "drive-mirror",
+            json!({"job-id": "m", "device": "a", "target": uri, "format": "raw", "mode": "existing", "sync": "full"}),
+        ),
+    ] {
+        let reply = m.ask(&json!({"execute": command, "arguments": arguments}));
+        let desc =
+            reply["error"]["desc"].as_str().unwrap_or_else(|| panic!("{command} was accepted: {reply}"));
+        assert!(desc.contains("'n1' (the same export) does not allow it"), "{desc}");
+    }
+    assert_eq!(std::fs::read(&image).expect("the image"), before);
+    // Whoever does not get in the way is let in: also another option of the node, and its successor.
+    m.ok(
+        "blockdev-reopen",
+        json!({"options": [nbd("n1", "origin.sock", true), {
+        "driver": "qcow2", "node-name": "a", "file": "n1", "read-only": true}]}),
+    );
+    m.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "b", "file": "n2", "read-only": true}));
+    m.ok("blockdev-del", json!({"node-name": "b"}));
+    m.ok("blockdev-del", json!({"node-name": "a"}));
+    m.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "b", "file": "n2"}));
+}

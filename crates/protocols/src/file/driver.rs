@@ -619,11 +619,7 @@ impl Driver for FileDriver {
         Box::pin(async move {
             match *change {
                 NodeChange::Access { needs, allows } => {
-                    let stance = if cx.node.flags.force_share {
-                        Stance { needs: needs & Actions::D, denies: Actions::NONE }
-                    } else {
-                        Stance { needs: needs & Actions::DATA, denies: Actions::DATA - allows }
-                    };
+                    let stance = Stance::of(needs, allows, cx.node.flags.force_share);
                     self.locks.prepare(cx.rt, cx.node.name.as_str(), stance).await
                 }
                 NodeChange::Resize { size } => {

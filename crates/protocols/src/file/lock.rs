@@ -6,8 +6,8 @@
 //!   i"; i is 0 for D, 1 for V, 2 for M, 3 for S. A lock is taken first, then the opposite byte is tested: of two that
 //!   start at the same time, at least one sees the other. When both do, both roll back and try again after a random
 //!   time. Bytes 104 and 204 belong to old programs and byte 0 to libvirt: never used.
-//! - Inside the process, a table of the files that nodes have open. It holds also with `locking=off`, and names the
-//!   other node instead of "this process".
+//! - Inside the process, a table of the files that nodes have open, and of the exports of NBD servers (which have no
+//!   locks). It holds also with `locking=off`, and names the other node instead of "this process".
 //!
 //! Tightening is done while a change is prepared and may fail; loosening is done when it is published and cannot.
 //! Several preparations of one node may be open at once, of one draft or of several, and end in any order: held is what
@@ -37,13 +37,21 @@ const RETRY_MAX: Duration = Duration::from_millis(20);
 
 /// What is asked of everybody else: needs, and the actions that are not allowed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Stance {
-    pub(super) needs: Actions,
-    pub(super) denies: Actions,
+pub(crate) struct Stance {
+    pub(crate) needs: Actions,
+    pub(crate) denies: Actions,
 }
 
 impl Stance {
-    fn union(self, other: Stance) -> Stance {
+    /// What a leaf wants whose parents together need and allow this.
+    pub(crate) fn of(needs: Actions, allows: Actions, force_share: bool) -> Stance {
+        match force_share {
+            true => Stance { needs: needs & Actions::D, denies: Actions::NONE },
+            false => Stance { needs: needs & Actions::DATA, denies: Actions::DATA - allows },
+        }
+    }
+
+    pub(crate) fn union(self, other: Stance) -> Stance {
         Stance { needs: self.needs | other.needs, denies: self.denies | other.denies }
     }
 
@@ -68,6 +76,8 @@ impl Stance {
 /// The locks of one node.
 #[derive(Debug)]
 pub(super) struct Locks {
+    /// Device and inode.
+    id: (u64, u64),
     at: Storage,
     /// The bytes that the kernel has, and for which descriptor.
     locked: Mutex<Locked>,
@@ -78,7 +88,7 @@ pub(super) struct Locks {
     state: Mutex<State>,
     /// What the table knows about this node: what is held, and what is being asked for.
     entry: Arc<Mutex<Entry>>,
-    _table: TableGuard,
+    table: TableGuard,
 }
 
 /// What the kernel has. Held while the kernel is asked, so only where that may wait ([`Storage::soon`], [`CoreIo::blocking`]).
@@ -105,15 +115,16 @@ struct State {
 
 impl Locks {
     pub(super) fn new(file: File, id: (u64, u64), filename: String, between_processes: bool) -> Locks {
-        let (entry, table) = enter_table(id);
+        let (entry, table) = enter_table(Thing::File(id));
         Locks {
+            id,
             at: file.storage(),
             locked: Mutex::new(Locked { file, bytes: BTreeSet::new() }),
             filename,
             between_processes,
             state: Mutex::default(),
             entry,
-            _table: table,
+            table,
         }
     }
 
@@ -169,7 +180,7 @@ impl Locks {
 
     /// Device and inode of the file.
     pub(super) fn file_id(&self) -> (u64, u64) {
-        self._table.0
+        self.id
     }
 
     /// Whether bytes are locked.
@@ -269,25 +280,7 @@ impl Locks {
 
     /// Tells the table; fails when another node of this process has the file and does not get along.
     fn enter(&self, node: &str, wanted: Stance) -> Result<()> {
-        for other in self._table.others(&self.entry) {
-            let other = other.lock().unwrap_or_else(|e| e.into_inner()).clone();
-            if let Some((action, needed)) = wanted.clash(other.stance) {
-                let me = party(node.to_owned(), "node", self.filename.clone(), wanted);
-                let them = party(other.node.clone(), "node", "the same file".to_owned(), other.stance);
-                return Err(conflict(
-                    &self.filename,
-                    action,
-                    needed,
-                    me,
-                    them,
-                    vec!["use the one node from both places".to_owned()],
-                ));
-            }
-        }
-        let mut entry = self.entry.lock().unwrap_or_else(|e| e.into_inner());
-        entry.node = node.to_owned();
-        entry.stance = wanted;
-        Ok(())
+        self.table.enter(&self.entry, &self.filename, node, wanted)
     }
 
     /// The end of a preparation: what nobody wants any more is let go.
@@ -457,16 +450,25 @@ impl Drop for LockChange {
     }
 }
 
-/// What a node of this process wants of a file.
+/// What a node of this process wants of a file or an export.
 #[derive(Clone, Debug, Default)]
-struct Entry {
+pub(crate) struct Entry {
     node: String,
-    stance: Stance,
+    pub(crate) stance: Stance,
 }
 
-type Table = HashMap<(u64, u64), Vec<Weak<Mutex<Entry>>>>;
+/// What several nodes may be of.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Thing {
+    /// A file, by device and inode.
+    File((u64, u64)),
+    /// An export: the server, and its name.
+    Export(String, String),
+}
 
-/// The files that nodes of this process have open, by device and inode. Process-wide, as files are.
+type Table = HashMap<Thing, Vec<Weak<Mutex<Entry>>>>;
+
+/// What nodes of this process have open. Process-wide, as files are.
 static TABLE: Mutex<Option<Table>> = Mutex::new(None);
 
 fn with_table<T>(f: impl FnOnce(&mut Table) -> T) -> T {
@@ -474,11 +476,38 @@ fn with_table<T>(f: impl FnOnce(&mut Table) -> T) -> T {
     f(table.get_or_insert_default())
 }
 
-/// Takes the file's row out of the table when the last node is gone.
+/// Takes the row out of the table when the last node is gone.
 #[derive(Debug)]
-struct TableGuard((u64, u64));
+pub(crate) struct TableGuard(Thing);
 
 impl TableGuard {
+    /// Tells the table what a node wants; fails when another node of this process does not get along with it.
+    pub(crate) fn enter(
+        &self,
+        entry: &Arc<Mutex<Entry>>,
+        name: &str,
+        node: &str,
+        wanted: Stance,
+    ) -> Result<()> {
+        let what = match self.0 {
+            Thing::File(_) => "the same file",
+            Thing::Export(..) => "the same export",
+        };
+        for other in self.others(entry) {
+            let other = other.lock().unwrap_or_else(|e| e.into_inner()).clone();
+            if let Some((action, needed)) = wanted.clash(other.stance) {
+                let me = party(node.to_owned(), "node", name.to_owned(), wanted);
+                let them = party(other.node.clone(), "node", what.to_owned(), other.stance);
+                let remedies = vec!["use the one node from both places".to_owned()];
+                return Err(conflict(name, action, needed, me, them, remedies));
+            }
+        }
+        let mut entry = entry.lock().unwrap_or_else(|e| e.into_inner());
+        entry.node = node.to_owned();
+        entry.stance = wanted;
+        Ok(())
+    }
+
     fn others(&self, me: &Arc<Mutex<Entry>>) -> Vec<Arc<Mutex<Entry>>> {
         with_table(|t| {
             let rows = t.get(&self.0).into_iter().flatten();
@@ -500,8 +529,8 @@ impl Drop for TableGuard {
     }
 }
 
-fn enter_table(id: (u64, u64)) -> (Arc<Mutex<Entry>>, TableGuard) {
+pub(crate) fn enter_table(id: Thing) -> (Arc<Mutex<Entry>>, TableGuard) {
     let entry = Arc::new(Mutex::new(Entry::default()));
-    with_table(|t| t.entry(id).or_default().push(Arc::downgrade(&entry)));
+    with_table(|t| t.entry(id.clone()).or_default().push(Arc::downgrade(&entry)));
     (entry, TableGuard(id))
 }

@@ -16,6 +16,7 @@
 mod address;
 mod history;
 mod link;
+mod shares;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -34,6 +35,9 @@ use dolmen_types::{
 use address::Address;
 use history::History;
 use link::{Ask, Link};
+use shares::Shares;
+
+use crate::file::Stance;
 
 /// Longest zero write, discard or status request: the largest power of two that fits 32
 /// bits with room for any alignment.
@@ -120,6 +124,8 @@ impl Opener for OpenNbd {
                 )
                 .remedy("open it with read-only=on"));
             }
+            let url = config.address.url(&config.export);
+            let shares = Shares::of(cx.rt, &config.address.addr(), url, &config.export).await;
             let e = &link.session.export;
             let driver = Nbd {
                 size: e.size,
@@ -141,6 +147,7 @@ impl Opener for OpenNbd {
                     }),
                     connecting: async_lock::Mutex::new(()),
                     unaligned: RangeLock::new(),
+                    shares: Arc::new(shares),
                 }),
             };
             Ok(Opened::of(Arc::new(driver)))
@@ -219,6 +226,8 @@ struct Line {
     connecting: async_lock::Mutex<()>,
     /// Writes that have to read first exclude each other where they meet.
     unaligned: RangeLock,
+    /// What the node wants of the export, for others that have it open.
+    shares: Arc<Shares>,
 }
 
 impl Drop for Line {
@@ -700,14 +709,20 @@ impl Driver for Nbd {
         change: &'a NodeChange,
     ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
         Box::pin(async move {
-            match change {
-                NodeChange::Access { needs, .. } if needs.intersects(Actions::V | Actions::M) => {
-                    self.check_writable()?;
+            match *change {
+                NodeChange::Access { needs, allows } => {
+                    if needs.intersects(Actions::V | Actions::M) {
+                        self.check_writable()?;
+                    }
+                    let stance = Stance::of(needs, allows, cx.node.flags.force_share);
+                    self.line.shares.prepare(cx.node.name.as_str(), stance)
                 }
-                NodeChange::Resize { size } => self.check_size(*size)?,
-                NodeChange::Access { .. } | NodeChange::Backing(_) => {}
+                NodeChange::Resize { size } => {
+                    self.check_size(size)?;
+                    dolmen_graph::prepare_nothing(cx, change).await
+                }
+                NodeChange::Backing(_) => dolmen_graph::prepare_nothing(cx, change).await,
             }
-            dolmen_graph::prepare_nothing(cx, change).await
         })
     }
 
