@@ -10,7 +10,7 @@
 //!   that was submitted meanwhile.
 //! - No `RefCell` borrow is held while a task, a waker or a destructor of the user's runs.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell, RefMut};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -145,9 +145,18 @@ pub(crate) struct Slot {
     changes_file: bool,
 }
 
+/// The engine that runs, and a note for the user why it is this one.
+struct Chosen {
+    engine: RefCell<Engine>,
+    kind: crate::EngineKind,
+    note: String,
+}
+
 pub(crate) struct Core {
     pub(crate) shared: Arc<Shared>,
-    engine: RefCell<Engine>,
+    config: crate::Config,
+    /// Empty until it is needed ([`crate::Config::for_tool`]).
+    engine: OnceCell<Chosen>,
     pub(crate) slots: RefCell<Slab<Slot>>,
     timers: RefCell<Timers>,
     /// Every task that has not ended, so that they can be cancelled when the runtime ends.
@@ -158,8 +167,6 @@ pub(crate) struct Core {
     inline_left: Cell<u32>,
     /// The root task has ended: do not sleep any more.
     finished: Cell<bool>,
-    pub(crate) engine_note: String,
-    pub(crate) engine_kind: crate::EngineKind,
     completions: RefCell<Completions>,
     mail: RefCell<Vec<Mail>>,
     lane: crate::Lane,
@@ -169,12 +176,11 @@ impl Core {
     pub(crate) fn new(config: &crate::Config) -> crate::Result<Rc<Core>> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let bell = EventFd::new()?;
-        let (engine, note) = Engine::new(config, &bell)?;
-        let kind = engine.kind();
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        Ok(Rc::new(Core {
+        let core = Core {
             shared: Arc::new(Shared { id, mailbox: Mailbox::new(bell) }),
-            engine: RefCell::new(engine),
+            config: config.clone(),
+            engine: OnceCell::new(),
             slots: RefCell::default(),
             timers: RefCell::default(),
             tasks: RefCell::default(),
@@ -183,12 +189,45 @@ impl Core {
             random: Cell::new(seed()),
             inline_left: Cell::new(INLINE_PER_TURN),
             finished: Cell::new(false),
-            engine_note: note,
-            engine_kind: kind,
             completions: RefCell::default(),
             mail: RefCell::default(),
             lane: crate::Lane::take(),
-        }))
+        };
+        // One that was asked for by name is looked for at once.
+        if !config.tool || config.engine.is_some() {
+            core.choose()?;
+        }
+        Ok(Rc::new(core))
+    }
+
+    fn choose(&self) -> crate::Result<&Chosen> {
+        let (engine, note) = Engine::new(&self.config, self.shared.mailbox.bell())?;
+        let kind = engine.kind();
+        Ok(self.engine.get_or_init(|| Chosen { engine: RefCell::new(engine), kind, note }))
+    }
+
+    fn chosen(&self) -> &Chosen {
+        match self.engine.get() {
+            Some(chosen) => chosen,
+            None => self.choose().unwrap_or_else(|e| panic!("cannot start the runtime: {e}")),
+        }
+    }
+
+    fn engine(&self) -> RefMut<'_, Engine> {
+        self.chosen().engine.borrow_mut()
+    }
+
+    pub(crate) fn engine_kind(&self) -> crate::EngineKind {
+        self.chosen().kind
+    }
+
+    pub(crate) fn engine_note(&self) -> &str {
+        &self.chosen().note
+    }
+
+    /// Whether this is a program that does one thing and ends.
+    pub(crate) fn is_tool(&self) -> bool {
+        self.config.tool
     }
 
     pub(crate) fn now(&self) -> Instant {
@@ -268,8 +307,11 @@ impl Core {
 
     /// Lets the engine talk to the kernel, then applies what completed.
     fn enter(&self, wait: Wait) {
+        if matches!(wait, Wait::No) && self.engine.get().is_none() {
+            return;
+        }
         let mut done = self.completions.take();
-        self.engine.borrow_mut().turn(self, wait, &mut done);
+        self.engine().turn(self, wait, &mut done);
         for (key, result) in done.drain(..) {
             self.complete(key, result);
         }
@@ -322,7 +364,7 @@ impl Core {
         // Now that its effect is there, and its file is let go.
         drop(orphan);
         if let Some(vecs) = vecs {
-            self.engine.borrow_mut().recycle(vecs);
+            self.engine().recycle(vecs);
         }
         if let Some(waker) = waker {
             waker.wake();
@@ -341,7 +383,7 @@ impl Core {
             state: SlotState::Pending(Some(waker.clone())),
         };
         let key = self.slots.borrow_mut().insert(slot);
-        self.engine.borrow_mut().submit(self, key);
+        self.engine().submit(self, key);
         key
     }
 
@@ -399,7 +441,7 @@ impl Core {
                 drop(slots);
                 drop(waker);
                 if cancel {
-                    self.engine.borrow_mut().cancel(self, key);
+                    self.engine().cancel(self, key);
                 }
             }
             SlotState::Orphan => unreachable!("abandoned twice"),
@@ -448,7 +490,7 @@ impl Core {
             slots.iter().filter(|(_, s)| s.waits_for_peer && s.op.is_some()).map(|(k, _)| k).collect()
         };
         for key in waiting {
-            self.engine.borrow_mut().cancel(self, key);
+            self.engine().cancel(self, key);
         }
         let in_flight = || self.slots.borrow().iter().any(|(_, s)| !matches!(s.state, SlotState::Done(_)));
         while in_flight() {

@@ -47,11 +47,13 @@ pub struct Config {
     /// Whether the loop may watch the completion queue for a moment (about 32 us) before it sleeps, when recent traffic
     /// makes that worthwhile. Has no effect on a single CPU.
     pub spin: bool,
+    /// See [`Config::for_tool`].
+    pub tool: bool,
 }
 
 impl Default for Config {
     fn default() -> Config {
-        Config { engine: None, spin: true }
+        Config { engine: None, spin: true, tool: false }
     }
 }
 
@@ -82,6 +84,15 @@ impl Config {
     #[must_use]
     pub fn with_spin(mut self, spin: bool) -> Config {
         self.spin = spin;
+        self
+    }
+
+    /// The same for a program that does one thing and ends. Whatever it would do meanwhile waits for the same thing, so
+    /// questions about names and files are asked at once and not on other threads; and the engine is set up when the
+    /// first operation needs it, which may be never.
+    #[must_use]
+    pub fn for_tool(mut self) -> Config {
+        self.tool = true;
         self
     }
 }

@@ -72,7 +72,8 @@ where
     Fut::Output: 'static,
 {
     let core = Core::new(config)?;
-    let future = f(handle(&core));
+    // Moved about as one pointer: a program's main future may be large.
+    let future = Box::pin(f(handle(&core)));
     Ok(core.run(future))
 }
 

@@ -12,7 +12,7 @@ use dolmen_types::{Error, ErrorKind};
 use crate::core::{Core, Submit};
 use crate::op::{Op, Vecs};
 use crate::stats::bump;
-use crate::sys::Walk;
+use crate::sys::{Storage, Walk};
 use crate::workers::WaitsFor;
 use crate::{Counters, EngineKind, File, IoVec, Result, Rt};
 
@@ -44,6 +44,17 @@ pub enum Seek {
     End,
 }
 
+/// What came of asking the page cache for what a read wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cached {
+    /// It had all of it, and the read is done.
+    All,
+    /// It did not; or was not asked, because that rarely pays for this file.
+    No,
+    /// It was not asked: enough was done at once, and others have a turn first.
+    Later,
+}
+
 impl CoreIo {
     pub(crate) fn new(core: Rc<Core>) -> CoreIo {
         CoreIo { core }
@@ -59,12 +70,12 @@ impl CoreIo {
 
     /// Which engine runs.
     pub fn engine(&self) -> EngineKind {
-        self.core.engine_kind
+        self.core.engine_kind()
     }
 
     /// The same with the reason, for users: "threads (io_uring is not available: Operation not permitted)".
     pub fn engine_note(&self) -> &str {
-        &self.core.engine_note
+        self.core.engine_note()
     }
 
     /// What this core has done so far.
@@ -111,14 +122,17 @@ impl CoreIo {
         }
     }
 
-    /// The same for something about an open file.
+    /// The same for what a file system of this host knows about an open file without asking anybody (its status, its
+    /// locks): done at once there.
     pub async fn blocking_on<T: Send + 'static>(
         &self,
-        file: &File,
-        f: impl FnOnce(&File) -> T + Send + 'static,
+        storage: Storage,
+        f: impl FnOnce() -> T + Send + 'static,
     ) -> T {
-        let of = file.clone();
-        self.blocking(file.storage().waits_for(), move || f(&of)).await
+        if !storage.is_remote() {
+            return f();
+        }
+        self.blocking(storage.waits_for(), f).await
     }
 
     /// The same for something about the file that a name leads to, over whatever links. A file system that does not answer
@@ -128,19 +142,18 @@ impl CoreIo {
         name: &Path,
         f: impl FnOnce() -> T + Send + 'static,
     ) -> T {
+        if self.core.is_tool() {
+            return f();
+        }
         let name = name.to_owned();
-        let mut walk = self.blocking(WaitsFor::Host, move || Walk::new(&name)).await;
+        let (mut walk, mut f) = (self.blocking(WaitsFor::Host, move || Walk::new(&name)).await, f);
         loop {
-            let there;
             let at = WaitsFor::Device(walk.device());
-            let go_on = move || {
-                let there = walk.go_on();
-                (walk, there)
+            let go_on = move || if walk.go_on() { Ok(f()) } else { Err((walk, f)) };
+            (walk, f) = match self.blocking(at, go_on).await {
+                Ok(value) => return value,
+                Err(further) => further,
             };
-            (walk, there) = self.blocking(at, go_on).await;
-            if there {
-                return self.blocking(WaitsFor::Device(walk.device()), f).await;
-            }
         }
     }
 
@@ -150,25 +163,45 @@ impl CoreIo {
     /// # Errors
     /// The system's.
     pub async fn read_at(&self, file: &File, iov: &IoVec, offset: u64) -> Result<usize> {
-        if iov.is_empty() {
-            return Ok(0);
-        }
-        if file.try_cache() {
-            if !self.core.take_inline() {
-                // Enough at once: the others have a turn first.
-                crate::executor::yield_now().await;
-                self.core.take_inline();
+        self.read_after(self.read_cached(file, iov, offset), file, iov, offset).await
+    }
+
+    async fn read_after(&self, cached: Cached, file: &File, iov: &IoVec, offset: u64) -> Result<usize> {
+        let done = match cached {
+            Cached::All => true,
+            Cached::No => false,
+            Cached::Later => {
+                self.turn_of_others().await;
+                self.ask_cache(file, iov, offset)
             }
-            if let Some(n) = self.read_cached(file, iov, offset) {
-                return Ok(n);
-            }
+        };
+        if done {
+            return Ok(iov.len());
         }
         let op = Op::Read { file: file.clone(), iov: iov.clone(), offset };
         Ok(self.submit(op).await? as usize)
     }
 
-    /// What the page cache has, if it has all of it. Never waits.
-    fn read_cached(&self, file: &File, iov: &IoVec, offset: u64) -> Option<usize> {
+    /// Reads what the page cache has, if it has all of it. Never waits.
+    pub fn read_cached(&self, file: &File, iov: &IoVec, offset: u64) -> Cached {
+        if iov.is_empty() {
+            return Cached::All;
+        }
+        if !file.try_cache() {
+            return Cached::No;
+        }
+        if !self.core.take_inline() {
+            return Cached::Later;
+        }
+        if self.ask_cache(file, iov, offset) { Cached::All } else { Cached::No }
+    }
+
+    async fn turn_of_others(&self) {
+        crate::executor::yield_now().await;
+        self.core.take_inline();
+    }
+
+    fn ask_cache(&self, file: &File, iov: &IoVec, offset: u64) -> bool {
         let stats = &self.core.stats;
         let call = |v: *const libc::iovec, n: i32| {
             // SAFETY: the iovecs point into memory that `iov` keeps alive during the call.
@@ -189,7 +222,7 @@ impl CoreIo {
         if n == iov.len() as i64 {
             bump(&stats.inline_reads);
             file.cache_hit();
-            return Some(n as usize);
+            return true;
         }
         bump(&stats.inline_misses);
         if n == -i64::from(libc::EOPNOTSUPP) || n == -i64::from(libc::EINVAL) {
@@ -198,7 +231,7 @@ impl CoreIo {
             file.cache_miss();
         }
         // A part that the cache had is read again: rare, and simpler than two operations.
-        None
+        false
     }
 
     /// Reads until the buffers are full or the file ends. Returns how many bytes there were.
@@ -206,7 +239,21 @@ impl CoreIo {
     /// # Errors
     /// The system's.
     pub async fn read_full_at(&self, file: &File, iov: &IoVec, offset: u64) -> Result<usize> {
-        let mut done = self.read_at(file, iov, offset).await?;
+        self.read_full_after(self.read_cached(file, iov, offset), file, iov, offset).await
+    }
+
+    /// The same after [`CoreIo::read_cached`] has said `cached` for it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub async fn read_full_after(
+        &self,
+        cached: Cached,
+        file: &File,
+        iov: &IoVec,
+        offset: u64,
+    ) -> Result<usize> {
+        let mut done = self.read_after(cached, file, iov, offset).await?;
         if done == 0 {
             return Ok(0);
         }
@@ -309,8 +356,8 @@ impl CoreIo {
         self.submit(Op::Truncate { file: file.clone(), len }).await.map(drop)
     }
 
-    /// The first position at or after `offset` that is data or in a hole; `None` when there is none before the end. Runs on
-    /// the thread pool: it costs a thread switch, so remember what it says.
+    /// The first position at or after `offset` that is data or in a hole; `None` when there is none before the end. Except
+    /// in tools it runs on the thread pool: it costs a thread switch, so remember what it says.
     ///
     /// # Errors
     /// `Unsupported` when the file system can't tell; else the system's.
@@ -325,7 +372,14 @@ impl CoreIo {
             // SAFETY: a plain call. The file position that it sets is used by nobody.
             crate::op::retry(|| unsafe { libc::lseek(f.raw(), offset as i64, whence) })
         };
-        let n = Submit::new(&self.core, Op::Call(file.storage().waits_for(), Box::new(call))).await;
+        let n = if self.core.is_tool() && !file.storage().is_remote() {
+            if !self.core.take_inline() {
+                self.turn_of_others().await;
+            }
+            call()
+        } else {
+            Submit::new(&self.core, Op::Call(file.storage().waits_for(), Box::new(call))).await
+        };
         if n == -i64::from(libc::ENXIO) {
             return Ok(None);
         }

@@ -40,7 +40,7 @@ pub use executor::{CoreHandle, Pool, block_on, block_on_with};
 pub use file::File;
 pub use flight::{Carry, Guard, Guards, Hold, carry};
 pub use handle::{Instant, LocalFuture, Rt, Runtime};
-pub use io::{CoreIo, Fallocate, Seek};
+pub use io::{Cached, CoreIo, Fallocate, Seek};
 pub use lane::Lane;
 pub use late::{PutOff, put_off};
 pub use net::{Addr, Listener, Socket, Stream};

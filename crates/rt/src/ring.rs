@@ -42,8 +42,9 @@ pub(crate) struct Ring {
     bell_fd: i32,
     bell_armed: bool,
     has_truncate: bool,
-    /// How many cores may spin at once; 0 when spinning is off.
-    spinners: usize,
+    /// How many cores may spin at once; 0 when spinning is off. Not known before something comes soon after the loop went
+    /// idle: the standard library reads several files to find out.
+    spinners: Option<usize>,
     /// Grows when something comes soon after the loop went idle.
     spin_score: u8,
 }
@@ -87,7 +88,6 @@ impl Ring {
         if let Some(code) = needed.into_iter().find(|c| !probe.is_supported(*c)) {
             return Err(std::io::Error::other(format!("io_uring operation {code} is missing")));
         }
-        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
         Ok(Ring {
             ring,
             backlog: VecDeque::new(),
@@ -95,7 +95,7 @@ impl Ring {
             bell_fd: bell.raw(),
             bell_armed: false,
             has_truncate: probe.is_supported(opcode::Ftruncate::CODE),
-            spinners: if config.spin { cpus - 1 } else { 0 },
+            spinners: if config.spin { None } else { Some(0) },
             spin_score: 0,
         })
     }
@@ -302,7 +302,7 @@ impl Ring {
         }
         core.shared.mailbox.awake();
         // Would spinning have helped?
-        if self.spinners > 0 && !missed {
+        if self.spinners != Some(0) && !missed {
             if start.elapsed() <= SPIN {
                 self.spin_score = (self.spin_score + 1).min(SPIN_MAX);
             } else {
@@ -313,7 +313,9 @@ impl Ring {
 
     /// Watches the completion queue for a moment. True when the loop has something to do; `None` when it did not watch.
     fn spin(&mut self, core: &Core, start: Instant, deadline: Option<Instant>) -> Option<bool> {
-        if SPINNING.fetch_add(1, Ordering::Relaxed) >= self.spinners {
+        let cpus = || std::thread::available_parallelism().map_or(1, usize::from);
+        let spinners = *self.spinners.get_or_insert_with(|| cpus() - 1);
+        if SPINNING.fetch_add(1, Ordering::Relaxed) >= spinners {
             SPINNING.fetch_sub(1, Ordering::Relaxed);
             return None;
         }

@@ -115,6 +115,19 @@ impl From<Error> for Failure {
 /// How a command ends.
 pub(crate) type Outcome = Result<u8, Failure>;
 
+/// Runs a tool on a runtime in this thread, as the environment configures it.
+///
+/// # Panics
+/// When the runtime can't be set up.
+pub(crate) fn block_on<T, F>(f: impl FnOnce(dolmen::rt::Rt) -> F) -> T
+where
+    T: 'static,
+    F: Future<Output = T> + 'static,
+{
+    let config = dolmen::rt::Config::from_env().for_tool();
+    dolmen::rt::block_on_with(&config, f).unwrap_or_else(|e| panic!("cannot start the runtime: {e}"))
+}
+
 /// Reports a failure and gives the exit code.
 pub(crate) fn finish(program: &str, outcome: Outcome) -> u8 {
     match outcome {

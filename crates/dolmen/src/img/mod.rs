@@ -231,7 +231,7 @@ pub(crate) fn block_on<F>(f: impl FnOnce(dolmen::rt::Rt) -> F) -> Outcome
 where
     F: Future<Output = Outcome> + 'static,
 {
-    dolmen::session::run(f)
+    cli::block_on(f)
 }
 
 /// The lines of "Format specific information" for people.

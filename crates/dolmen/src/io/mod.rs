@@ -100,7 +100,7 @@ pub(crate) fn main(program: &str, persona: Persona, args: Vec<OsString>) -> u8 {
         return 1;
     }
     let program = program.to_owned();
-    dolmen::session::run(move |rt| async move { run(program, persona, args, rt).await })
+    cli::block_on(move |rt| async move { run(program, persona, args, rt).await })
 }
 
 /// What `open` gets, from the command line or from the command.

@@ -18,7 +18,7 @@ use dolmen_graph::{
     Prepared, RangeGuard, RangeLock, Request, SELF, Where,
 };
 use dolmen_rt::sys::{self, FileFacts, FileKind};
-use dolmen_rt::{CoreIo, Fallocate, File, Guard, Hold, IoVec, LocalFuture, Memory, Rt, Seek, carry};
+use dolmen_rt::{Cached, CoreIo, Fallocate, File, Guard, Hold, IoVec, LocalFuture, Memory, Rt, Seek, carry};
 use dolmen_types::{Actions, BlkEvent, Error, ErrorKind, Result, ResultExt, Span, Value, WriteFlags};
 
 use super::lock::{Locks, Stance};
@@ -169,9 +169,9 @@ impl FileDriver {
                 && iov.segments().iter().all(|s| s.is_aligned(self.memory_align as usize)))
     }
 
-    async fn read(&self, io: &CoreIo, span: Span, to: &IoVec) -> Result<()> {
+    async fn read(&self, io: &CoreIo, span: Span, to: &IoVec, cached: Cached) -> Result<()> {
         if self.is_aligned(span, to) {
-            let n = io.read_full_at(&self.file, to, span.offset()).await?;
+            let n = io.read_full_after(cached, &self.file, to, span.offset()).await?;
             if n < to.len() {
                 self.check_end(span.offset() + n as u64)?;
                 to.slice(n, to.len() - n).fill(0);
@@ -471,8 +471,8 @@ impl FileDriver {
         if !self.space.asking.swap(true, Ordering::AcqRel) {
             let (space, file) = (self.space.clone(), self.file.clone());
             self.file.storage().soon(move || {
-                if let Ok(facts) = sys::facts(&file) {
-                    space.bytes.store(facts.allocated, Ordering::Release);
+                if let Ok(bytes) = sys::allocated(&file) {
+                    space.bytes.store(bytes, Ordering::Release);
                 }
                 space.asking.store(false, Ordering::Release);
             });
@@ -574,7 +574,13 @@ impl Driver for FileDriver {
         // A box for each kind: a small read should not pay for the largest of them.
         match op {
             Op::Read { span, to, flags: _ } => {
-                Box::pin(async move { self.read(io, span, to).await.context(|| self.name()) })
+                // What is in memory is read before there is a future that would have to carry it. Direct I/O never is.
+                match io.read_cached(&self.file, to, span.offset()) {
+                    Cached::All => Box::pin(std::future::ready(Ok(()))),
+                    cached => {
+                        Box::pin(async move { self.read(io, span, to, cached).await.context(|| self.name()) })
+                    }
+                }
             }
             Op::Write { span, from, flags: f } => {
                 Box::pin(

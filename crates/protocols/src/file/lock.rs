@@ -91,7 +91,7 @@ pub(super) struct Locks {
     table: TableGuard,
 }
 
-/// What the kernel has. Held while the kernel is asked, so only where that may wait ([`Storage::soon`], [`CoreIo::blocking`]).
+/// What the kernel has. Held while the kernel is asked, so only where that may wait ([`Storage::soon`], [`CoreIo::blocking_on`]).
 /// What is to be let go is looked up at that time: what has been asked for since then stays.
 #[derive(Debug)]
 struct Locked {
@@ -225,7 +225,7 @@ impl Locks {
                 locks.let_go_now();
                 taken
             };
-            let clash = io.blocking(self.at.waits_for(), take).await?;
+            let clash = io.blocking_on(self.at, take).await?;
             let Some((action, needed)) = clash else { break };
             asking.pause();
             if attempt < ATTEMPTS {

@@ -8,7 +8,9 @@ pub use lock::{LockHolder, LockRange, byte_is_locked, lock_byte, lock_holders, u
 pub use mounts::Storage;
 pub(crate) use mounts::{Walk, storage_of};
 pub(crate) use open::fd_id;
-pub use open::{FileFacts, FileKind, OpenHow, check_writable_dir, device_id, facts, open, open_beneath};
+pub use open::{
+    FileFacts, FileKind, OpenHow, allocated, check_writable_dir, device_id, facts, open, open_beneath,
+};
 
 use std::os::fd::RawFd;
 use std::path::Path;

@@ -167,7 +167,8 @@ impl Walk {
         here.max_by_key(|m| m.at.as_os_str().len()).map_or(0, |m| m.device)
     }
 
-    /// Goes on, within one file system. False when it has come to another one, true at the end of the name.
+    /// Goes on, within one file system. False when it has come to another one, true at the end of the name; then what the
+    /// name leads to is there, too.
     pub(crate) fn go_on(&mut self) -> bool {
         let device = self.device();
         while let Some(next) = self.rest.pop_front() {

@@ -140,12 +140,7 @@ fn own(fd: i32) -> Result<OwnedFd> {
 /// The system's.
 pub fn facts(file: impl AsFd) -> Result<FileFacts> {
     let fd = file.as_fd().as_raw_fd();
-    // SAFETY: all-zero is a valid stat; fstat fills it.
-    let mut st: libc::stat = unsafe { std::mem::zeroed() };
-    // SAFETY: as above.
-    if unsafe { libc::fstat(fd, &mut st) } != 0 {
-        return Err(std::io::Error::last_os_error().into());
-    }
+    let st = stat(fd)?;
     let kind = match st.st_mode & libc::S_IFMT {
         libc::S_IFREG => FileKind::Regular,
         libc::S_IFBLK => FileKind::Block,
@@ -228,13 +223,25 @@ fn direct_alignment(fd: i32) -> (u32, u32) {
 
 /// Device and inode of an open file.
 pub(crate) fn fd_id(file: impl AsFd) -> Result<(u64, u64)> {
+    stat(file.as_fd().as_raw_fd()).map(|st| (st.st_dev, st.st_ino))
+}
+
+/// Space that an open file takes, in bytes.
+///
+/// # Errors
+/// The system's.
+pub fn allocated(file: impl AsFd) -> Result<u64> {
+    stat(file.as_fd().as_raw_fd()).map(|st| st.st_blocks as u64 * 512)
+}
+
+fn stat(fd: i32) -> Result<libc::stat> {
     // SAFETY: all-zero is a valid stat; fstat fills it.
     let mut st: libc::stat = unsafe { std::mem::zeroed() };
     // SAFETY: as above.
-    if unsafe { libc::fstat(file.as_fd().as_raw_fd(), &mut st) } != 0 {
+    if unsafe { libc::fstat(fd, &mut st) } != 0 {
         return Err(std::io::Error::last_os_error().into());
     }
-    Ok((st.st_dev, st.st_ino))
+    Ok(st)
 }
 
 #[cfg(test)]

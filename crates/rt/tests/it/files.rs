@@ -1,7 +1,9 @@
-use dolmen_rt::{Fallocate, IoVec, Memory, Seek, WaitsFor};
+use std::path::Path;
+
+use dolmen_rt::{Cached, Config, Fallocate, IoVec, Memory, Seek, WaitsFor, block_on_with};
 use dolmen_types::ErrorKind;
 
-use crate::{on_both, temp_file};
+use crate::{engines, on_both, temp_file};
 
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|i| (i * 7 + i / 256) as u8).collect()
@@ -151,6 +153,63 @@ fn blocking_calls() {
         let here = std::thread::current().id();
         let there = io.blocking(WaitsFor::Host, || std::thread::current().id()).await;
         assert_ne!(here, there);
+    });
+}
+
+/// The story: a tool that showed what an image says about itself started four threads for it, although nobody else was
+/// there who could have been held up.
+#[test]
+fn a_tool_asks_at_once() {
+    for engine in engines().into_iter().map(Some).chain([None]) {
+        let config = engine.map_or(Config::default(), |e| Config::default().with_engine(e)).for_tool();
+        block_on_with(&config, |rt| async move {
+            let io = rt.io().expect("production");
+            let here = std::thread::current().id();
+            let at = io.blocking_at(Path::new("/"), || std::thread::current().id()).await;
+            assert_eq!(at, here);
+            let file = temp_file();
+            assert_eq!(io.blocking_on(file.storage(), || std::thread::current().id()).await, here);
+            assert_eq!(io.seek(&file, Seek::Data, 0).await.unwrap(), None);
+            assert_eq!(io.counters().pool_jobs, 0, "a thread was started");
+            // What waits for somebody still has a thread, and an engine that is set up when it is needed.
+            assert_ne!(io.blocking(WaitsFor::Host, || std::thread::current().id()).await, here);
+            io.write_all_at(&file, &Memory::from_slice(b"abc").iovec(), 0, false).await.unwrap();
+            let memory = Memory::zeroed(3);
+            io.read_exact_at(&file, &memory.iovec(), 0).await.unwrap();
+            assert_eq!(memory.to_vec(), b"abc");
+            assert!(engine.is_none_or(|e| e == io.engine()), "{}", io.engine_note());
+            assert!(io.counters().submissions + io.counters().pool_jobs > 1);
+        })
+        .expect("the engine was there a moment ago");
+    }
+}
+
+/// What the page cache has is read before there is a future; when enough was done at once, and where it has nothing, the
+/// future does it.
+#[test]
+fn what_is_in_memory_is_there_at_once() {
+    on_both(async |_, io| {
+        let file = temp_file();
+        io.write_all_at(&file, &Memory::from_slice(&[7; 100]).iovec(), 0, false).await.unwrap();
+        let memory = Memory::zeroed(60);
+        let to = memory.iovec();
+        if !asks_the_cache(&file) {
+            return;
+        }
+        // Never more in one turn than others can bear.
+        let mut asked = 0;
+        while io.read_cached(&file, &to, 0) != Cached::Later {
+            assert_eq!(to.to_vec(), [7; 60]);
+            to.fill(0);
+            asked += 1;
+            assert!(asked < 1000, "the others never had a turn");
+        }
+        assert!(asked > 0);
+        assert_eq!(io.read_full_after(Cached::Later, &file, &to, 0).await.unwrap(), 60);
+        assert_eq!(to.to_vec(), [7; 60]);
+        // Beyond the end there is nothing that it could have.
+        assert_eq!(io.read_cached(&file, &to, 50), Cached::No);
+        assert_eq!(io.read_full_after(Cached::No, &file, &to, 50).await.unwrap(), 50);
     });
 }
 

@@ -63,7 +63,7 @@ fn stuck(io: &CoreIo) -> (File, Box<dyn FnOnce()>) {
                 let (io, rx, file) = (io.clone(), rx.clone(), file.clone());
                 io.rt().spawn(async move {
                     // Ends when the other end is gone.
-                    let _ = io.blocking_on(&file, move |_| rx.lock().unwrap().recv()).await;
+                    let _ = io.blocking(file.storage().waits_for(), move || rx.lock().unwrap().recv()).await;
                 });
             }
             (file, Box::new(move || drop(tx)))
