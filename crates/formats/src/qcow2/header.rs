@@ -171,8 +171,28 @@ pub fn looks_like_qcow2(prefix: &[u8]) -> bool {
 }
 
 impl Header {
+    /// Whether the header, with its extensions and the name of the backing file, ends within `head`, the first bytes of
+    /// the first cluster: then [`Header::decode`] needs no more of it. Also false for what is no good header.
+    pub(super) fn ends_within(head: &[u8]) -> bool {
+        let (backing_at, backing_len) = (be64(head, 8), be32(head, 16));
+        let extensions_end = match backing_at {
+            0 => usize::MAX,
+            at if at.saturating_add(backing_len.into()) <= head.len() as u64 => at as usize,
+            _ => return false,
+        };
+        let mut at = if be32(head, 4) < 3 { V2_LENGTH } else { be32(head, 100) as usize };
+        while at < extensions_end {
+            let Some(extension) = head.get(at..).filter(|rest| rest.len() >= 8) else { return false };
+            if be32(extension, 0) == 0 {
+                return true;
+            }
+            at += 8 + (be32(extension, 4) as usize).next_multiple_of(8);
+        }
+        true
+    }
+
     /// Decodes and checks the header in the first cluster of a file. `cluster` may be shorter than a cluster when
-    /// the file is.
+    /// the file is, or when the header ends in it ([`Header::ends_within`]).
     pub fn decode(cluster: &[u8]) -> Result<Header> {
         let cluster_len = first_cluster_len(cluster)?;
         let b = &cluster[..cluster.len().min(cluster_len)];
@@ -639,6 +659,30 @@ mod tests {
                 let b = h.encode().unwrap();
                 assert_eq!(b.len(), 1 << bits);
                 assert_eq!(Header::decode(&b).unwrap(), h);
+            }
+        }
+    }
+
+    /// Opening reads the beginning of the first cluster, and the rest only when the header does not end there.
+    #[test]
+    fn the_part_that_a_header_ends_in_is_enough() {
+        for (version, backing) in [(2, None), (2, Some("base")), (3, None), (3, Some("base"))] {
+            for extension in [None, Some(0), Some(40), Some(5000)] {
+                let mut h = sample(version, 16);
+                h.set_backing(backing, backing.and(Some("raw"))).unwrap();
+                h.extensions.extend(extension.map(|n| Extension { id: 0x1234_5678, data: vec![9; n] }));
+                let whole = h.encode().unwrap();
+                let enough = |n: &usize| Header::ends_within(&whole[..*n]);
+                let first = (V3_LENGTH..whole.len()).find(enough).expect("a header ends");
+                assert!(first > extension.unwrap_or(0) && first < 6000, "{first}");
+                for n in [first, first + 1, first + 500] {
+                    assert_eq!(Header::decode(&whole[..n]).unwrap(), h, "the first {n} bytes of {whole:?}");
+                }
+                if backing.is_none() {
+                    let mut endless = whole.clone();
+                    endless[if version == 2 { V2_LENGTH } else { V3_LENGTH }..].fill(1);
+                    assert!(!Header::ends_within(&endless[..4096]));
+                }
             }
         }
     }

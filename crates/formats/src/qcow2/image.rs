@@ -7,7 +7,7 @@ use dolmen_rt::{IoVec, Rt};
 use dolmen_types::{BlkEvent, ChildRole, ReadFlags, Result, Span};
 
 use super::bitmap::{BitmapEntry, decode_directory};
-use super::header::{Header, V3_LENGTH, first_cluster_len};
+use super::header::{Header, first_cluster_len};
 use super::layout::{MAX_SNAPSHOT_EXTRA, corrupt};
 use super::snapshot::{self, Snapshot};
 
@@ -167,18 +167,23 @@ pub(super) async fn read_table(io: Io<'_, Read>, at: u64, entries: usize) -> Res
     Ok(out)
 }
 
+/// What is read of the first cluster at first: a header is rarely longer.
+const HEAD: u64 = 4096;
+
 /// The header and the first sector of an image.
 pub(super) async fn load_header(io: Io<'_, Read>) -> Result<(Header, [u8; 512])> {
-    let have = io.size().min(V3_LENGTH as u64) as usize;
-    let mut prefix = vec![0u8; have];
-    read_bytes(io, 0, &mut prefix).await?;
-    let cluster_len = first_cluster_len(&prefix)?;
-    let mut cluster = vec![0u8; io.size().min(cluster_len as u64) as usize];
-    read_bytes(io, 0, &mut cluster).await?;
-    let header = Header::decode(&cluster)?;
+    let mut head = vec![0u8; io.size().min(HEAD) as usize];
+    read_bytes(io, 0, &mut head).await?;
+    let cluster = io.size().min(first_cluster_len(&head)? as u64) as usize;
+    head.truncate(cluster);
+    if head.len() < cluster && !Header::ends_within(&head) {
+        head.resize(cluster, 0);
+        read_bytes(io, 0, &mut head).await?;
+    }
+    let header = Header::decode(&head)?;
     let mut sector = [0u8; 512];
-    let n = cluster.len().min(512);
-    sector[..n].copy_from_slice(&cluster[..n]);
+    let n = head.len().min(512);
+    sector[..n].copy_from_slice(&head[..n]);
     Ok((header, sector))
 }
 
