@@ -116,6 +116,17 @@ impl Op<'_> {
             Op::Resize { .. } => Request::Resize,
         }
     }
+
+    /// Where; `None` for what is about the whole node.
+    pub(crate) const fn span(&self) -> Option<Span> {
+        match self {
+            Op::Read { span, .. }
+            | Op::Write { span, .. }
+            | Op::WriteZeroes { span, .. }
+            | Op::Discard { span, .. } => Some(*span),
+            Op::Flush | Op::Resize { .. } => None,
+        }
+    }
 }
 
 /// A driver's answer from memory to "what becomes of this range?".

@@ -15,7 +15,7 @@ use dolmen_types::{
 
 use crate::count::Place;
 use crate::late::{Leases, NOTHING, UnderWay, changes};
-use crate::{ChildEdge, DetectZeroes, Driver, Extent, Node, Op, Plan, Prealloc, Request, UserEdge};
+use crate::{ChildEdge, DetectZeroes, Extent, Node, Op, Plan, Prealloc, Request, UserEdge};
 
 /// What a driver gets to work with: its node in the request's snapshot, and the runtime.
 #[derive(Clone, Copy, Debug)]
@@ -495,29 +495,67 @@ impl Node {
 /// piece; pieces are a property of the mapping, so a request that maps to one place
 /// waits exactly once.
 pub(crate) async fn submit(node: &Node, rt: &Rt, op: Op<'_>, user: Option<&Arc<UserEdge>>) -> Result<()> {
-    match op {
-        Op::Read { span, to, flags } => {
-            pieces(node, rt, user, Request::Read(flags), span, None, |piece, done, request| match request {
-                Request::Read(flags) => Piece::Read { piece, at: done, whole: to, flags },
-                _ => unreachable!("the walk keeps the kind"),
-            })
-            .await
+    let Some(span) = op.span() else { return whole(node, rt, user, op).await };
+    in_bounds(node, span)?;
+    let request = op.request();
+    let mut rest = span;
+    let mut visits = Visits { at: Place::of(rt.lane(), request.kind()), known: 0 };
+    while !rest.is_empty() {
+        let mut held = UnderWay { leases: Leases::new(), user, node, changes: NOTHING };
+        let done = (span.len() - rest.len()) as usize;
+        let data = if let Op::Write { from, .. } = op { Some(Payload { whole: from, done }) } else { None };
+        let len = match walk(node, request, rest, data, &mut held.leases, &mut visits) {
+            Step::Done { len } => len,
+            Step::Zeroes { len } => {
+                if let Op::Read { to, .. } = op {
+                    bytes(to, done, len, &mut None).fill(0);
+                }
+                len
+            }
+            Step::Run { node: slow, at, len, request: asked } => {
+                let piece = Span::new(at, len);
+                (held.node, held.changes) = (slow, changes(slow, asked.kind(), piece));
+                if held.must_wait() {
+                    held.begin().await;
+                }
+                let mut part = None;
+                let op = op.piece(asked, piece, done, &mut part);
+                let ran = carry(slow.driver.run(Cx { node: slow, rt }, op), &mut held).await;
+                if ran.is_err() {
+                    blame(node, request, rest, slow, rt.lane());
+                }
+                ran?;
+                len
+            }
+        };
+        if len == 0 {
+            return Err(broken_contract(node, "planned to do nothing for a request"));
         }
-        Op::Write { span, from, flags } => {
-            let data = Some(from);
-            pieces(node, rt, user, Request::Write(flags), span, data, |piece, done, request| match request {
-                Request::Write(flags) => Piece::Write { piece, at: done, whole: from, flags },
-                // Zeroes that were detected on the way.
-                Request::WriteZeroes(_) => Piece::NoData { piece, request },
-                _ => unreachable!("the walk keeps the kind"),
-            })
-            .await
+        rest = rest.skip(len);
+    }
+    Ok(())
+}
+
+/// `len` bytes of `whole` from `at` on. `part` is where they are kept if that is not all of it.
+fn bytes<'a>(whole: &'a IoVec, at: usize, len: u64, part: &'a mut Option<IoVec>) -> &'a IoVec {
+    if len == whole.len() as u64 { whole } else { part.insert(whole.slice(at, len as usize)) }
+}
+
+impl<'a> Op<'a> {
+    /// The part of it that is `asked` of the node that does the work: `piece` there, with the bytes from `at` on.
+    fn piece(self, asked: Request, piece: Span, at: usize, part: &'a mut Option<IoVec>) -> Op<'a> {
+        match (self, asked) {
+            (Op::Read { to, .. }, Request::Read(flags)) => {
+                Op::Read { span: piece, to: bytes(to, at, piece.len(), part), flags }
+            }
+            (Op::Write { from, .. }, Request::Write(flags)) => {
+                Op::Write { span: piece, from: bytes(from, at, piece.len(), part), flags }
+            }
+            // Perhaps a write of zeroes, detected on the way.
+            (_, Request::WriteZeroes(flags)) => Op::WriteZeroes { span: piece, flags },
+            (_, Request::Discard(flags)) => Op::Discard { span: piece, flags },
+            _ => unreachable!("the walk keeps the kind"),
         }
-        Op::WriteZeroes { span, .. } | Op::Discard { span, .. } => {
-            let make = |piece, _, request| Piece::NoData { piece, request };
-            pieces(node, rt, user, op.request(), span, None, make).await
-        }
-        Op::Flush | Op::Resize { .. } => whole(node, rt, user, op).await,
     }
 }
 
@@ -561,64 +599,6 @@ async fn whole(node: &Node, rt: &Rt, user: Option<&Arc<UserEdge>>, op: Op<'_>) -
             ran
         }
     }
-}
-
-/// One piece of a request at the node that does the work.
-enum Piece<'a> {
-    Read { piece: Span, at: usize, whole: &'a IoVec, flags: ReadFlags },
-    Write { piece: Span, at: usize, whole: &'a IoVec, flags: WriteFlags },
-    NoData { piece: Span, request: Request },
-}
-
-async fn pieces<'a>(
-    node: &Node,
-    rt: &Rt,
-    user: Option<&Arc<UserEdge>>,
-    request: Request,
-    span: Span,
-    data: Option<&'a IoVec>,
-    make: impl Fn(Span, usize, Request) -> Piece<'a>,
-) -> Result<()> {
-    in_bounds(node, span)?;
-    let mut rest = span;
-    let mut visits = Visits { at: Place::of(rt.lane(), request.kind()), known: 0 };
-    while !rest.is_empty() {
-        let mut held = UnderWay { leases: Leases::new(), user, node, changes: NOTHING };
-        let done = (span.len() - rest.len()) as usize;
-        let data = data.map(|whole| Payload { whole, done });
-        let len = match walk(node, request, rest, data, &mut held.leases, &mut visits) {
-            Step::Done { len } => len,
-            Step::Zeroes { len } => {
-                if let Piece::Read { whole, .. } = make(rest.prefix(len), done, request) {
-                    if len == whole.len() as u64 {
-                        whole.fill(0);
-                    } else {
-                        whole.slice(done, len as usize).fill(0);
-                    }
-                }
-                len
-            }
-            Step::Run { node: slow, at, len, request: asked } => {
-                let piece = Span::new(at, len);
-                (held.node, held.changes) = (slow, changes(slow, asked.kind(), piece));
-                if held.must_wait() {
-                    held.begin().await;
-                }
-                let cx = Cx { node: slow, rt };
-                let ran = carry(run_piece(&*slow.driver, cx, make(piece, done, asked)), &mut held).await;
-                if ran.is_err() {
-                    blame(node, request, rest, slow, rt.lane());
-                }
-                ran?;
-                len
-            }
-        };
-        if len == 0 {
-            return Err(broken_contract(node, "planned to do nothing for a request"));
-        }
-        rest = rest.skip(len);
-    }
-    Ok(())
 }
 
 /// A driver on the way of a request to `node` answered what it must not. Going on would be an endless loop.
@@ -665,36 +645,4 @@ pub(crate) fn out_of_bounds(node: &Node, span: Span) -> Error {
             node.size()
         ),
     )
-}
-
-async fn run_piece(driver: &dyn Driver, cx: Cx<'_>, piece: Piece<'_>) -> Result<()> {
-    let part;
-    let op = match piece {
-        Piece::Read { piece, at, whole, flags } => {
-            let to = if piece.len() == whole.len() as u64 {
-                whole
-            } else {
-                part = whole.slice(at, piece.len() as usize);
-                &part
-            };
-            Op::Read { span: piece, to, flags }
-        }
-        Piece::Write { piece, at, whole, flags } => {
-            let from = if piece.len() == whole.len() as u64 {
-                whole
-            } else {
-                part = whole.slice(at, piece.len() as usize);
-                &part
-            };
-            Op::Write { span: piece, from, flags }
-        }
-        Piece::NoData { piece, request } => match request {
-            Request::WriteZeroes(flags) => Op::WriteZeroes { span: piece, flags },
-            Request::Discard(flags) => Op::Discard { span: piece, flags },
-            Request::Read(_) | Request::Write(_) | Request::Flush | Request::Resize => {
-                unreachable!("requests with data or without a span come another way")
-            }
-        },
-    };
-    driver.run(cx, op).await
 }

@@ -38,8 +38,6 @@ pub struct UserEdge {
     detached: AtomicBool,
     opened: Event,
     drained: Event,
-    /// Requests issued so far, for counters.
-    requests: AtomicU64,
     /// What the user says that it was asked for.
     counters: Counters,
     /// When the last of that ended, in nanoseconds of the runtime's clock; 0 before.
@@ -57,7 +55,6 @@ impl UserEdge {
             detached: AtomicBool::new(false),
             opened: Event::new(),
             drained: Event::new(),
-            requests: AtomicU64::new(0),
             counters: Counters::default(),
             last_ended: AtomicU64::new(0),
         })
@@ -106,11 +103,6 @@ impl UserEdge {
     pub(crate) fn landed(&self) {
         self.given_up.fetch_sub(1, SeqCst);
         self.put_back();
-    }
-
-    /// Requests issued so far.
-    pub fn requests(&self) -> u64 {
-        self.requests.load(Relaxed)
     }
 
     /// Counts a request of the user's client that began at `began` and has ended now. An export does it once for each
@@ -165,7 +157,6 @@ impl UserEdge {
             }
             return Ok(None);
         }
-        self.requests.fetch_add(1, Relaxed);
         Ok(Some(Token { binding: self.binding.load_full(), edge: self.clone() }))
     }
 
@@ -247,8 +238,11 @@ impl Token {
     /// # Errors
     /// `OutOfBounds`.
     pub fn check(&self, offset: u64, len: u64) -> Result<Span> {
+        // Asked once: the question goes down to a leaf.
+        let there = self.binding.node.size();
+        let size = self.binding.size.map_or(there, |s| s.min(there));
         match Span::checked(offset, len) {
-            Some(span) if span.end() <= self.size().min(self.binding.node.size()) => Ok(span),
+            Some(span) if span.end() <= size => Ok(span),
             _ => Err(Error::new(
                 ErrorKind::OutOfBounds,
                 format!(
