@@ -61,7 +61,7 @@ fn a_stale_socket_is_replaced_a_live_one_is_not() {
 
         std::fs::write(&path, b"a file").unwrap();
         let e = io.listen(&addr).await.unwrap_err();
-        assert_eq!(e.kind(), ErrorKind::Busy);
+        assert_eq!(e.kind(), ErrorKind::AlreadyExists);
         assert_eq!(std::fs::read(&path).unwrap(), b"a file");
     });
 }
