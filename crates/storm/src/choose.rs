@@ -3,6 +3,7 @@
 
 use serde_json::{Value as Json, json};
 
+use crate::images::DEVICE;
 use crate::rng::Rng;
 use crate::steps::{Command, Step, Way};
 use crate::world::World;
@@ -202,7 +203,7 @@ impl Chooser<'_> {
         let size = g.nodes.get(node).map_or(0, |n| n.size);
         let fits = |n: &&String| {
             g.nodes[*n].size == size
-                && g.nodes[*n].driver == "qcow2"
+                && ["qcow2", "raw"].contains(&g.nodes[*n].driver.as_str())
                 && !g.nodes[*n].read_only
                 && n.as_str() != node
                 && !self.has_parent(n)
@@ -250,6 +251,9 @@ impl Chooser<'_> {
         {
             return f;
         }
+        if self.world.formats.contains_key(DEVICE) && self.rng.percent(12) {
+            return DEVICE.into();
+        }
         let name = self.fresh("s");
         if self.full && self.rng.percent(25) { format!("full/{name}") } else { name }
     }
@@ -281,10 +285,8 @@ impl Chooser<'_> {
     fn add_image(&mut self) -> Option<Command> {
         let (file, format) = self.closed_file()?;
         let name = self.fresh("n");
-        let (driver, protocol) = match format.as_str() {
-            "device" => ("raw", "host_device"),
-            f => (if f == "raw" { "raw" } else { "qcow2" }, "file"),
-        };
+        let driver = if format == "qcow2" { "qcow2" } else { "raw" };
+        let protocol = if file == DEVICE { "host_device" } else { "file" };
         let mut a = json!({
             "driver": driver, "node-name": name,
             "file": {"driver": protocol, "node-name": format!("{name}f"), "filename": file},

@@ -3,6 +3,7 @@
 use serde_json::Value as Json;
 
 use crate::book::{ContentId, Moment, SECTOR};
+use crate::images::DEVICE;
 use crate::world::{Export, Job, Work, World, short};
 
 fn text<'a>(v: &'a Json, name: &str) -> &'a str {
@@ -85,8 +86,12 @@ impl World {
                 self.taken_raw(text(a, "node-name"));
                 let c = self.content_now(text(a, "node-name"));
                 let size = a["size"].as_u64().unwrap_or_default();
+                // A device has the size that it has; being asked for less is no error.
+                let node = self.graph.format_node(text(a, "node-name"));
+                let device = self.graph.file_of(&node).is_some_and(|f| f == DEVICE)
+                    && self.graph.nodes.get(&node).is_some_and(|n| n.driver != "qcow2");
                 let mut book = self.book();
-                if book.is_known(c) {
+                if book.is_known(c) && !device {
                     book.resize(c, size.div_ceil(SECTOR));
                 }
             }

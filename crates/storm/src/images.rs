@@ -40,6 +40,9 @@ pub(crate) struct Files {
 
 const CLUSTERS: [u64; 6] = [512, 4096, 16 << 10, 64 << 10, 64 << 10, 1 << 20];
 
+/// The link to the loop device.
+pub(crate) const DEVICE: &str = "blk";
+
 /// The name of the export of the server behind the daemon, as headers have it.
 pub(crate) const SERVED: &str = "nbd+unix:///b?socket=back.nbd";
 
@@ -249,13 +252,13 @@ impl Builder<'_> {
             let made = fs::File::create(&file).and_then(|f| f.set_len(size));
             let found = made.ok().and_then(|()| self.system("losetup", &["-f", "--show", "device.img"]));
             if let Some(device) = found.map(|d| PathBuf::from(d.trim())) {
-                let _ = std::os::unix::fs::symlink(&device, self.dir.join("blk"));
+                let _ = std::os::unix::fs::symlink(&device, self.dir.join(DEVICE));
                 let i = Image {
                     format: "device".into(),
                     tags: vec![0; (size / SECTOR) as usize],
                     ..Image::default()
                 };
-                self.files.images.insert("blk".into(), i);
+                self.files.images.insert(DEVICE.into(), i);
                 self.files.device = Some(device);
             }
         }
