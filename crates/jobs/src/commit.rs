@@ -270,7 +270,8 @@ impl Commit {
         use Actions as A;
         let grows = if b.grow_to.is_some() { A::S } else { A::NONE };
         d.add_user(op, &b.base, Claim { needs: A::V | grows, allows: A::EVERY })?;
-        claim(d, op, &b.base, A::V | A::M | grows, A::V | A::S | A::G, "commits into it")?;
+        // An overlay that is put over the base would take the job with it: the rest of the data would be in the overlay.
+        claim(d, op, &b.base, A::V | A::M | grows, A::V | A::S | A::G | A::P, "commits into it")?;
         claim_beneath(d, op, &b.base, A::V | A::S, "commits into it")?;
         for n in d.images(&b.base).into_iter().skip(1) {
             claim(d, op, &n, A::NONE, A::S | A::G, "commits into an image that relies on it")?;

@@ -485,3 +485,26 @@ fn a_commit_into_a_raw_image_goes_on_at_its_node() {
     w.bench.ok("qemu-io", &["-f", "raw", "-r", "-c", "read -P 0 0 4M", &w.path("rb")]);
     w.bench.ok("qemu-io", &["-r", "-c", "read -P 5 0 64k", &w.path("rs")]);
 }
+
+/// A snapshot of the base of an intermediate commit took the job along: what was still to be copied went to the new overlay, and the
+/// chain was linked to the base without it, with the job a success. Found by the storm.
+#[test]
+fn the_base_of_a_commit_gets_no_overlay() {
+    let Some(mut w) = world() else { return };
+    w.ok(
+        "blockdev-snapshot-sync",
+        json!({"node-name": "top", "snapshot-file": "over", "snapshot-node-name": "over"}),
+    );
+    let commit = json!({"job-id": "c", "device": "over", "top-node": "top", "base-node": "base", "speed": 1});
+    w.ok("block-commit", commit);
+    let snapshot = json!({"node-name": "base", "snapshot-file": "no", "snapshot-node-name": "no"});
+    let refused = w.refused("blockdev-snapshot-sync", snapshot);
+    assert!(refused["desc"].as_str().expect("a text").contains("commits into it"), "{refused}");
+    assert!(!w.daemon.path("no").exists());
+    w.ok("block-job-set-speed", json!({"device": "c", "speed": 0}));
+    w.conclude("c");
+    w.guest("read -P 1 0 1M");
+    w.guest("read -P 2 1M 1M");
+    w.end();
+    w.reads("base", 2, "1M", "1M");
+}
