@@ -166,6 +166,15 @@ impl Book {
         }
     }
 
+    /// From now on `other` may show whatever is written to what lies below `c`.
+    pub(crate) fn lie_over_the_same(&mut self, other: ContentId, c: ContentId) {
+        for below in (0..self.contents.len()).map(ContentId).filter(|b| *b != c && *b != other) {
+            if self.contents[below.0].followers.contains(&c) {
+                self.follow(below, other);
+            }
+        }
+    }
+
     /// `c` and everything that may show what is written to it.
     fn with_followers(&self, c: ContentId) -> Vec<ContentId> {
         let mut all = vec![c];

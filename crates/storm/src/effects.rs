@@ -109,7 +109,11 @@ impl World {
                     self.reopened(o);
                 }
             }
-            "blockdev-create" => self.created(&a["options"]),
+            "blockdev-create" => {
+                let file = short(text(&a["options"], "filename"));
+                self.making.insert(text(a, "job-id").to_owned(), file);
+                self.created(&a["options"]);
+            }
             "block-stream" | "block-commit" | "blockdev-mirror" | "blockdev-backup" | "drive-mirror"
             | "drive-backup" => {
                 self.job(command, a, from);
@@ -452,6 +456,9 @@ impl World {
         match text(e, "event") {
             "JOB_STATUS_CHANGE" => {
                 let id = text(data, "id").to_owned();
+                if data["status"] == "concluded" {
+                    self.making.remove(&id);
+                }
                 if data["status"] == "null" {
                     self.jobs.remove(&id);
                 } else if let Some(j) = self.jobs.get_mut(&id) {

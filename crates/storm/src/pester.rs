@@ -12,7 +12,7 @@ use crate::rng::Rng;
 use crate::storm::Numbers;
 
 /// A query that takes longer has been forgotten. What is promised is far less; this is for a busy machine.
-const BOUND: Duration = Duration::from_secs(20);
+const BOUND: Duration = Duration::from_secs(5);
 
 const QUERIES: [&str; 7] = [
     "query-jobs",

@@ -226,6 +226,10 @@ impl Storm<'_> {
     fn open_chain(&mut self, top: &str) -> Result<(), String> {
         let format = self.world.formats.get(top).cloned().unwrap_or_default();
         let chain = self.chain(top, &format)?;
+        let twice = |(i, l): (usize, &Link)| chain[..i].iter().any(|m| m.name == l.name);
+        if chain.iter().enumerate().any(twice) {
+            return Err(format!("a file is in the chain of {top} twice, as this and that"));
+        }
         let mut below = Json::Null;
         for link in chain.iter().rev() {
             let name = match &link.definition {

@@ -429,7 +429,8 @@ impl Storm<'_> {
                 let time = |s: i64, ns: i64| (s << 30) + ns;
                 let state =
                     (m.ino(), m.len(), time(m.mtime(), m.mtime_nsec()), time(m.ctime(), m.ctime_nsec()));
-                out.insert(name, (!open.contains(&path)).then_some(state));
+                let busy = open.contains(&path) || self.world.making.values().any(|f| *f == name);
+                out.insert(name, (!busy).then_some(state));
             }
         }
         out

@@ -62,6 +62,8 @@ impl Storm<'_> {
                 return;
             }
             for (id, job) in self.world.jobs.clone() {
+                // One that was told to complete has no time to copy what is left at a byte a second.
+                self.ask(&Command::new("block-job-set-speed", json!({"device": id, "speed": 0})), false);
                 let verb = match job.status.as_str() {
                     "concluded" => "job-dismiss",
                     _ if job.told.is_none() => "job-cancel",

@@ -237,6 +237,8 @@ pub(crate) struct World {
     /// Files that still hold the image that they held in the beginning.
     pub(crate) images: BTreeSet<String>,
     pub(crate) server: bool,
+    /// Files that jobs are making, by the jobs.
+    pub(crate) making: BTreeMap<String, String>,
     /// Operations that an external tool has begun.
     pub(crate) operations: BTreeSet<String>,
     /// Numbers of names.
@@ -268,6 +270,7 @@ impl World {
             longer: BTreeSet::new(),
             images: BTreeSet::new(),
             server: false,
+            making: BTreeMap::new(),
             operations: BTreeSet::new(),
             count: 0,
             ended_well: 0,
@@ -421,7 +424,9 @@ impl World {
             let mut book = open(&self.book);
             let name = format!("{node} under {overlay}");
             let sectors = book.sectors(c);
-            book.copy(&name, c, from, 0..sectors)
+            let frozen = book.copy(&name, c, from, 0..sectors);
+            book.lie_over_the_same(frozen, c);
+            frozen
         };
         self.stays(node, c, frozen);
         if let Some(old) = old {
@@ -458,7 +463,9 @@ impl World {
             let mut book = open(&self.book);
             let sectors = book.sectors(job.from);
             let name = format!("{} after a pivot", job.source);
-            book.copy(&name, job.from, from, 0..sectors)
+            let frozen = book.copy(&name, job.from, from, 0..sectors);
+            book.lie_over_the_same(frozen, job.from);
+            frozen
         };
         self.stays(&job.source, job.from, frozen);
         {
