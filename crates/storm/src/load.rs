@@ -106,6 +106,20 @@ impl Worker {
     }
 }
 
+/// A job may write before anybody has read that it was accepted, and before it is in the book. What was read stays the same, and no
+/// later write can have been in it; so it may be judged again.
+fn patiently(judge: impl Fn() -> Result<(), String>) -> Result<(), String> {
+    let mut judged = judge();
+    for _ in 0..10 {
+        if judged.is_ok() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(200));
+        judged = judge();
+    }
+    judged
+}
+
 impl Guest {
     /// Keeps some requests in flight until it is told to stop, or has found something.
     fn work(&mut self, halt: &AtomicBool, count: &AtomicU64) -> std::io::Result<()> {
@@ -199,9 +213,11 @@ impl Guest {
         };
         let judged = match &asked {
             Asked::Read(range, began) if failed.is_none() => {
-                open(&self.book).judge(self.content, range.start, &data, Look::Live(*began))
+                patiently(|| open(&self.book).judge(self.content, range.start, &data, Look::Live(*began)))
             }
-            Asked::Status(range, began) if failed.is_none() => self.judge_status(range, *began, &extents),
+            Asked::Status(range, began) if failed.is_none() => {
+                patiently(|| self.judge_status(range, *began, &extents))
+            }
             Asked::Flush(began) if failed.is_none() => {
                 open(&self.book).flushed(self.content, *began);
                 Ok(())

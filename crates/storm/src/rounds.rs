@@ -361,6 +361,7 @@ impl Storm<'_> {
         if let Some(p) = &self.pester {
             p.tell_to_stop();
         }
+        let on_device = self.image_on_device();
         let daemon = self.daemon.as_mut()?;
         match way {
             Way::Quit => self.monitors[0].send("quit", &json!({})),
@@ -372,7 +373,10 @@ impl Storm<'_> {
         match status {
             None => Some(format!("the daemon does not end after {way:?}")),
             Some(s)
-                if way != Way::Kill && !s.success() && !self.files.full && self.files.served.is_none() =>
+                if way != Way::Kill
+                    && !s.success()
+                    && !(self.files.full || on_device)
+                    && self.files.served.is_none() =>
             {
                 Some(format!("the daemon ends with {s} after {way:?}"))
             }
