@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde_json::Value as Json;
 
-use crate::book::{Book, ContentId, Moment};
+use crate::book::{Book, ContentId, Moment, SECTOR};
 use crate::qmp::{Monitor, Reply};
 
 /// Drivers that show what their child shows.
@@ -132,8 +132,11 @@ impl Graph {
         let mut at = name;
         let mut steps = 0;
         while let Some(below) = self.child(at, &["file", "image"]) {
-            // An image in an image has no file of its own.
-            if !self.is_filter(below) && self.child(below, &["file", "image"]).is_some() {
+            // An image in an image has no file of its own; a filter has that of what it shows.
+            if !self.is_filter(at)
+                && !self.is_filter(below)
+                && self.child(below, &["file", "image"]).is_some()
+            {
                 return None;
             }
             at = below;
@@ -328,7 +331,23 @@ impl World {
             }
         }
         self.look_through_filters();
+        self.grow_bases();
         self.follow_links();
+    }
+
+    /// A commit makes its base as large as what it commits. What is behind the old end comes from there.
+    fn grow_bases(&mut self) {
+        let commits = |j: &&Job| matches!(j.work, Work::Commit | Work::ActiveCommit);
+        let commits: Vec<Job> = self.jobs.values().filter(commits).cloned().collect();
+        for job in commits {
+            let size =
+                self.graph.nodes.get(&self.graph.format_node(&job.target)).map_or(0, |n| n.size / SECTOR);
+            let mut book = open(&self.book);
+            if book.is_known(job.to) && size > book.sectors(job.to) {
+                book.resize(job.to, size);
+                book.feed(job.from, job.to);
+            }
+        }
     }
 
     /// A filter shows what lies below, wherever it has been put.
