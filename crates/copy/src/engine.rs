@@ -468,9 +468,8 @@ impl Engine {
         let tokens = self.route.begin().await?;
         let source = tokens.source_node()?;
         let ask = span.prefix(MAX_STATUS);
-        // What is known of the part so far is watched on, if nothing has happened to it.
-        let intact = watched.is_some_and(|w| w.offset() <= start && ask.offset() <= w.end());
-        self.tracker.watch(Span::from_range(if intact { start } else { ask.offset() }, ask.end()));
+        // After the wait: what was watched before it may have changed meanwhile.
+        self.tracker.watch_on(start, ask);
         let (content, len) = content(source, &self.rt, ask, self.base.as_deref()).await;
         let known = Known { span: ask.prefix(len), content };
         self.known.set(Some(known));
