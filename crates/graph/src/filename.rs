@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use dolmen_types::{ChildRole, Error, ErrorKind, Result, Value, os_name, text_of_os};
 
-use crate::{Class, Description, Node, has_protocol, join};
+use crate::{Class, Description, Node, content, has_protocol, join};
 
 fn describe(node: &Arc<Node>) -> Description {
     node.driver.describe(node)
@@ -162,7 +162,12 @@ impl<'g> Namer<'g> {
         loop {
             let left_out = match self.style {
                 Style::Shown => at.anonymous && at.owner.is_some(),
-                Style::Header => at.driver.kind().class == Class::Filter,
+                Style::Header => match at.driver.kind().class {
+                    Class::Filter => true,
+                    // A raw disk in an image shows that image, as a filter does; in a file it is what the file holds.
+                    Class::Format => content(at).driver.kind().class != Class::Protocol,
+                    Class::Protocol => false,
+                },
             };
             match at.filtered().filter(|_| left_out) {
                 Some(below) => at = below,

@@ -444,6 +444,30 @@ fn headers_name_backing_disks_without_a_format() {
     }
 }
 
+/// The story: a backing node that was a raw disk over an image was named `{"driver": "raw", "file": {"driver": "qcow2", ...}}`, which
+/// QEMU refuses to open below an image that names another backing file. It shows that image, and is named like it.
+#[test]
+fn headers_name_the_image_below_a_raw_disk() {
+    let Some(mut w) = world() else { return };
+    let (idle, inner, outer) = (w.path("idle"), w.path("inner"), w.path("outer"));
+    w.bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", &inner, "64k"]);
+    w.bench.ok("qemu-io", &["-f", "qcow2", "-c", "write -P 9 0 64k", &inner]);
+    w.bench.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &idle, "-F", "raw", &outer]);
+    let file = |name: &str| json!({"driver": "file", "filename": name});
+    w.monitor.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "inner", "file": file("inner")}));
+    w.monitor.ok("blockdev-add", json!({"driver": "raw", "node-name": "disk", "file": "inner"}));
+    let outer = json!({"driver": "qcow2", "node-name": "outer", "backing": "disk", "file": file("outer")});
+    w.monitor.ok("blockdev-add", outer);
+    w.monitor.ok("blockdev-snapshot-sync", json!({"node-name": "outer", "snapshot-file": "over-outer"}));
+    w.monitor.ok("blockdev-snapshot-sync", json!({"node-name": "disk", "snapshot-file": "over-disk"}));
+    let paths = ["over-outer", "over-disk"].map(|p| w.path(p));
+    let (bench, _daemon) = w.quit();
+    assert_eq!(backing(&bench, &paths[1]), ("inner".to_owned(), "qcow2".to_owned()));
+    for path in &paths {
+        bench.ok("qemu-io", &["-r", "-f", "qcow2", "-c", "read -P 9 0 64k", path]);
+    }
+}
+
 /// The story: a version 2 image was reopened with `lazy-refcounts`, and the next snapshot named it
 /// `json:{..., "lazy-refcounts": true}`, which QEMU's tools refuse to open. How an image is used is not what it is.
 #[test]
