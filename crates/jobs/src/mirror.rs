@@ -113,7 +113,9 @@ impl Mirror {
             claim(d, op, n, A::D, A::V | A::S, "reads it as part of its source")?;
         }
         claim_beneath(d, op, &source, A::S, "reads it as its source")?;
-        claim_target(d, op, &target, A::V | A::M, A::V | A::D | A::S, "writes its copy to it")?;
+        // An overlay that is put over the target would get the rest of the copy, and the target would take the source's place.
+        let denies = A::V | A::D | A::S | A::P;
+        claim_target(d, op, &target, A::V | A::M, denies, "writes its copy to it")?;
         self.overlays.put(op, d, &replaced)
     }
 
