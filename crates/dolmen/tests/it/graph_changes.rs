@@ -508,3 +508,30 @@ fn the_base_of_a_commit_gets_no_overlay() {
     w.end();
     w.reads("base", 2, "1M", "1M");
 }
+
+/// A snapshot of the target of a running mirror took the job along: the rest of the copy went to the new overlay, and the pivot to the
+/// target below it, so that the guest read old data. Found by the storm.
+#[test]
+fn the_target_of_a_mirror_gets_no_overlay() {
+    let Some(mut w) = world() else { return };
+    w.ok("blockdev-del", json!({"node-name": "v"}));
+    w.ok(
+        "blockdev-add",
+        json!({"driver": "qcow2", "node-name": "v", "backing": "base", "file": {"driver": "file", "filename": "v"}}),
+    );
+    w.ok(
+        "blockdev-mirror",
+        json!({"job-id": "m", "device": "top", "target": "v", "sync": "top", "speed": 1}),
+    );
+    let snapshot = json!({"node-name": "v", "snapshot-file": "no", "snapshot-node-name": "no"});
+    let refused = w.refused("blockdev-snapshot-sync", snapshot);
+    assert!(refused["desc"].as_str().expect("a text").contains("writes its copy to it"), "{refused}");
+    assert!(!w.daemon.path("no").exists());
+    w.ok("block-job-set-speed", json!({"device": "m", "speed": 0}));
+    w.until("m", "ready");
+    w.ok("job-complete", json!({"id": "m"}));
+    w.conclude("m");
+    w.guest("read -P 1 0 1M");
+    w.guest("read -P 2 1M 1M");
+    w.end();
+}
