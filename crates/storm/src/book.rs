@@ -436,6 +436,13 @@ impl Book {
         self.begin(c, 0..end, 0, false, false);
     }
 
+    /// What `c` has not got, as it ends before, is what `of` has there.
+    pub(crate) fn take_tail(&mut self, c: ContentId, of: ContentId) {
+        let have = self.contents[c.0].sectors.len();
+        let tail: Vec<_> = self.contents[of.0].sectors.iter().skip(have).cloned().collect();
+        self.contents[c.0].sectors.extend(tail);
+    }
+
     /// The disk has this size from now on; what is new is zero.
     pub(crate) fn resize(&mut self, c: ContentId, sectors: u64) {
         let zero = Entry { tag: 0, began: 0, done: Some(1), strong: true, durable: true };

@@ -109,6 +109,18 @@ impl World {
                     self.reopened(o);
                 }
             }
+            "blockdev-set-active" => {
+                // What others have done to the image meanwhile shows now.
+                let names: Vec<String> = match a["node-name"].as_str() {
+                    Some(n) => self.graph.down(n),
+                    None => self.graph.nodes.keys().cloned().collect(),
+                };
+                for n in names.iter().filter(|_| a["active"] == true) {
+                    if self.graph.file_of(n).is_some_and(|f| self.handed.contains(&f)) {
+                        self.forget(n, "another node had its image");
+                    }
+                }
+            }
             "blockdev-create" => {
                 let file = short(text(&a["options"], "filename"));
                 self.making.insert(text(a, "job-id").to_owned(), file);
@@ -202,6 +214,10 @@ impl World {
     /// What an image shows when it is opened.
     fn image(&mut self, a: &Json, from: Moment) -> Option<ContentId> {
         let file = short(a["file"]["filename"].as_str()?);
+        if self.is_handed(&file) {
+            self.handed.insert(file);
+            return None;
+        }
         let same = self.is_format(&file, text(a, "driver"));
         let known = self.closed.get(&file).copied().filter(|_| same);
         let empty = self.empty.remove(&file);

@@ -408,6 +408,9 @@ impl Storm<'_> {
                 _ if format == "device" => format.clone(),
                 _ => "raw".to_owned(),
             };
+            if self.world.graph.nodes[&n].inactive && self.world.handed.contains(&file) {
+                continue;
+            }
             let c = self.world.content(&n);
             if moving.contains(&c) || self.world.renamed.contains(&file) {
                 out.remove(&(file, format));

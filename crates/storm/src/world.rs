@@ -29,6 +29,8 @@ const FILTERS: [&str; 9] = [
 pub(crate) struct Node {
     pub(crate) driver: String,
     pub(crate) read_only: bool,
+    /// Its image has been handed to another process, or another node.
+    pub(crate) inactive: bool,
     pub(crate) size: u64,
     /// The name of its file, as the daemon has it.
     pub(crate) file: String,
@@ -56,6 +58,7 @@ impl Graph {
             let node = Node {
                 driver: text(&n["drv"]),
                 read_only: n["ro"].as_bool().unwrap_or_default(),
+                inactive: n["active"] == false,
                 size: n["image"]["virtual-size"].as_u64().unwrap_or_default(),
                 file: text(&n["file"]),
             };
@@ -132,6 +135,10 @@ impl Graph {
         let mut at = name;
         let mut steps = 0;
         while let Some(below) = self.child(at, &["file", "image"]) {
+            // A point in time is in no file.
+            if self.nodes.get(at).is_some_and(|n| n.driver == "snapshot-access") {
+                return None;
+            }
             // An image in an image has no file of its own; a filter has that of what it shows.
             if !self.is_filter(at)
                 && !self.is_filter(below)
@@ -240,6 +247,8 @@ pub(crate) struct World {
     /// Files that still hold the image that they held in the beginning.
     pub(crate) images: BTreeSet<String>,
     pub(crate) server: bool,
+    /// Files that were opened while an inactive node had them.
+    pub(crate) handed: BTreeSet<String>,
     /// Files that jobs are making, by the jobs.
     pub(crate) making: BTreeMap<String, String>,
     /// Operations that an external tool has begun.
@@ -274,6 +283,7 @@ impl World {
             images: BTreeSet::new(),
             server: false,
             making: BTreeMap::new(),
+            handed: BTreeSet::new(),
             operations: BTreeSet::new(),
             count: 0,
             ended_well: 0,
@@ -343,7 +353,8 @@ impl World {
             let size =
                 self.graph.nodes.get(&self.graph.format_node(&job.target)).map_or(0, |n| n.size / SECTOR);
             let mut book = open(&self.book);
-            if book.is_known(job.to) && size > book.sectors(job.to) {
+            let (from, to) = (book.sectors(job.from), book.sectors(job.to));
+            if book.is_known(job.to) && from > to && size > to {
                 book.resize(job.to, size);
                 book.feed(job.from, job.to);
             }
@@ -387,6 +398,12 @@ impl World {
         for n in self.graph.down(node) {
             self.shows.insert(n, content);
         }
+    }
+
+    /// The file is open by way of a node that has given it away.
+    pub(crate) fn is_handed(&self, file: &str) -> bool {
+        let g = &self.graph;
+        g.nodes.iter().any(|(n, node)| node.inactive && g.file_of(n).is_some_and(|f| f == file))
     }
 
     /// Whether a file is known to be what a node of this driver takes it for.
@@ -492,10 +509,14 @@ impl World {
             book.feed(job.from, job.to);
             book.follow(job.from, job.to);
         }
-        if let Some(f) = self.graph.file_of(&job.target) {
-            let book = open(&self.book);
+        {
+            let mut book = open(&self.book);
             if book.sectors(job.to) > book.sectors(job.from) {
-                self.longer.insert(f);
+                self.longer.extend(self.graph.file_of(&job.target));
+                // New users see all of it.
+                if book.is_known(job.to) && book.is_known(job.from) {
+                    book.take_tail(job.from, job.to);
+                }
             }
         }
         self.show(&job.target.clone(), job.from);
