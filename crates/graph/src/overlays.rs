@@ -39,6 +39,11 @@ impl State {
 }
 
 impl Draft {
+    /// The operation that has put a node into the graph and takes it out again.
+    pub fn owner_of(&self, node: &NodeName) -> Option<&OpId> {
+        self.state.node(node).and_then(|n| n.def.owner.as_ref())
+    }
+
     /// A node stays from now on until it is deleted by name.
     ///
     /// # Errors

@@ -78,6 +78,14 @@ impl Mirror {
         if source == target || d.content(&source) == d.content(&target) {
             return Err(invalid("Can't mirror node into itself").remedy("name another node as the target"));
         }
+        // When that operation ends, its users may go elsewhere, and what is written from then on would be missed.
+        if let Some(owner) = d.owner_of(&source) {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("node '{source}' belongs to operation '{owner}' and goes with it"),
+            )
+            .remedy("mirror the node that it stands on when that operation has ended"));
+        }
         let everything = *self.core.sync() != Sync::None;
         if everything && d.chain(&target).contains(&d.content(&source)) {
             return Err(invalid(format!(

@@ -535,3 +535,20 @@ fn the_target_of_a_mirror_gets_no_overlay() {
     w.guest("read -P 2 1M 1M");
     w.end();
 }
+
+/// A mirror of another mirror's filter stayed with the old source when that mirror pivoted: what the guest wrote from then on was missing
+/// in its copy, and its own pivot moved nobody. Found by the storm.
+#[test]
+fn the_filter_of_a_job_is_not_mirrored() {
+    let Some(mut w) = world() else { return };
+    let mirror = |id: &str, device: &str, target: &str| json!({"job-id": id, "device": device, "target": target, "sync": "full", "filter-node-name": format!("{id}-filter")});
+    w.ok("blockdev-mirror", mirror("a", "top", "t"));
+    w.until("a", "ready");
+    let refused = w.refused("blockdev-mirror", mirror("b", "a-filter", "u"));
+    assert!(refused["desc"].as_str().expect("a text").contains("belongs to operation 'a'"), "{refused}");
+    w.ok("job-complete", json!({"id": "a"}));
+    w.conclude("a");
+    w.guest("write -P 6 0 64k");
+    w.end();
+    w.reads("t", 6, "0", "64k");
+}
