@@ -85,6 +85,8 @@ struct Content {
     sectors: Vec<Vec<Entry>>,
     /// When the last flush that succeeded began.
     flushed: Moment,
+    /// When flushes that succeeded began and ended.
+    flushes: Vec<(Moment, Moment)>,
     /// Contents that may show what is written here.
     followers: Vec<ContentId>,
     /// Why nobody can know what it holds.
@@ -100,6 +102,8 @@ pub(crate) enum Look {
     Live(Moment),
     /// At what is left after a crash.
     Crash,
+    /// The same, of somebody who may have had no part in what was made durable from this moment on.
+    CrashFrom(Moment),
 }
 
 /// Everything that is known.
@@ -243,19 +247,28 @@ impl Book {
 
     /// A flush that began then has succeeded.
     pub(crate) fn flushed(&mut self, c: ContentId, began: Moment) {
+        let now = self.moment();
         let content = &mut self.contents[c.0];
         content.flushed = content.flushed.max(began);
+        content.flushes.push((began, now));
     }
 
     /// The tags that a sector may show to a look that ends at `until`.
     fn allowed(&self, c: ContentId, sector: u64, look: Look, until: Moment) -> Vec<Tag> {
         let content = &self.contents[c.0];
         let entries = content.sectors.get(sector as usize).map_or(&[][..], Vec::as_slice);
+        let flushed = match look {
+            Look::CrashFrom(from) => {
+                content.flushes.iter().filter(|f| f.1 < from).map(|f| f.0).max().unwrap_or_default()
+            }
+            Look::Live(_) | Look::Crash => content.flushed,
+        };
         let counts = |e: &Entry| {
             e.strong
                 && e.done.is_some_and(|d| match look {
                     Look::Live(from) => d < from,
-                    Look::Crash => e.durable || d < content.flushed,
+                    Look::Crash => e.durable || d < flushed,
+                    Look::CrashFrom(from) => d < from && e.durable || d < flushed,
                 })
         };
         let latest = entries.iter().filter(|e| counts(e)).map(|e| e.began).max();
@@ -369,7 +382,7 @@ impl Book {
         for s in sectors {
             let mut entries = Vec::new();
             // What a crash may bring back, until somebody has flushed the copy.
-            for tag in self.allowed(of, s, Look::Crash, until) {
+            for tag in self.allowed(of, s, Look::CrashFrom(from), until) {
                 entries.push(Entry { tag, began: 0, done: Some(1), strong: true, durable: true });
             }
             for tag in self.allowed(of, s, Look::Live(from), until) {
