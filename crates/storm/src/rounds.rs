@@ -314,7 +314,8 @@ impl Storm<'_> {
             return;
         }
         if !busy {
-            self.stop_workers(false);
+            // What a stopped server does not answer is not answered here.
+            self.stop_workers(self.back_stopped);
         }
         self.observe();
         self.weigh();
