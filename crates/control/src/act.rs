@@ -203,7 +203,12 @@ pub(crate) fn propose_snapshot(draft: &mut Draft, node: &str, overlay: &str) -> 
             claim(draft, &op, &reader, Actions::S, "puts an overlay of another size above it")?;
         }
         // Asked before the overlay is linked: it is no party to the conflict.
-        draft.solve().map_err(|e| e.first_remedy(format!("use an overlay of {} bytes", sizes.0)))?;
+        draft.solve().map_err(|e| match e.conflict() {
+            Some(c) if c.actions == Actions::S => {
+                e.first_remedy(format!("use an overlay of {} bytes", sizes.0))
+            }
+            _ => e,
+        })?;
     }
     draft.put_over(&node, &overlay)?;
     Ok(op)

@@ -326,10 +326,12 @@ impl Backup {
             claim(image, A::D, A::V, "copies it as part of its source")?;
         }
         claim_beneath(draft, cx.op, &source, A::S, why)?;
-        claim_target(draft, cx.op, &target, A::V | A::M, A::V | A::S, "writes its copy to it")?;
+        // An overlay that is put over the target would get the rest of the copy.
+        let denies = A::V | A::S | A::P;
+        claim_target(draft, cx.op, &target, A::V | A::M, denies, "writes its copy to it")?;
         if let Some(fleecing) = &fleecing {
             let why = "keeps old data of its source in it";
-            claim_target(draft, cx.op, fleecing, A::V | A::M, A::V | A::S, why)?;
+            claim_target(draft, cx.op, fleecing, A::V | A::M, denies, why)?;
         }
         *self.stand.borrow_mut() = Some(Stand { point, filter: driver, source, saved_in, left, base });
         Ok(())

@@ -21,7 +21,7 @@ use event_listener::Event;
 
 use crate::cx::JobCx;
 use crate::rate::Limit;
-use crate::work::Over;
+use crate::work::Ended;
 use crate::{Action, Details, Group, Kind, Side, Status, Verb, Work};
 
 /// What all jobs can be asked for when they are made.
@@ -229,8 +229,8 @@ impl Job {
     /// Lets go of everything that its work holds. A job that has ended may wait for `job-dismiss` for as long as it
     /// likes; its nodes, and with them files and their locks, must not wait with it.
     pub(crate) fn let_go(&self) {
-        let over = Over::new(&*self.work());
-        *self.work.borrow_mut() = Rc::new(over);
+        let ended = Ended::new(&*self.work());
+        *self.work.borrow_mut() = Rc::new(ended);
     }
 
     /// What kind of job it is.

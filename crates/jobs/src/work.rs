@@ -183,23 +183,23 @@ pub trait Work: fmt::Debug + std::any::Any {
 
 /// What is left of a work when its job has ended: what queries show of it.
 #[derive(Debug)]
-pub(crate) struct Over {
+pub(crate) struct Ended {
     kind: Kind,
     detail: String,
     details: Details,
 }
 
-impl Over {
-    pub(crate) fn new(work: &dyn Work) -> Over {
-        Over { kind: work.kind(), detail: work.detail(), details: work.details() }
+impl Ended {
+    pub(crate) fn new(work: &dyn Work) -> Ended {
+        Ended { kind: work.kind(), detail: work.detail(), details: work.details() }
     }
 }
 
-fn is_over() -> Error {
+fn has_ended() -> Error {
     Error::new(ErrorKind::InvalidInput, "the job has ended").remedy("start a new one")
 }
 
-impl Work for Over {
+impl Work for Ended {
     fn kind(&self) -> Kind {
         self.kind
     }
@@ -209,27 +209,27 @@ impl Work for Over {
     }
 
     fn begin<'a>(&'a self, _: BeginCx<'a>) -> LocalFuture<'a, Result<()>> {
-        Box::pin(async { Err(is_over()) })
+        Box::pin(async { Err(has_ended()) })
     }
 
     fn run<'a>(&'a self, _: &'a JobCx) -> LocalFuture<'a, Result<()>> {
-        Box::pin(async { Err(is_over()) })
+        Box::pin(async { Err(has_ended()) })
     }
 
     fn settle<'a>(&'a self, _: SettleCx<'a>) -> LocalFuture<'a, Result<()>> {
-        Box::pin(async { Err(is_over()) })
+        Box::pin(async { Err(has_ended()) })
     }
 
     fn end(&self, _: &OpId, _: &mut Draft, _: Ending) -> Result<()> {
-        Err(is_over())
+        Err(has_ended())
     }
 
     fn may_complete(&self) -> Result<()> {
-        Err(is_over())
+        Err(has_ended())
     }
 
     fn change(&self, _: Options) -> Result<Effect<'_>> {
-        Err(is_over())
+        Err(has_ended())
     }
 
     fn details(&self) -> Details {

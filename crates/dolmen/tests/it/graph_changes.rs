@@ -536,6 +536,24 @@ fn the_target_of_a_mirror_gets_no_overlay() {
     w.end();
 }
 
+/// The same with the target of a backup: the node that was named held only a part of the copy, and the job ended well.
+#[test]
+fn the_target_of_a_backup_gets_no_overlay() {
+    let Some(mut w) = world() else { return };
+    w.ok(
+        "blockdev-backup",
+        json!({"job-id": "b", "device": "top", "target": "t", "sync": "full", "speed": 1}),
+    );
+    let snapshot = json!({"node-name": "t", "snapshot-file": "no", "snapshot-node-name": "no"});
+    let refused = w.refused("blockdev-snapshot-sync", snapshot);
+    assert!(refused["desc"].as_str().expect("a text").contains("writes its copy to it"), "{refused}");
+    assert!(!w.daemon.path("no").exists());
+    w.ok("block-job-set-speed", json!({"device": "b", "speed": 0}));
+    w.conclude("b");
+    w.end();
+    w.reads("t", 2, "1M", "1M");
+}
+
 /// A mirror of another mirror's filter stayed with the old source when that mirror pivoted: what the guest wrote from then on was missing
 /// in its copy, and its own pivot moved nobody. Found by the storm.
 #[test]

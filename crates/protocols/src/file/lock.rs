@@ -115,7 +115,7 @@ struct State {
 
 impl Locks {
     pub(super) fn new(file: File, id: (u64, u64), filename: String, between_processes: bool) -> Locks {
-        let (entry, table) = enter_table(Thing::File(id));
+        let (entry, table) = enter_table(Identity::File(id));
         Locks {
             id,
             at: file.storage(),
@@ -457,16 +457,16 @@ pub(crate) struct Entry {
     pub(crate) stance: Stance,
 }
 
-/// What several nodes may be of.
+/// What a node is opened on: two nodes of one identity are two ways to the same bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Thing {
+pub(crate) enum Identity {
     /// A file, by device and inode.
     File((u64, u64)),
     /// An export: the server, and its name.
     Export(String, String),
 }
 
-type Table = HashMap<Thing, Vec<Weak<Mutex<Entry>>>>;
+type Table = HashMap<Identity, Vec<Weak<Mutex<Entry>>>>;
 
 /// What nodes of this process have open. Process-wide, as files are.
 static TABLE: Mutex<Option<Table>> = Mutex::new(None);
@@ -478,7 +478,7 @@ fn with_table<T>(f: impl FnOnce(&mut Table) -> T) -> T {
 
 /// Takes the row out of the table when the last node is gone.
 #[derive(Debug)]
-pub(crate) struct TableGuard(Thing);
+pub(crate) struct TableGuard(Identity);
 
 impl TableGuard {
     /// Tells the table what a node wants; fails when another node of this process does not get along with it.
@@ -490,8 +490,8 @@ impl TableGuard {
         wanted: Stance,
     ) -> Result<()> {
         let what = match self.0 {
-            Thing::File(_) => "the same file",
-            Thing::Export(..) => "the same export",
+            Identity::File(_) => "the same file",
+            Identity::Export(..) => "the same export",
         };
         for other in self.others(entry) {
             let other = other.lock().unwrap_or_else(|e| e.into_inner()).clone();
@@ -529,7 +529,7 @@ impl Drop for TableGuard {
     }
 }
 
-pub(crate) fn enter_table(id: Thing) -> (Arc<Mutex<Entry>>, TableGuard) {
+pub(crate) fn enter_table(id: Identity) -> (Arc<Mutex<Entry>>, TableGuard) {
     let entry = Arc::new(Mutex::new(Entry::default()));
     with_table(|t| t.entry(id.clone()).or_default().push(Arc::downgrade(&entry)));
     (entry, TableGuard(id))

@@ -9,5 +9,5 @@ mod driver;
 mod lock;
 mod options;
 
-pub(crate) use lock::{Entry, Stance, TableGuard, Thing, enter_table};
+pub(crate) use lock::{Entry, Identity, Stance, TableGuard, enter_table};
 pub use options::{FILE, HOST_CDROM, HOST_DEVICE};

@@ -8,7 +8,7 @@ use dolmen_graph::Prepared;
 use dolmen_rt::{Addr, Rt};
 use dolmen_types::{Result, text_of_os};
 
-use crate::file::{Entry, Stance, TableGuard, Thing, enter_table};
+use crate::file::{Entry, Identity, Stance, TableGuard, enter_table};
 
 /// What one node wants.
 #[derive(Debug)]
@@ -45,7 +45,7 @@ impl Shares {
             }
             Addr::Inet { host, port } => format!("{}:{port}", host.to_ascii_lowercase()),
         };
-        let (entry, table) = enter_table(Thing::Export(server, export.to_owned()));
+        let (entry, table) = enter_table(Identity::Export(server, export.to_owned()));
         Shares { url, state: Mutex::default(), entry, table }
     }
 
