@@ -336,7 +336,7 @@ pub fn commit(d: &mut Draft, id: &str, top: &str, base: &str, active: bool) -> R
         }
     }
     d.add_user_below_filters(&op, base, Claim { needs: A::V, allows: ALL })?;
-    claim(d, &op, base, A::V | A::M, A::V | A::S | A::G, "commits into it")?;
+    claim(d, &op, base, A::V | A::M, A::V | A::S | A::G | A::P, "commits into it")?;
     for n in below(d, base) {
         claim(d, &op, &n, A::NONE, A::S | A::G, "commits into an image that relies on it")?;
     }
@@ -360,7 +360,7 @@ pub fn mirror(d: &mut Draft, id: &str, source: &str, target: &str) -> Result<()>
         claim(d, &op, &n, A::D, A::V | A::S, "reads it as part of its source")?;
     }
     d.add_user(&op, target, Claim { needs: A::V, allows: ALL })?;
-    claim(d, &op, target, A::V | A::M, A::V | A::D | A::S, "writes its copy to it")
+    claim(d, &op, target, A::V | A::M, A::V | A::D | A::S | A::P, "writes its copy to it")
 }
 
 /// Backup of `source` to `target`, perhaps with a bitmap of `source`.
@@ -387,7 +387,7 @@ pub fn backup(d: &mut Draft, id: &str, source: &str, target: &str, bitmap: Optio
     for n in low {
         claim(d, &op, &n, A::D, A::V, "copies it as part of its source")?;
     }
-    claim(d, &op, target, A::V | A::M, A::V | A::S, "writes its copy to it")?;
+    claim(d, &op, target, A::V | A::M, A::V | A::S | A::P, "writes its copy to it")?;
     match bitmap {
         Some(bitmap) => bitmap_user(d, &op, source, bitmap),
         None => Ok(()),
