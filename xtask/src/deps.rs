@@ -15,13 +15,10 @@ const MAY: &[(&str, &[&str])] = &[
     ("dolmen-copy", &["types", "rt", "graph"]),
     ("dolmen-formats", &["types", "rt", "graph"]),
     ("dolmen-protocols", &["types", "rt", "graph", "nbd"]),
-    ("dolmen-filters", &["types", "rt", "graph", "copy"]),
+    ("dolmen-filters", &["types", "rt", "graph"]),
     ("dolmen-jobs", &["types", "rt", "graph", "copy"]),
     ("dolmen-exports", &["types", "rt", "graph", "nbd"]),
-    (
-        "dolmen-control",
-        &["types", "rt", "graph", "copy", "nbd", "qmp", "formats", "protocols", "filters", "jobs", "exports"],
-    ),
+    ("dolmen-control", &["types", "rt", "graph", "qmp", "jobs", "exports"]),
     ("dolmen-sim", &["types", "rt", "graph"]),
     (
         "dolmen",
@@ -35,14 +32,13 @@ const MAY: &[(&str, &[&str])] = &[
             "formats",
             "protocols",
             "filters",
-            "jobs",
             "exports",
             "control",
         ],
     ),
     // It sees the program from outside only.
     ("dolmen-storm", &[]),
-    ("xtask", &["types", "nbd"]),
+    ("xtask", &["nbd"]),
 ];
 
 /// Crates whose tests may use the simulation, and with it whole chains of real drivers.
@@ -59,8 +55,9 @@ pub(crate) fn run() -> Result<(), String> {
     Err(wrong.join("\n"))
 }
 
-fn metadata() -> Result<Value, String> {
-    let out = crate::cargo()
+/// The packages of the workspace as cargo sees them.
+pub(crate) fn metadata() -> Result<Value, String> {
+    let out = crate::workspace::cargo()
         .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
         .output()
         .map_err(|e| format!("cargo metadata: {e}"))?;
@@ -107,6 +104,27 @@ fn check(metadata: &Value) -> Vec<String> {
     wrong
 }
 
+/// What the table permits and no manifest asks for: the next edge should be thought about as well.
+pub(crate) fn permitted_in_vain(metadata: &Value) -> Vec<String> {
+    let mut vain = Vec::new();
+    for (name, may) in MAY {
+        let package = metadata["packages"].as_array().into_iter().flatten().find(|p| p["name"] == *name);
+        let Some(package) = package else { continue };
+        let asked: Vec<&str> = package["dependencies"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|d| d["kind"] != "dev")
+            .filter_map(|d| d["name"].as_str())
+            .map(|d| d.strip_prefix("dolmen-").unwrap_or(d))
+            .collect();
+        for on in may.iter().filter(|m| !asked.contains(m)) {
+            vain.push(format!("{name} may depend on {on} and does not: take it from the table"));
+        }
+    }
+    vain
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,5 +143,18 @@ mod tests {
         types["dependencies"] = serde_json::json!([{"name": "dolmen-graph", "kind": null}]);
         let wrong = check(&m);
         assert!(wrong.iter().any(|w| w == "dolmen-types must not depend on dolmen-graph"), "{wrong:?}");
+    }
+
+    #[test]
+    fn what_is_permitted_in_vain_is_found() {
+        let mut m = metadata().unwrap();
+        assert_eq!(permitted_in_vain(&m), [""; 0]);
+        let nbd =
+            m["packages"].as_array_mut().unwrap().iter_mut().find(|p| p["name"] == "dolmen-nbd").unwrap();
+        nbd["dependencies"] = serde_json::json!([{"name": "dolmen-types", "kind": "dev"}]);
+        assert_eq!(
+            permitted_in_vain(&m),
+            ["dolmen-nbd may depend on types and does not: take it from the table"]
+        );
     }
 }

@@ -6,6 +6,8 @@ mod deps;
 mod sim;
 mod storm;
 mod test;
+mod tidy;
+mod workspace;
 
 use std::process::ExitCode;
 
@@ -14,6 +16,7 @@ Usage: cargo xtask TASK
 
   test    what a change has to pass: packages, format, lints, documentation, tests
   deps    only the test of who depends on whom
+  tidy    only the test of circles, names, sizes and unused dependencies
   sim     the long simulation: random work, crashes, an oracle
   storm   random commands under load against the real daemon ('storm --help' for options)
   bench   measures against the installed tools ('bench --help' for options)
@@ -24,6 +27,7 @@ fn main() -> ExitCode {
     let done = match args.first().map(String::as_str) {
         Some("test") => test::run(),
         Some("deps") => deps::run(),
+        Some("tidy") => tidy::run(),
         Some("bench") => return bench::main(&args[1..]),
         Some("sim") => sim::run(&args[1..]),
         Some("storm") => storm::run(&args[1..]),
@@ -39,16 +43,4 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// The root of the workspace.
-fn root() -> std::path::PathBuf {
-    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").to_owned()
-}
-
-/// The cargo that runs us.
-fn cargo() -> std::process::Command {
-    let mut c = std::process::Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    c.current_dir(root());
-    c
 }

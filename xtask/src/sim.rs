@@ -4,7 +4,7 @@
 /// from the environment: see the head of `crates/control/tests/crash/main.rs`.
 pub(crate) fn run(args: &[String]) -> Result<(), String> {
     let seeds = args.first().map_or("10000", String::as_str);
-    let status = crate::cargo()
+    let status = crate::workspace::cargo()
         .args([
             "test",
             "--release",

@@ -18,7 +18,7 @@ pub(crate) fn short() -> Result<(), String> {
 
 /// Builds the daemon and the tester, as they are built for tests, and runs it.
 pub(crate) fn run(args: &[String]) -> Result<(), String> {
-    let built = crate::cargo()
+    let built = crate::workspace::cargo()
         .args(["build", "--quiet", "--locked", "-p", "dolmen", "-p", "dolmen-storm"])
         .status()
         .map_err(|e| format!("cargo build: {e}"))?;

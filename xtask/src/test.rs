@@ -17,14 +17,22 @@ const PACKAGES: &[(&str, &str)] = &[
 pub(crate) fn run() -> Result<(), String> {
     let started = Instant::now();
     packages()?;
-    step("format", crate::cargo().args(["fmt", "--all", "--check"]))?;
+    step("format", crate::workspace::cargo().args(["fmt", "--all", "--check"]))?;
     step(
         "lints",
-        crate::cargo().args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]),
+        crate::workspace::cargo().args([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--locked",
+            "--",
+            "-D",
+            "warnings",
+        ]),
     )?;
     step(
         "documentation",
-        crate::cargo()
+        crate::workspace::cargo()
             .args(["doc", "--workspace", "--no-deps", "--locked"])
             // Links to private items are for whoever reads the source.
             .env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links"),
@@ -33,7 +41,10 @@ pub(crate) fn run() -> Result<(), String> {
     step("tests", &mut tests(nextest, &["--workspace"]))?;
     if nextest {
         // nextest has no documentation tests.
-        step("documentation tests", crate::cargo().args(["test", "--workspace", "--doc", "--locked"]))?;
+        step(
+            "documentation tests",
+            crate::workspace::cargo().args(["test", "--workspace", "--doc", "--locked"]),
+        )?;
     }
     // The same without io_uring, for the crates that wait for anything.
     let waiting = ["-p", "dolmen-rt", "-p", "dolmen-protocols", "-p", "dolmen-exports", "-p", "dolmen"];
@@ -50,7 +61,7 @@ pub(crate) fn run() -> Result<(), String> {
 }
 
 fn tests(nextest: bool, which: &[&str]) -> Command {
-    let mut c = crate::cargo();
+    let mut c = crate::workspace::cargo();
     c.args(if nextest { &["nextest", "run"][..] } else { &["test"][..] })
         .args(["--locked", "--no-fail-fast"])
         .args(which);
@@ -58,7 +69,7 @@ fn tests(nextest: bool, which: &[&str]) -> Command {
 }
 
 fn has_nextest() -> bool {
-    crate::cargo()
+    crate::workspace::cargo()
         .args(["nextest", "--version"])
         .stdout(Stdio::null())
         .stderr(Stdio::null())

@@ -79,13 +79,14 @@ fn children_cpu() -> Result<Duration> {
 pub(crate) fn target_dir() -> PathBuf {
     match std::env::var_os("CARGO_TARGET_DIR") {
         Some(dir) => dir.into(),
-        None => crate::root().join("target"),
+        None => crate::workspace::root().join("target"),
     }
 }
 
 /// Builds the program and gives its path.
 pub(super) fn build(target: &Path) -> Result<PathBuf> {
-    let status = crate::cargo().args(["build", "--quiet", "--release", "--package", "dolmen"]).status()?;
+    let status =
+        crate::workspace::cargo().args(["build", "--quiet", "--release", "--package", "dolmen"]).status()?;
     if !status.success() {
         return Err("dolmen could not be built".into());
     }
