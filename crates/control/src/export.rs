@@ -1,12 +1,20 @@
 //! The types of exports and the table of those that exist.
 
 use std::rc::Rc;
+use std::time::Duration;
 
+use async_channel::Receiver;
 use dolmen_exports::NbdServer;
 use dolmen_graph::Graph;
+use dolmen_qmp::QmpError;
 use dolmen_qmp::model::BlockExportInfo;
-use dolmen_qmp::schema::Branch;
+use dolmen_qmp::schema::{Branch, EventRow, ID};
+use dolmen_rt::Rt;
 use dolmen_types::{OpId, OptionSpec, OptionType};
+use serde_json::{Value as Json, json};
+
+/// How long a command that removes exports waits until their clients are gone.
+const CLIENTS_GO: Duration = Duration::from_secs(1);
 
 /// The types of exports, with the options that each has besides the common ones.
 pub(crate) const TYPES: &[Branch] = &[Branch {
@@ -57,3 +65,30 @@ pub(crate) async fn stop_server(server: Rc<NbdServer>, exports: &[String]) {
         }
     }
 }
+
+/// The answer of a command that removes exports: when they are gone, or soon whatever clients do. A request of theirs may
+/// wait for storage that never answers, and the caller wants to go on; an event tells when an export is gone.
+///
+/// # Errors
+/// Why they could not be removed.
+pub(crate) async fn clients_gone(rt: Rt, done: Receiver<Result<(), QmpError>>) -> Result<Json, QmpError> {
+    let gone = async {
+        match done.recv().await {
+            Ok(result) => result.map(|()| json!({})),
+            // The program ends, and they with it.
+            Err(_) => std::future::pending().await,
+        }
+    };
+    let late = async {
+        rt.sleep(CLIENTS_GO).await;
+        Ok(json!({}))
+    };
+    futures_lite::future::or(gone, late).await
+}
+
+/// The events.
+pub(crate) const EVENTS: &[EventRow] = &[EventRow {
+    name: "BLOCK_EXPORT_DELETED",
+    data: &ID,
+    help: "An export is gone and its id may be used again.",
+}];

@@ -5,26 +5,23 @@
 //! queue, so that an event raised by a command comes before the command's reply.
 //!
 //! A client that does not read is no danger to others: commands wait until its replies
-//! are below [`HIGH_WATER`], and when its events reach [`MAX_QUEUED`] it is disconnected.
+//! are below [`HIGH_WATER`], and when its events reach a limit it is disconnected.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
 
-use dolmen_qmp::{Session, Step, json, reply_error, reply_ok};
+use dolmen_qmp::{Session, Step, reply_error, reply_ok};
 use dolmen_rt::{Instant, Memory, Stream};
 use dolmen_types::Result;
 use event_listener::Event;
-use serde_json::Value as Json;
 
-use crate::Control;
+use crate::handle::Control;
+use crate::outgoing::{MonitorOptions, Outgoing};
 
 /// Bytes of replies that may wait before the next command is looked at.
 const HIGH_WATER: usize = 256 << 10;
-
-/// Bytes that may wait at all.
-const MAX_QUEUED: usize = 16 << 20;
 
 /// Commands that are looked at before their turn.
 const MAX_AHEAD: usize = 64;
@@ -35,104 +32,13 @@ const QUIT_WAITS: Duration = Duration::from_secs(5);
 /// Bytes received at a time.
 const RECEIVE: usize = 64 << 10;
 
-/// How a monitor behaves.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MonitorOptions {
-    /// Replies over several lines, for people.
-    pub pretty: bool,
-}
-
-/// Lines on their way to a client.
-pub(crate) struct Outgoing {
-    lines: RefCell<VecDeque<String>>,
-    /// Bytes in `lines`, and in the piece that is being sent.
-    bytes: Cell<usize>,
-    /// A command is being executed: its reply is still to come.
-    busy: Cell<bool>,
-    /// Events may be sent.
-    negotiated: Cell<bool>,
-    /// Nothing more is taken in.
-    closed: Cell<bool>,
-    options: MonitorOptions,
-    changed: Event,
-}
-
-impl Outgoing {
-    fn new(options: MonitorOptions) -> Rc<Outgoing> {
-        Rc::new(Outgoing {
-            lines: RefCell::default(),
-            bytes: Cell::new(0),
-            busy: Cell::new(false),
-            negotiated: Cell::new(false),
-            closed: Cell::new(false),
-            options,
-            changed: Event::new(),
-        })
-    }
-
-    fn push(&self, value: &Json) {
-        if self.closed.get() {
-            return;
-        }
-        let mut line = json::to_text(value, self.options.pretty);
-        line.push_str("\r\n");
-        self.bytes.set(self.bytes.get() + line.len());
-        self.lines.borrow_mut().push_back(line);
-        self.changed.notify(usize::MAX);
-    }
-
-    pub(crate) fn event(&self, event: &Json) {
-        if !self.negotiated.get() {
-            return;
-        }
-        if self.bytes.get() > MAX_QUEUED {
-            self.close();
-            return;
-        }
-        self.push(event);
-    }
-
-    fn close(&self) {
-        self.closed.set(true);
-        self.changed.notify(usize::MAX);
-    }
-
-    async fn until(&self, ready: impl Fn(&Outgoing) -> bool) {
-        while !ready(self) {
-            let listener = self.changed.listen();
-            if !ready(self) {
-                listener.await;
-            }
-        }
-    }
-
-    /// Completes when every reply has been sent, or never will be.
-    pub(crate) async fn emptied(&self) {
-        self.until(|o| (o.bytes.get() == 0 && !o.busy.get()) || o.closed.get()).await;
-    }
-
-    /// Sends lines until the queue is closed.
-    async fn send_all(&self, stream: &Stream) -> Result<()> {
-        loop {
-            self.until(|o| o.closed.get() || !o.lines.borrow().is_empty()).await;
-            let batch: String = self.lines.borrow_mut().drain(..).collect();
-            if batch.is_empty() {
-                return Ok(());
-            }
-            stream.send_bytes(batch.as_bytes()).await?;
-            self.bytes.set(self.bytes.get() - batch.len());
-            self.changed.notify(usize::MAX);
-        }
-    }
-}
-
 /// Takes a monitor off the list when its connection ends, however it ends.
 struct Registered<'a>(&'a Control, Rc<Outgoing>);
 
 impl Drop for Registered<'_> {
     fn drop(&mut self) {
         self.1.close();
-        self.0.shared.monitors.borrow_mut().retain(|m| !Rc::ptr_eq(m, &self.1));
+        self.0.world().monitors.borrow_mut().retain(|m| !Rc::ptr_eq(m, &self.1));
     }
 }
 
@@ -142,7 +48,7 @@ impl Drop for Registered<'_> {
 /// What the connection says.
 pub async fn serve_monitor(control: &Control, stream: Stream, options: MonitorOptions) -> Result<()> {
     let out = Outgoing::new(options);
-    control.shared.monitors.borrow_mut().push(out.clone());
+    control.world().monitors.borrow_mut().push(out.clone());
     let registered = Registered(control, out.clone());
     let ended = async {
         control.ended().await;
@@ -189,7 +95,7 @@ impl Incoming {
 /// Receives and executes at the same time: who wants to end the program must be heard while a command waits for
 /// storage that does not answer.
 async fn read_commands(control: &Control, stream: &Stream, out: &Outgoing) -> Result<()> {
-    let mut session = Session::new(control.shared.version.clone());
+    let mut session = Session::new(control.world().version.clone());
     out.push(&session.greeting());
     let incoming = Incoming::default();
     let executed = execute_all(control, &incoming, out);
@@ -273,10 +179,10 @@ async fn execute_all(control: &Control, incoming: &Incoming, out: &Outgoing) -> 
     }
 }
 
-/// Hears a `quit` that waits behind a command of the same client. Commands before it are executed as usual; but one that
+/// Minds a command that ends the program and waits behind another one of the same client. Commands before it are executed as usual; but one that
 /// does not come to an end is given up.
 async fn mind_quit(control: &Control, incoming: &Incoming) {
-    let is_quit = |(step, _): &(Step, bool)| matches!(step, Step::Execute(r) if r.name == "quit");
+    let is_quit = |(step, _): &(Step, bool)| matches!(step, Step::Execute(r) if control.ends(r));
     loop {
         incoming.until(|i| i.running.get().is_some() && i.steps.borrow().iter().any(is_quit)).await;
         let Some((number, since)) = incoming.running.get() else { continue };

@@ -12,8 +12,6 @@ use dolmen_qmp::model::{
 };
 use dolmen_types::ChildRole;
 
-use crate::stats::is_implicit;
-
 /// Sizes are told in whole sectors, although a file may end in the middle of one.
 const SECTOR: u64 = 512;
 
@@ -184,4 +182,20 @@ pub fn block_graph(graph: &Graph, ops: &[OpInfo]) -> BlockGraph {
         });
     }
     out
+}
+
+/// Whether an operation put the node there and nobody gave it a name.
+pub(crate) fn is_implicit(node: &Node) -> bool {
+    node.owner.is_some() && node.anonymous
+}
+
+/// The first node at or below this one that is shown.
+pub(crate) fn explicit(node: &Arc<Node>) -> &Arc<Node> {
+    let mut at = node;
+    while is_implicit(at)
+        && let Some(next) = at.filtered()
+    {
+        at = next;
+    }
+    at
 }

@@ -7,7 +7,9 @@ use std::time::Duration;
 use dolmen_rt::{Addr, Listener, Stream};
 use dolmen_types::{Error, ErrorKind, Result};
 
-use crate::{Control, MonitorOptions, serve_monitor};
+use crate::handle::Control;
+use crate::monitor::serve_monitor;
+use crate::outgoing::MonitorOptions;
 
 /// Pause after a failed accept: out of descriptors is over when a client leaves.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -60,7 +62,7 @@ impl MonitorSocket {
                     });
                 }
                 Some(Err(e)) => {
-                    (control.shared.log)(&format!("monitor socket {}: {e}", self.path.display()));
+                    control.world().log(&format!("monitor socket {}: {e}", self.path.display()));
                     control.rt().sleep(ACCEPT_PAUSE).await;
                 }
             }

@@ -12,10 +12,7 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::time::Duration;
 
-use dolmen::control::{
-    Change, Config, Control, ExportAdd, MonitorOptions, MonitorSocket, NbdServerStart, listen_monitor,
-    serve_monitor,
-};
+use dolmen::control::{Config, Control, MonitorOptions, MonitorSocket, listen_monitor, serve_monitor};
 use dolmen::qmp::{QmpError, Schema, Source, keyval};
 use dolmen::rt::{Addr, Rt, Signals, Stream, block_on_with, block_signals};
 use dolmen::types::{Error, ErrorKind, Options, Result, Value};
@@ -139,7 +136,7 @@ async fn serve(rt: &Rt, config: Config, plan: &Plan) -> std::result::Result<u8, 
     };
     // Ends with an error only if the end has begun already.
     let end = async {
-        let _ = control.change(Change::Quit).await;
+        control.quit();
         control.ended().await;
         true
     };
@@ -221,15 +218,15 @@ async fn execute(
     match given.kind {
         Kind::Blockdev => {
             let options = checked(control, text, Some("driver"), Schema::check_blockdev)?;
-            control.change(Change::BlockdevAdd(options)).await?;
+            control.command("blockdev-add", options).await?;
         }
         Kind::Export => {
             let options = checked(control, text, Some("type"), Schema::check_export)?;
-            control.change(Change::ExportAdd(ExportAdd::from_options(options)?)).await?;
+            control.command("block-export-add", options).await?;
         }
         Kind::NbdServer => {
             let options = checked(control, text, None, Schema::check_nbd_server)?;
-            control.change(Change::NbdServerStart(NbdServerStart::from_options(options)?)).await?;
+            control.command("nbd-server-start", options).await?;
         }
         Kind::Chardev => {
             let chardev = open_chardev(control, text).await?;

@@ -74,8 +74,7 @@ pub struct BlockJobInfo {
     pub error: Option<String>,
 }
 
-pub(crate) use stats::{BLOCK_INFO, BLOCK_STATS};
-pub use stats::{BlockDeviceStats, BlockInfo, BlockStats, FileStats};
+pub use stats::{BLOCK_INFO, BLOCK_STATS, BlockDeviceStats, BlockInfo, BlockStats, FileStats};
 
 /// One entry of `query-named-block-nodes`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -275,7 +274,8 @@ pub fn permission_words(actions: Actions) -> Vec<&'static str> {
 
 const PERMISSIONS: Ty = Ty::Array(&Ty::Enum(&["consistent-read", "write", "write-unchanged", "resize"]));
 
-pub(crate) static BLOCK_DEVICE_INFO: Shape = Shape::of(&[
+/// The shape of it.
+pub static BLOCK_DEVICE_INFO: Shape = Shape::of(&[
     Field::required("file", Ty::Str),
     Field::optional("node-name", Ty::Str),
     Field::required("ro", Ty::Bool),
@@ -361,14 +361,16 @@ static FORMAT_SPECIFIC: Shape = Shape {
     ],
 };
 
-pub(crate) static BLOCK_EXPORT_INFO: Shape = Shape::of(&[
+/// The shape of it.
+pub static BLOCK_EXPORT_INFO: Shape = Shape::of(&[
     Field::required("id", Ty::Str),
     Field::required("type", Ty::ExportName),
     Field::required("node-name", Ty::Str),
     Field::required("shutting-down", Ty::Bool),
 ]);
 
-pub(crate) static BLOCK_GRAPH: Shape = Shape::of(&[
+/// The shape of it.
+pub static BLOCK_GRAPH: Shape = Shape::of(&[
     Field::required(
         "nodes",
         Ty::Array(&Ty::Object(&Shape::of(&[
@@ -389,7 +391,8 @@ pub(crate) static BLOCK_GRAPH: Shape = Shape::of(&[
     ),
 ]);
 
-pub(crate) static JOB_INFO: Shape = Shape::of(&[
+/// The shape of it.
+pub static JOB_INFO: Shape = Shape::of(&[
     Field::required("id", Ty::Str),
     Field::required("type", Ty::Enum(jobs::TYPES)),
     Field::required("status", Ty::Enum(jobs::STATUS)),
@@ -399,7 +402,8 @@ pub(crate) static JOB_INFO: Shape = Shape::of(&[
     Field::optional("error", Ty::Str),
 ]);
 
-pub(crate) static BLOCK_JOB_INFO: Shape = Shape {
+/// The shape of it.
+pub static BLOCK_JOB_INFO: Shape = Shape {
     fields: &[
         Field::required("type", Ty::Enum(jobs::TYPES)),
         Field::required("device", Ty::Str),

@@ -90,7 +90,7 @@ fn commands_wait_for_what_was_given_up() {
                         .unwrap_or_else(|e| panic!("{what}: {}", e.desc));
                 }
                 None => {
-                    world.control.change(dolmen_control::Change::Quit).await.unwrap();
+                    world.control.quit();
                     world.control.ended().await;
                 }
             }

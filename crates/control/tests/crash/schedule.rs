@@ -178,7 +178,7 @@ pub(crate) fn run(schedule: Schedule, seed: u64) -> Result<Ran, String> {
         *done.counts.entry("given up").or_default() += world.given_up.get();
         drop(play);
         world.guest.take();
-        world.control.change(dolmen_control::Change::Quit).await.map_err(|e| e.desc)?;
+        world.control.quit();
         world.control.ended().await;
         let errors = schedule_errors;
         let oracle = world.oracle.replace(Oracle::new(Vec::new()));

@@ -8,7 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use dolmen_control::{Change, Config, Control, JobStart};
+use dolmen_control::{Config, Control, JobStart};
 use dolmen_graph::{
     AccessRule, Class, Common, Draft, DriverKind, Implicit, Node, NodeOpener, OpInfo, OpenCx, OpenPolicy,
     Opened, Opener, Parsed, Registry, UserEdge,
@@ -295,7 +295,7 @@ impl World {
         let edge = Rc::new(RefCell::new(None));
         let work = Box::new(Attach { node: node.to_owned(), needs, edge: edge.clone() });
         let options = JobOptions::new(OpId::parse(id).expect("a good id"));
-        self.control.change(Change::JobStart(JobStart { work, options })).await?;
+        self.control.start_job(JobStart { work, options }).await?;
         loop {
             if let Some(edge) = edge.borrow().clone() {
                 return Ok(edge);

@@ -4,6 +4,8 @@
 mod blkdebug;
 mod commands;
 mod copy_on_read;
+mod guard;
 mod monitors;
-mod owed;
+mod qmp;
+
 mod rig;

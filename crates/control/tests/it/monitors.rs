@@ -1,6 +1,6 @@
 //! Connections: many at once, broken ones, slow ones, and the end.
 
-use dolmen_control::{Change, listen_monitor};
+use dolmen_control::listen_monitor;
 use dolmen_types::ErrorKind;
 use serde_json::json;
 
@@ -89,7 +89,8 @@ fn quit_answers_and_hangs_up() {
         }
         rig.control.ended().await;
         assert!(!rig.path("nbd.sock").exists());
-        let late = rig.control.change(Change::NbdServerStop).await.expect_err("too late");
+        let late =
+            rig.control.command("nbd-server-stop", dolmen_types::Options::new()).await.expect_err("too late");
         assert_eq!(late.desc, "The daemon is shutting down");
     });
 }

@@ -18,7 +18,7 @@ use dolmen_types::{
 use serde_json::{Value as Json, json};
 use tempfile::TempDir;
 
-static ROWS: &[&DriverKind] = &[&dolmen_sim::MEMORY, &PASS, &STUCK, &crate::owed::GATED];
+static ROWS: &[&DriverKind] = &[&dolmen_sim::MEMORY, &PASS, &STUCK, &crate::guard::GATED];
 
 /// A filter that does nothing.
 static PASS: DriverKind = DriverKind {
@@ -155,7 +155,7 @@ pub(crate) fn with_rig<Fut: Future<Output = ()> + 'static>(test: impl FnOnce(Arc
         #[allow(clippy::arc_with_non_send_sync, reason = "never leaves the thread; Rc would do as well")]
         let rig = Arc::new(Rig { control: control.clone(), rt, dir });
         test(rig).await;
-        let _ = control.change(dolmen_control::Change::Quit).await;
+        control.quit();
         control.ended().await;
     });
 }

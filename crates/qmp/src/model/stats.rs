@@ -124,7 +124,8 @@ static TIMED_STATS: Shape = Shape::of(&[
     Field::required("avg_zone_append_queue_depth", Ty::Number),
 ]);
 
-pub(crate) static BLOCK_STATS: Shape = Shape::of(&[
+/// The shape of it.
+pub static BLOCK_STATS: Shape = Shape::of(&[
     Field::optional("device", Ty::Str),
     Field::optional("qdev", Ty::Str),
     Field::optional("node-name", Ty::Str),
@@ -164,7 +165,8 @@ pub struct BlockInfo {
     pub inserted: Option<BlockDeviceInfo>,
 }
 
-pub(crate) static BLOCK_INFO: Shape = Shape::of(&[
+/// The shape of it.
+pub static BLOCK_INFO: Shape = Shape::of(&[
     Field::required("device", Ty::Str),
     Field::optional("qdev", Ty::Str),
     Field::required("type", Ty::Str),

@@ -1,22 +1,22 @@
 //! One table of commands, from which checks and introspection derive.
 //!
-//! The rows ([`commands`]) are constants written with [`Ty`], [`Shape`] and
-//! [`Field`]. [`Schema::new`] joins them with the option rows of the drivers and
+//! The rows are constants written with [`Ty`], [`Shape`] and [`Field`], each beside the code of its command.
+//! [`Schema::new`] joins them with the option rows of the drivers and
 //! export types that the program has, into an arena of types in which equal shapes
 //! occur once. Recursive types (a node definition holds node definitions) are
 //! cycles in the arena.
 
-mod changes;
 mod check;
-pub mod commands;
 mod introspect;
 pub mod jobs;
+mod shapes;
 
 use std::collections::HashMap;
 
 use dolmen_types::{OptionSpec, OptionType};
 
 pub use check::Source;
+pub use shapes::{EMPTY, ID, NOTHING, SCHEMA_INFO, SOCKET_ADDRESS_LEGACY, VERSION_INFO};
 
 /// A type in a command row.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +39,8 @@ pub enum Ty {
     Array(&'static Ty),
     /// An object.
     Object(&'static Shape),
+    /// A list of objects.
+    List(&'static Shape),
     /// The name of a driver that exists.
     DriverName,
     /// The name of an export type that exists.
@@ -51,6 +53,8 @@ pub enum Ty {
     NodeRef,
     /// What `blockdev-create` is to make: a driver that exists, and its options.
     BlockdevCreateOptions,
+    /// An action of `transaction`: the name and the arguments of a command that can be part of one, or "abort".
+    TransactionAction,
 }
 
 /// A member of an object.
@@ -94,7 +98,7 @@ impl Shape {
 }
 
 /// A command.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Command {
     /// Its name.
     pub name: &'static str,
@@ -104,12 +108,14 @@ pub struct Command {
     pub returns: Ty,
     /// Special properties: "unstable".
     pub features: &'static [&'static str],
+    /// Whether it can be an action of a transaction.
+    pub in_transactions: bool,
     /// One line for people.
     pub help: &'static str,
 }
 
 /// An event.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct EventRow {
     /// Its name.
     pub name: &'static str,
@@ -130,9 +136,13 @@ pub struct Branch {
     pub features: &'static [&'static str],
 }
 
-/// What the program has, beyond the commands.
+/// What the program has.
 #[derive(Clone, Copy, Debug)]
 pub struct Sources<'a> {
+    /// The commands, in the order in which they are listed.
+    pub commands: &'a [Command],
+    /// The events.
+    pub events: &'a [EventRow],
     /// Options of every node.
     pub node_options: &'a [OptionSpec],
     /// The drivers.
@@ -190,6 +200,7 @@ enum Origin {
     Options(*const OptionSpec, usize, Vec<&'static str>),
     Alternate(&'static str),
     Named(&'static str),
+    Action(&'static str),
 }
 
 #[derive(Debug)]
@@ -211,9 +222,6 @@ pub struct Schema {
     nbd_server: TypeId,
 }
 
-/// The empty object.
-pub(crate) static EMPTY: Shape = Shape::of(&[]);
-
 /// Makes a [`Schema`].
 struct Builder<'a> {
     types: Vec<TypeDef>,
@@ -225,10 +233,9 @@ impl Schema {
     /// The schema of a program with these drivers and export types.
     pub fn new(sources: Sources<'_>) -> Schema {
         let mut b = Builder { types: Vec::new(), known: HashMap::new(), sources };
-        let commands = commands::COMMANDS
+        let commands = sources
+            .commands
             .iter()
-            .chain(changes::COMMANDS)
-            .chain(jobs::COMMANDS)
             .map(|c| CommandDef {
                 name: c.name,
                 arguments: b.ty(c.arguments),
@@ -236,10 +243,10 @@ impl Schema {
                 features: c.features,
             })
             .collect();
-        let events = commands::EVENTS.iter().chain(jobs::EVENTS).map(|e| (e.name, b.shape(e.data))).collect();
+        let events = sources.events.iter().map(|e| (e.name, b.shape(e.data))).collect();
         let blockdev = b.blockdev_options();
         let export = b.export_options();
-        let nbd_server = b.shape(&commands::NBD_SERVER_OPTIONS);
+        let nbd_server = b.shape(&shapes::NBD_SERVER_OPTIONS);
         Schema { types: b.types, commands, events, blockdev, export, nbd_server }
     }
 
@@ -301,12 +308,17 @@ impl Builder<'_> {
                 self.array(of)
             }
             Ty::Object(shape) => self.shape(shape),
+            Ty::List(of) => {
+                let of = self.shape(of);
+                self.array(of)
+            }
             Ty::DriverName => self.driver_names(),
             Ty::ExportName => self.export_names(),
             Ty::BlockdevOptions => self.blockdev_options(),
             Ty::BlockExportOptions => self.export_options(),
             Ty::NodeRef => self.node_ref("BlockdevRef", false),
             Ty::BlockdevCreateOptions => self.create_options(),
+            Ty::TransactionAction => self.transaction_action(),
         }
     }
 
@@ -358,7 +370,7 @@ impl Builder<'_> {
                 let of = self.options(m, &[]);
                 self.array(of)
             }
-            OptionType::SocketAddress => self.shape(&commands::SOCKET_ADDRESS),
+            OptionType::SocketAddress => self.shape(&shapes::SOCKET_ADDRESS),
         };
         FieldDef { name: o.name, ty, optional: !o.required }
     }
@@ -394,7 +406,7 @@ impl Builder<'_> {
     fn export_options(&mut self) -> TypeId {
         self.object(Origin::Named("BlockExportOptions"), |b| {
             let mut fields = vec![FieldDef { name: "type", ty: b.export_names(), optional: false }];
-            fields.extend(commands::EXPORT_OPTIONS.iter().map(|f| FieldDef {
+            fields.extend(shapes::EXPORT_OPTIONS.iter().map(|f| FieldDef {
                 name: f.name,
                 ty: b.ty(f.ty),
                 optional: f.optional,
@@ -411,6 +423,26 @@ impl Builder<'_> {
             let drivers = b.sources.drivers;
             let union = drivers.iter().map(|d| (d.name, b.shape(of(d.name)))).collect();
             ObjectDef { fields, union: Some(("driver", union)), features: Vec::new() }
+        })
+    }
+
+    fn transaction_action(&mut self) -> TypeId {
+        self.object(Origin::Named("TransactionAction"), |b| {
+            let commands = b.sources.commands.iter().filter(|c| c.in_transactions);
+            let mut actions: Vec<_> = commands.map(|c| (c.name, c.arguments)).collect();
+            actions.push(("abort", NOTHING));
+            actions.sort_by_key(|(name, _)| *name);
+            let names = b.words(actions.iter().map(|(name, _)| *name).collect());
+            let union = actions
+                .into_iter()
+                .map(|(name, arguments)| {
+                    let data = |b: &mut Self| FieldDef { name: "data", ty: b.ty(arguments), optional: false };
+                    let of = |b: &mut Self| ObjectDef { fields: vec![data(b)], ..ObjectDef::default() };
+                    (name, b.object(Origin::Action(name), of))
+                })
+                .collect();
+            let fields = vec![FieldDef { name: "type", ty: names, optional: false }];
+            ObjectDef { fields, union: Some(("type", union)), features: Vec::new() }
         })
     }
 

@@ -10,7 +10,7 @@ use dolmen_qmp::{Framer, Session, Step, Version};
 use serde_json::{Value as Json, json};
 use tempfile::TempDir;
 
-use crate::schema;
+use super::schema;
 
 /// A running daemon with one connected monitor.
 struct Peer {

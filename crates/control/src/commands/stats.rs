@@ -1,26 +1,29 @@
-//! Counters as clients see them: pure functions from a snapshot.
+//! Counters, as clients see them, and the write threshold.
 //!
 //! A user that answers requests of clients (an export) is shown as a device, with the counters of what its clients
 //! asked for; nodes show what came to them, also when nobody knows it as a device. Nodes that an operation put
 //! there without a name are stepped over: a client that has not asked for them does not see them.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use dolmen_graph::{Counts, Graph, Node, UserEdge};
-use dolmen_qmp::model::{BlockDeviceStats, BlockExportInfo, BlockInfo, BlockStats, FileStats};
-use dolmen_rt::Instant;
+use dolmen_qmp::QmpError;
+use dolmen_qmp::model::{self, BlockDeviceStats, BlockExportInfo, BlockInfo, BlockStats, FileStats};
+use dolmen_qmp::schema::{Field, NOTHING, Shape, Ty};
+use dolmen_rt::{Instant, LocalFuture};
 use dolmen_types::ChildRole;
+use serde_json::json;
 
-use crate::query::Images;
+use crate::act::{Act, Proposal, Wait};
+use crate::guard::Guard;
+use crate::query::{Images, explicit, is_implicit};
+use crate::row::CommandRow;
+use crate::world::{Answer, Done, World};
 
 /// The reply of `query-blockstats`: every node, or every export.
-pub(crate) fn block_stats(
-    graph: &Graph,
-    exports: &[BlockExportInfo],
-    nodes: bool,
-    now: Instant,
-) -> Vec<BlockStats> {
+fn block_stats(graph: &Graph, exports: &[BlockExportInfo], nodes: bool, now: Instant) -> Vec<BlockStats> {
     if nodes {
         return graph.nodes.iter().filter(|n| !is_implicit(n)).map(|n| node_stats(n, false)).collect();
     }
@@ -38,7 +41,7 @@ pub(crate) fn block_stats(
 }
 
 /// The reply of `query-block`: every export and what it shows.
-pub(crate) fn blocks(graph: &Graph, exports: &[BlockExportInfo]) -> Vec<BlockInfo> {
+fn blocks(graph: &Graph, exports: &[BlockExportInfo]) -> Vec<BlockInfo> {
     let shown: Vec<_> = devices(graph, exports).map(|(id, edge)| (id, edge.node())).collect();
     let images = Images::default();
     shown
@@ -61,22 +64,6 @@ fn devices<'a>(
     // The first edge of an operation is what its export shows.
     let edges: HashMap<&str, _> = graph.users.iter().rev().map(|u| (u.op().as_str(), u)).collect();
     exports.iter().filter_map(move |e| Some((e.id.as_str(), *edges.get(e.id.as_str())?)))
-}
-
-/// Whether an operation put the node there and nobody gave it a name.
-pub(crate) fn is_implicit(node: &Node) -> bool {
-    node.owner.is_some() && node.anonymous
-}
-
-/// The first node at or below this one that is shown.
-pub(crate) fn explicit(node: &Arc<Node>) -> &Arc<Node> {
-    let mut at = node;
-    while is_implicit(at)
-        && let Some(next) = at.filtered()
-    {
-        at = next;
-    }
-    at
 }
 
 /// What has come to a node and to those below it.
@@ -126,3 +113,73 @@ fn shown(c: &Counts) -> BlockDeviceStats {
         ..BlockDeviceStats::default()
     }
 }
+
+/// The first write beyond an offset is announced. Changes no link and no grant, so nothing is drafted.
+struct SetWriteThreshold {
+    node: String,
+    /// The offset in bytes; 0 for none.
+    threshold: u64,
+}
+
+impl SetWriteThreshold {
+    fn node(&self, world: &World) -> Result<Arc<Node>, QmpError> {
+        let node = world.owner.graph().node(&self.node).cloned();
+        node.ok_or_else(|| QmpError::generic(format!("Device '{}' not found", self.node)))
+    }
+}
+
+impl Act for SetWriteThreshold {
+    fn wait(&self, _: &World) -> Wait {
+        Wait::Nothing
+    }
+
+    fn propose<'a>(&'a mut self, p: &'a mut Proposal<'_>) -> LocalFuture<'a, Done> {
+        Box::pin(async move { self.node(p.world).map(drop) })
+    }
+
+    fn perform(self: Box<Self>, world: Rc<World>, _: Option<Guard>) -> LocalFuture<'static, Answer> {
+        Box::pin(async move {
+            let node = self.node(&world)?;
+            node.state.set_write_threshold(Some(self.threshold).filter(|t| *t != 0));
+            Ok(json!({}))
+        })
+    }
+}
+
+static QUERY_NODES: Shape = Shape::of(&[Field::optional("query-nodes", Ty::Bool)]);
+static THRESHOLD: Shape =
+    Shape::of(&[Field::required("node-name", Ty::Str), Field::required("write-threshold", Ty::Size)]);
+
+pub(crate) const ROWS: &[CommandRow] = &[
+    CommandRow::query(
+        "query-block",
+        NOTHING,
+        Ty::List(&model::BLOCK_INFO),
+        |world, _| {
+            let graph = world.owner.graph();
+            Ok(model::to_json(&blocks(&graph, &world.exports_of(&graph))))
+        },
+        "Every export as a device, with the node that it shows.",
+    ),
+    CommandRow::query(
+        "query-blockstats",
+        Ty::Object(&QUERY_NODES),
+        Ty::List(&model::BLOCK_STATS),
+        |world, mut o| {
+            let nodes = o.take_bool("query-nodes")?.unwrap_or(false);
+            let graph = world.owner.graph();
+            Ok(model::to_json(&block_stats(&graph, &world.exports_of(&graph), nodes, world.rt.now())))
+        },
+        "Counters of every export, or with query-nodes of every node.",
+    ),
+    CommandRow::verb(
+        "block-set-write-threshold",
+        Ty::Object(&THRESHOLD),
+        |_, mut o| {
+            let node = o.require_str("node-name")?;
+            let threshold = o.take_size("write-threshold")?.unwrap_or(0);
+            Ok(Box::new(SetWriteThreshold { node, threshold }))
+        },
+        "Announces the first write to a node that ends beyond the threshold; 0 for none.",
+    ),
+];

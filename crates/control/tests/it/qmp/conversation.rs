@@ -6,7 +6,7 @@ use dolmen_qmp::{QmpError, Session, Step, Version, json, reply_error, reply_ok};
 use dolmen_types::{Actions, Conflict, Error, ErrorKind, Party, Value};
 use serde_json::json;
 
-use crate::schema;
+use super::schema;
 
 /// Feeds a client's bytes and renders every step; executed commands show their
 /// name and arguments.

@@ -7,7 +7,7 @@ use dolmen_qmp::{Source, Version, keyval};
 use dolmen_types::Actions;
 use serde_json::{Value as Json, json};
 
-use crate::schema;
+use super::schema;
 
 /// Names that an entry of the introspection refers to.
 fn references(entry: &Json) -> Vec<&str> {

@@ -1,46 +1,41 @@
-//! Operations made visible: who uses what, what would be refused, and operations of
-//! somebody else's who wants to be respected.
+//! Operations made visible: who uses what, and operations of external tools that want to be respected.
 
 use dolmen_graph::{ClaimScope, Draft, Graph, OpClaim, OpInfo};
-use dolmen_qmp::{QmpError, model};
-use dolmen_rt::Instant;
+use dolmen_qmp::model;
+use dolmen_qmp::schema::{Field, ID, NOTHING, Shape, Ty};
+use dolmen_rt::{Instant, LocalFuture};
 use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Value};
 use serde_json::{Value as Json, json};
 
-use crate::act;
-use crate::task::Task;
-use crate::{Change, query};
+use crate::act::{Edit, Proposal};
+use crate::query;
+use crate::row::CommandRow;
+use crate::world::Done;
 
 /// An operation of an external tool.
-#[derive(Debug)]
-pub struct OperationBegin {
+struct Begin {
     /// Unique among all operations.
-    pub id: String,
+    id: String,
     /// For people.
-    pub detail: String,
+    detail: String,
     /// What it needs and allows where.
-    pub claims: Vec<ToolClaim>,
+    claims: Vec<ToolClaim>,
 }
 
 /// A claim of an external tool.
-#[derive(Debug)]
-pub struct ToolClaim {
+struct ToolClaim {
     /// The node, which can't go away meanwhile.
-    pub node: String,
+    node: String,
     /// What the tool does.
-    pub needs: Actions,
+    needs: Actions,
     /// What others may not do.
-    pub denies: Actions,
+    denies: Actions,
     /// Why.
-    pub why: String,
+    why: String,
 }
 
-impl OperationBegin {
-    /// Reads the arguments of `operation-begin`.
-    ///
-    /// # Errors
-    /// When a member is missing or unknown.
-    pub fn from_options(mut o: Options) -> Result<OperationBegin> {
+impl Begin {
+    fn from_options(mut o: Options) -> Result<Begin> {
         let mut claims = Vec::new();
         for claim in o.take_list("claims")?.unwrap_or_default() {
             let mut c = Options::from_value(claim)?;
@@ -52,7 +47,7 @@ impl OperationBegin {
             });
             c.finish("claim")?;
         }
-        let out = OperationBegin {
+        let out = Begin {
             id: o.require_str("id")?,
             detail: o.take_str("detail")?.unwrap_or_else(|| "external".to_owned()),
             claims,
@@ -77,11 +72,17 @@ fn actions(o: &mut Options, name: &str) -> Result<Actions> {
     Ok(out)
 }
 
+impl Edit for Begin {
+    fn propose<'a>(self: Box<Self>, p: &'a mut Proposal<'_>) -> LocalFuture<'a, Done> {
+        Box::pin(async move { Ok(begin(p.draft(), *self)?) })
+    }
+}
+
 /// Puts an external operation into a draft.
 ///
 /// # Errors
 /// The solver's; `NotFound`; `AlreadyExists`.
-pub(crate) fn propose_begin(draft: &mut Draft, begin: OperationBegin) -> Result<(), QmpError> {
+fn begin(draft: &mut Draft, begin: Begin) -> Result<()> {
     let id = OpId::parse(&begin.id)?;
     draft.add_op(OpInfo {
         id: id.clone(),
@@ -108,15 +109,25 @@ pub(crate) fn propose_begin(draft: &mut Draft, begin: OperationBegin) -> Result<
     Ok(())
 }
 
+/// The end of such an operation.
+struct End {
+    id: String,
+}
+
+impl Edit for End {
+    fn propose<'a>(self: Box<Self>, p: &'a mut Proposal<'_>) -> LocalFuture<'a, Done> {
+        Box::pin(async move { Ok(end(p.draft(), &self.id)?) })
+    }
+}
+
 /// Takes an external operation out of a draft.
 ///
 /// # Errors
 /// `NotFound`, also for operations that end in another way.
-pub(crate) fn propose_end(draft: &mut Draft, id: &str) -> Result<(), QmpError> {
+fn end(draft: &mut Draft, id: &str) -> Result<()> {
     let Some(op) = draft.ops().iter().find(|o| o.id.as_str() == id).cloned() else {
         return Err(Error::new(ErrorKind::NotFound, format!("Operation '{id}' is not found"))
-            .remedy("query-operations lists them")
-            .into());
+            .remedy("query-operations lists them"));
     };
     if op.kind != "tool" {
         let e = Error::new(
@@ -126,8 +137,7 @@ pub(crate) fn propose_end(draft: &mut Draft, id: &str) -> Result<(), QmpError> {
         return Err(match op.ends_with {
             Some(way) => e.remedy(way),
             None => e,
-        }
-        .into());
+        });
     }
     draft.remove_op(&op.id);
     draft.sweep();
@@ -135,7 +145,7 @@ pub(crate) fn propose_end(draft: &mut Draft, id: &str) -> Result<(), QmpError> {
 }
 
 /// The reply of `query-operations`.
-pub(crate) fn list(graph: &Graph, ops: &[OpInfo], claims: &[OpClaim], now: Instant) -> Json {
+fn list(graph: &Graph, ops: &[OpInfo], claims: &[OpClaim], now: Instant) -> Json {
     let words = |a: Actions| -> Vec<&str> { a.iter().map(|a| a.word()).collect() };
     ops.iter()
         .map(|op| {
@@ -175,32 +185,83 @@ pub(crate) fn list(graph: &Graph, ops: &[OpInfo], claims: &[OpClaim], now: Insta
         .collect()
 }
 
-/// The reply of `what-if`: the graph that a command would leave, or why it would be refused. It is found out by doing
-/// the command up to the point where something changes.
-pub(crate) async fn what_if(task: &Task, change: Change) -> Json {
-    let mut draft = task.owner.draft();
-    let mut started = Vec::new();
-    let rehearsed = async {
-        act::propose(task, &mut draft, change, &mut started).await?;
-        Ok(task.owner.rehearse(&mut draft).await?)
-    };
-    let rehearsed = task.shared.patiently(rehearsed).await;
-    let said = match rehearsed {
-        Ok(graph) => {
-            let graph = model::to_json(&query::block_graph(&graph, draft.ops()));
-            let mut out = json!({"allowed": true, "graph": graph});
-            if let Some(e) = started.iter().find_map(|s| s.fails.as_ref()) {
-                out["job-error"] = e.to_json();
-            }
-            out
-        }
-        Err(e) => refused(&e),
-    };
-    task.let_go(draft).await;
-    said
-}
+/// The words for what is done to a node.
+const ACTIONS: Ty = Ty::Array(&Ty::Enum(&[
+    "consistent-read",
+    "write",
+    "write-unchanged",
+    "resize",
+    "relink-children",
+    "relink-parents",
+    "read-metadata",
+]));
 
-/// The reply of `what-if` about a command that is refused.
-pub(crate) fn refused(why: &QmpError) -> Json {
-    json!({"allowed": false, "error": why.to_json()})
-}
+static TOUCHED: Shape = Shape::of(&[
+    Field::required("node-name", Ty::Str),
+    Field::required("needs", ACTIONS),
+    Field::required("allows", ACTIONS),
+]);
+
+static OPERATION: Shape = Shape::of(&[
+    Field::required("id", Ty::Str),
+    Field::required("kind", Ty::Str),
+    Field::required("detail", Ty::Str),
+    Field::optional("since-seconds", Ty::Int),
+    Field::optional("ends-with", Ty::Str),
+    Field::required("edges", Ty::List(&TOUCHED)),
+    Field::required("claims", Ty::List(&CLAIMED)),
+    Field::required("filters", Ty::Array(&Ty::Str)),
+]);
+
+static CLAIMED: Shape = Shape::of(&[
+    Field::required("node-name", Ty::Str),
+    Field::required("needs", ACTIONS),
+    Field::required("allows", ACTIONS),
+    Field::required("why", Ty::Str),
+]);
+
+static CLAIM: Shape = Shape::of(&[
+    Field::required("node-name", Ty::Str),
+    Field::optional("needs", ACTIONS),
+    Field::optional("denies", ACTIONS),
+    Field::optional("why", Ty::Str),
+]);
+
+static BEGIN: Shape = Shape::of(&[
+    Field::required("id", Ty::Str),
+    Field::optional("detail", Ty::Str),
+    Field::required("claims", Ty::List(&CLAIM)),
+]);
+
+pub(crate) const ROWS: &[CommandRow] = &[
+    CommandRow::query(
+        "x-debug-query-block-graph",
+        NOTHING,
+        Ty::Object(&model::BLOCK_GRAPH),
+        |world, _| Ok(model::to_json(&query::block_graph(&world.owner.graph(), &world.operations()))),
+        "Nodes, users and edges with what each edge needs and allows.",
+    )
+    .features(&["unstable"]),
+    CommandRow::query(
+        "query-operations",
+        NOTHING,
+        Ty::List(&OPERATION),
+        |world, _| {
+            let (graph, claims) = (world.owner.graph(), world.owner.claims());
+            Ok(list(&graph, &world.operations(), &claims, world.rt.now()))
+        },
+        "Who uses which node for what, and what they allow others.",
+    ),
+    CommandRow::edit(
+        "operation-begin",
+        Ty::Object(&BEGIN),
+        |_, o| Ok(Box::new(Begin::from_options(o)?)),
+        "Protects what an external tool does with nodes until operation-end.",
+    ),
+    CommandRow::edit(
+        "operation-end",
+        Ty::Object(&ID),
+        |_, mut o| Ok(Box::new(End { id: o.require_str("id")? })),
+        "Ends an operation that operation-begin has begun.",
+    ),
+];

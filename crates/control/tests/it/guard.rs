@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
-use dolmen_control::{Change, Config, Control};
+use dolmen_control::{Config, Control};
 use dolmen_graph::{
     AccessRule, Class, Cx, Description, Driver, DriverKind, Extent, Implicit, Limits, Node, NodeChange, Op,
     OpenCx, OpenPolicy, Opened, Opener, Parsed, Plan, Prepared, Registry, Request, Where,
@@ -169,15 +169,18 @@ fn simulated<F: Future<Output = ()> + 'static>(test: impl FnOnce(Rt, Control) ->
         let config = Config { registry: Registry::new(ROWS), policy, log: |line| eprintln!("log: {line}") };
         let control = Control::start(&rt, config);
         let disk = Options::new().with("driver", "gated").with("node-name", "disk");
-        control.change(Change::BlockdevAdd(disk)).await.expect("added");
+        control.command("blockdev-add", disk).await.expect("added");
         test(rt, control.clone()).await;
-        control.change(Change::Quit).await.expect("accepted");
+        control.quit();
         control.ended().await;
     });
 }
 
-fn resize(size: u64) -> Change {
-    Change::Resize { node: "disk".into(), size }
+async fn resize(
+    control: &Control,
+    size: u64,
+) -> std::result::Result<serde_json::Value, dolmen_qmp::QmpError> {
+    control.command("block_resize", Options::new().with("node-name", "disk").with("size", size)).await
 }
 
 fn size(control: &Control) -> u64 {
@@ -195,14 +198,14 @@ fn a_command_that_takes_long_is_answered_and_ends_later() {
     simulated(|rt, control| async move {
         let gate = Gate::here();
         gate.resizes.store(1, SeqCst);
-        let late = control.change(resize(2 << 20)).await.expect_err("it waits");
+        let late = resize(&control, 2 << 20).await.expect_err("it waits");
         assert!(late.desc.contains("has not finished within 30 s"), "{}", late.desc);
         // Guarded until it ends.
-        let refused = control.change(resize(3 << 20)).await.expect_err("guarded");
+        let refused = resize(&control, 3 << 20).await.expect_err("guarded");
         assert!(refused.desc.contains("block_resize"), "{}", refused.desc);
         gate.open(&gate.resizes);
         until(&rt, || size(&control) == 2 << 20).await;
-        control.change(resize(3 << 20)).await.expect("nothing is in its way");
+        resize(&control, 3 << 20).await.expect("nothing is in its way");
         assert_eq!(size(&control), 3 << 20);
     });
 }
@@ -212,12 +215,12 @@ fn a_command_that_nobody_waits_for_ends_all_the_same() {
     simulated(|rt, control| async move {
         let gate = Gate::here();
         gate.resizes.store(1, SeqCst);
-        let asked = rt.timeout(std::time::Duration::from_secs(1), control.change(resize(2 << 20)));
+        let asked = rt.timeout(std::time::Duration::from_secs(1), resize(&control, 2 << 20));
         assert!(asked.await.is_none(), "it waits, and is dropped");
         assert_eq!(gate.waiting.load(SeqCst), 1);
         gate.open(&gate.resizes);
         until(&rt, || size(&control) == 2 << 20).await;
-        control.change(resize(3 << 20)).await.expect("nothing is in its way");
+        resize(&control, 3 << 20).await.expect("nothing is in its way");
     });
 }
 
@@ -227,12 +230,12 @@ fn what_is_not_opened_in_time_is_given_up() {
     simulated(|_, control| async move {
         let gate = Gate::here();
         gate.opens.store(1, SeqCst);
-        let add = || Change::BlockdevAdd(Options::new().with("driver", "gated").with("node-name", "other"));
-        let late = control.change(add()).await.expect_err("nobody answers");
+        let other = || Options::new().with("driver", "gated").with("node-name", "other");
+        let late = control.command("blockdev-add", other()).await.expect_err("nobody answers");
         assert!(late.desc.contains("did not answer within 30 s"), "{}", late.desc);
         gate.open(&gate.opens);
         assert!(control.graph().node("other").is_none());
-        control.change(add()).await.expect("it answers, and the name is free");
+        control.command("blockdev-add", other()).await.expect("it answers, and the name is free");
     });
 }
 

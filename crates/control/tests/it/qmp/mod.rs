@@ -6,7 +6,7 @@ mod peer;
 mod schema;
 
 use dolmen_qmp::Schema;
-use dolmen_qmp::schema::{Branch, Sources};
+use dolmen_qmp::schema::Branch;
 use dolmen_types::{OptionSpec, OptionType};
 
 const NODE_OPTIONS: &[OptionSpec] = &[
@@ -83,15 +83,6 @@ const DRIVERS: &[Branch] = &[
     },
 ];
 
-const EXPORTS: &[Branch] = &[Branch {
-    name: "nbd",
-    options: &[
-        OptionSpec::optional("name", OptionType::Str, "export name"),
-        OptionSpec::optional("description", OptionType::Str, "for people"),
-    ],
-    features: &[],
-}];
-
 fn schema() -> Schema {
-    Schema::new(Sources { node_options: NODE_OPTIONS, drivers: DRIVERS, exports: EXPORTS })
+    dolmen_control::schema(NODE_OPTIONS, DRIVERS)
 }

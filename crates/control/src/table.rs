@@ -1,0 +1,72 @@
+//! The list of the commands: the only file that imports them. Adding one is a line here, or a row in its family.
+
+use dolmen_qmp::Schema;
+use dolmen_qmp::schema::{Branch, Command, EventRow, Sources};
+use dolmen_types::OptionSpec;
+
+use crate::commands::{
+    backing, drives, exports, job_starts, job_verbs, nodes, operations, resize, server, session, snapshots,
+    stats, transaction, what_if,
+};
+use crate::row::Table;
+use crate::{export, jobs, notices};
+
+/// Every command, in the order in which they are listed.
+pub(crate) const TABLE: Table = Table(&[
+    session::ROWS,
+    nodes::ROWS,
+    stats::ROWS,
+    server::ROWS,
+    exports::ROWS,
+    snapshots::ROWS,
+    backing::ROWS,
+    resize::ROWS,
+    transaction::ROWS,
+    operations::ROWS,
+    what_if::ROWS,
+    job_verbs::ROWS,
+    job_starts::ROWS,
+    drives::ROWS,
+]);
+
+/// Every event.
+const EVENTS: &[&[EventRow]] = &[notices::EVENTS, export::EVENTS, jobs::EVENTS];
+
+/// The commands, events and types of a program with these options of nodes and drivers.
+pub fn schema(node_options: &[OptionSpec], drivers: &[Branch]) -> Schema {
+    let commands: Vec<Command> = TABLE.rows().map(|r| r.schema).collect();
+    let events: Vec<EventRow> = EVENTS.concat();
+    Schema::new(Sources {
+        commands: &commands,
+        events: &events,
+        node_options,
+        drivers,
+        exports: export::TYPES,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+    use crate::row::Kind;
+
+    /// The second of two rows with one name would never be found.
+    #[test]
+    fn names_are_unique() {
+        let mut names = HashSet::new();
+        for row in TABLE.rows() {
+            assert!(names.insert(row.schema.name), "{} twice", row.schema.name);
+        }
+    }
+
+    /// Whatever has something to do after the commit could fail when the rest of the transaction is done.
+    #[test]
+    fn only_edits_are_part_of_transactions() {
+        for row in TABLE.rows().filter(|r| r.schema.in_transactions) {
+            assert!(matches!(row.kind, Kind::Edit(_)), "{}", row.schema.name);
+        }
+        assert!(TABLE.rows().any(|r| r.schema.in_transactions));
+    }
+}
