@@ -13,11 +13,11 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use dolmen_graph::Draft;
-use dolmen_jobs::{Create, Emit, Job, JobEvent, JobOptions, Kind, Work, launch, prepare};
-use dolmen_qmp::schema::jobs::{STATUS, TYPES};
+use dolmen_jobs::{Emit, Job, JobEvent, JobKind, JobOptions, Work, launch, prepare};
+use dolmen_qmp::schema::jobs::STATUS;
 use dolmen_qmp::schema::{EventRow, Field, Shape, Ty};
 use dolmen_qmp::{ErrorClass, QmpError};
-use dolmen_types::{Error, ErrorKind};
+use dolmen_types::{Error, ErrorKind, OpId, Options, Result};
 use serde_json::{Value as Json, json};
 
 use crate::turns::Scope;
@@ -35,6 +35,27 @@ pub struct JobStart {
     pub options: JobOptions,
 }
 
+impl JobStart {
+    /// Reads the arguments of the command that starts a job of this kind.
+    ///
+    /// # Errors
+    /// When arguments do not make sense.
+    pub(crate) fn read(kind: &JobKind, mut o: Options) -> Result<JobStart> {
+        let work = (kind.parse)(&mut o)?;
+        let id = o.take_str("job-id")?.unwrap_or_default();
+        let id = OpId::parse(&id).map_err(|_| {
+            Error::new(ErrorKind::InvalidInput, format!("Invalid job ID '{id}'"))
+                .remedy("use a letter first, then letters, digits, '-', '.' or '_'")
+        })?;
+        let mut options = JobOptions::new(id);
+        options.speed = o.take_size("speed")?.unwrap_or(0);
+        options.auto_finalize = o.take_bool("auto-finalize")?.unwrap_or(true);
+        options.auto_dismiss = o.take_bool("auto-dismiss")?.unwrap_or(kind.is_block_job);
+        o.finish(kind.command)?;
+        Ok(JobStart { work, options })
+    }
+}
+
 /// A job that is in a draft. Once the draft has been published, [`Started::launch`] sets it to work;
 /// until then it can be dropped with the draft.
 #[derive(Debug)]
@@ -50,7 +71,7 @@ async fn begin(
     draft: &mut Draft,
     start: JobStart,
     refusal: &mut Option<Error>,
-) -> Result<Started, QmpError> {
+) -> std::result::Result<Started, QmpError> {
     let id = &start.options.id;
     if world.jobs.contains(id) {
         return Err(Error::new(ErrorKind::AlreadyExists, format!("Job ID '{id}' already in use"))
@@ -92,20 +113,21 @@ impl Started {
         world: &Rc<World>,
         draft: &mut Draft,
         start: JobStart,
-    ) -> Result<Started, QmpError> {
+    ) -> std::result::Result<Started, QmpError> {
         let (kind, options) = (start.work.kind(), start.options.clone());
         let mut refusal = None;
-        match (begin(world, draft, start, &mut refusal).await, refusal) {
-            // QEMU's clients wait for the job to fail when its file can't be used. It is never part of a transaction,
+        let begun = begin(world, draft, start, &mut refusal).await;
+        match (begun, refusal, kind.failing) {
+            // QEMU's clients wait for such a job to fail when its file can't be used. It is never part of a transaction,
             // so the draft is its own.
-            (Err(_), Some(e)) if kind == Kind::Create && e.kind() != ErrorKind::Unsupported => {
+            (Err(_), Some(e), Some(failing)) if e.kind() != ErrorKind::Unsupported => {
                 *draft = world.owner.draft();
                 let fails = Some(QmpError::from(&e));
-                let work = Box::new(Create::failing(e));
+                let work = failing(e);
                 let started = begin(world, draft, JobStart { work, options }, &mut None).await?;
                 Ok(Started { fails, ..started })
             }
-            (begun, _) => begun,
+            (begun, ..) => begun,
         }
     }
 
@@ -178,8 +200,8 @@ fn emitter(world: &Rc<World>) -> Emit {
 
 /// Every job tells its state; the other events are those of jobs that work on nodes.
 fn message(job: &Job, event: JobEvent) -> Option<(&'static str, Json)> {
-    let (id, kind) = (job.id().as_str(), job.kind().as_str());
-    if !job.kind().is_block_job() && !matches!(event, JobEvent::Status(_)) {
+    let (id, kind) = (job.id().as_str(), job.kind().name);
+    if !job.kind().is_block_job && !matches!(event, JobEvent::Status(_)) {
         return None;
     }
     let progress = job.progress();
@@ -206,7 +228,7 @@ fn message(job: &Job, event: JobEvent) -> Option<(&'static str, Json)> {
 
 /// What most events of block jobs carry.
 const ABOUT: [Field; 5] = [
-    Field::required("type", Ty::Enum(TYPES)),
+    Field::required("type", Ty::JobName),
     Field::required("device", Ty::Str),
     Field::required("len", Ty::Int),
     Field::required("offset", Ty::Int),
@@ -225,7 +247,7 @@ pub(crate) const EVENTS: &[EventRow] = &[
     EventRow { name: "BLOCK_JOB_READY", data: &ENDED, help: "A job can be completed from now on." },
     EventRow {
         name: "BLOCK_JOB_PENDING",
-        data: &Shape::of(&[Field::required("type", Ty::Enum(TYPES)), Field::required("id", Ty::Str)]),
+        data: &Shape::of(&[Field::required("type", Ty::JobName), Field::required("id", Ty::Str)]),
         help: "A job waits for job-finalize.",
     },
     EventRow {

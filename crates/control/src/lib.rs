@@ -26,7 +26,6 @@ mod drafting;
 mod export;
 mod guard;
 mod handle;
-mod job_args;
 mod jobs;
 mod monitor;
 mod names;

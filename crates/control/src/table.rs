@@ -1,7 +1,8 @@
 //! The list of the commands: the only file that imports them. Adding one is a line here, or a row in its family.
 
+use dolmen_jobs::{KINDS, OF_QEMU_ONLY};
 use dolmen_qmp::Schema;
-use dolmen_qmp::schema::{Branch, Command, EventRow, Sources};
+use dolmen_qmp::schema::{Branch, Command, EventRow, JobBranch, Sources};
 use dolmen_types::OptionSpec;
 
 use crate::commands::{
@@ -36,12 +37,16 @@ const EVENTS: &[&[EventRow]] = &[notices::EVENTS, export::EVENTS, jobs::EVENTS];
 pub fn schema(node_options: &[OptionSpec], drivers: &[Branch]) -> Schema {
     let commands: Vec<Command> = TABLE.rows().map(|r| r.schema).collect();
     let events: Vec<EventRow> = EVENTS.concat();
+    let here = KINDS.iter().map(|k| JobBranch { name: k.name, change: k.change, details: k.details });
+    let there = OF_QEMU_ONLY.iter().map(|name| JobBranch { name, change: &[], details: &[] });
+    let job_kinds: Vec<JobBranch> = here.chain(there).collect();
     Schema::new(Sources {
         commands: &commands,
         events: &events,
         node_options,
         drivers,
         exports: export::TYPES,
+        jobs: &job_kinds,
     })
 }
 

@@ -35,12 +35,15 @@ use dolmen_graph::{
 };
 use dolmen_rt::{LocalFuture, Rt};
 use dolmen_types::{
-    Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, ResultExt, Span, Value,
+    Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, OptionSpec, OptionType, Options, Result,
+    ResultExt, Span, Value,
 };
 
 use crate::claims::{claim_beneath, claim_target};
 use crate::gone::end_of_point;
-use crate::{BeginCx, Details, Ending, JobCx, Kind, OnError, SettleCx, Side, Work, nothing_to_change};
+use crate::{
+    BLOCK_JOB, BeginCx, Details, Ending, JobCx, JobKind, OnError, SettleCx, Side, Work, nothing_to_change,
+};
 
 /// Parts in flight unless the user wants more or fewer.
 const WORKERS: u64 = 16;
@@ -487,8 +490,8 @@ impl Hooks for Watch<'_> {
 }
 
 impl Work for Backup {
-    fn kind(&self) -> Kind {
-        Kind::Backup
+    fn kind(&self) -> &'static JobKind {
+        &BACKUP
     }
 
     fn detail(&self) -> String {
@@ -534,6 +537,66 @@ impl Work for Backup {
     }
 
     fn details(&self) -> Details {
-        Details::default()
+        Vec::new()
     }
 }
+
+/// The kind.
+pub static BACKUP: JobKind = JobKind {
+    name: "backup",
+    command: "blockdev-backup",
+    help: "Copies a node as it is now while its guest goes on writing.",
+    is_block_job: true,
+    is_completed: false,
+    in_transactions: true,
+    options: &[
+        BLOCK_JOB,
+        &[
+            OptionSpec::required("device", OptionType::Str, "the source"),
+            OptionSpec::required("target", OptionType::Str, "the node to copy to"),
+            OptionSpec::required(
+                "sync",
+                OptionType::Enum(&["top", "full", "none", "incremental", "bitmap"]),
+                "what is copied: full, top or none",
+            ),
+            OptionSpec::optional("bitmap", OptionType::Str, "not supported yet"),
+            OptionSpec::optional(
+                "bitmap-mode",
+                OptionType::Enum(&["on-success", "never", "always"]),
+                "not supported yet",
+            ),
+            OptionSpec::optional("compress", OptionType::Bool, "not supported"),
+            OptionSpec::optional(
+                "on-source-error",
+                OnError::OPTION,
+                "what to do about errors (default: report)",
+            ),
+            OptionSpec::optional("on-target-error", OnError::OPTION, "the same for writing"),
+            OptionSpec::optional(
+                "on-cbw-error",
+                OptionType::Enum(&["break-guest-write", "break-snapshot"]),
+                "what gives way when old data can't be saved (default: the write)",
+            ),
+            OptionSpec::optional("filter-node-name", OptionType::Str, "name of the filter"),
+            OptionSpec::optional(
+                "discard-source",
+                OptionType::Bool,
+                "discards what has been copied (default: off)",
+            ),
+            OptionSpec::optional("fleecing", OptionType::Str, "a fast node where old data are saved first"),
+            OptionSpec::optional("x-perf", OptionType::Object(PERF), "how it is copied"),
+        ],
+    ],
+    change: &[],
+    details: &[],
+    parse: |o| Ok(Box::new(Backup::from_options(o)?)),
+    failing: None,
+};
+
+/// How a backup is copied.
+pub const PERF: &[OptionSpec] = &[
+    OptionSpec::hint("use-copy-range", OptionType::Bool, "accepted: what is copied is read and written"),
+    OptionSpec::optional("max-workers", OptionType::Int, "parts in flight (default: 16; at most 64)"),
+    OptionSpec::optional("max-chunk", OptionType::Int, "most bytes of a part (default: 0, 1 MiB)"),
+    OptionSpec::optional("min-cluster-size", OptionType::Int, "least bytes of a part"),
+];

@@ -32,7 +32,8 @@ use dolmen_graph::{
 };
 use dolmen_rt::{LocalFuture, Rt};
 use dolmen_types::{
-    Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Span, Value, WriteFlags,
+    Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, OptionSpec, OptionType, Options, Result,
+    Span, Value, WriteFlags,
 };
 
 use crate::claims::{claim, claim_beneath};
@@ -40,7 +41,7 @@ use crate::commit_filter::{COMMIT_TOP, CommitFilter};
 use crate::mirror::{add_filter, filter_name};
 use crate::mirror_core::{Core, CoreOptions, USUAL, backing_link, invalid};
 use crate::pivot::Overlays;
-use crate::{Again, BeginCx, Details, Ending, JobCx, Kind, OnError, SettleCx, Side, Work};
+use crate::{Again, BLOCK_JOB, BeginCx, Details, Ending, JobCx, JobKind, OnError, SettleCx, Side, Work};
 
 /// Bytes of a chunk of an intermediate commit.
 const CHUNK: u64 = 64 << 10;
@@ -442,8 +443,8 @@ impl Hooks for Committing<'_> {
 }
 
 impl Work for Commit {
-    fn kind(&self) -> Kind {
-        Kind::Commit
+    fn kind(&self) -> &'static JobKind {
+        &COMMIT
     }
 
     fn detail(&self) -> String {
@@ -535,6 +536,47 @@ impl Work for Commit {
     }
 
     fn details(&self) -> Details {
-        Details::default()
+        Vec::new()
     }
 }
+
+/// The kind.
+pub(crate) static COMMIT: JobKind = JobKind {
+    name: "commit",
+    command: "block-commit",
+    help: "Copies what nodes hold into a backing file of theirs and takes them out of the chain.",
+    is_block_job: true,
+    is_completed: true,
+    in_transactions: false,
+    options: &[
+        BLOCK_JOB,
+        &[
+            OptionSpec::required("device", OptionType::Str, "the chain"),
+            OptionSpec::optional("base-node", OptionType::Str, "where to copy to (default: the lowest)"),
+            OptionSpec::optional("base", OptionType::Str, "its file name"),
+            OptionSpec::optional(
+                "top-node",
+                OptionType::Str,
+                "the topmost node to be copied (default: the active one)",
+            ),
+            OptionSpec::optional("top", OptionType::Str, "its file name"),
+            OptionSpec::optional("backing-file", OptionType::Str, "the name of the base in the header above"),
+            OptionSpec::optional(
+                "backing-mask-protocol",
+                OptionType::Bool,
+                "no json: name in the header (default: off)",
+            ),
+            OptionSpec::optional("on-error", OnError::OPTION, "what to do about errors (default: report)"),
+            OptionSpec::optional("filter-node-name", OptionType::Str, "name of the filter"),
+            OptionSpec::optional(
+                "auto-converge",
+                OptionType::Bool,
+                "slows writers down that are faster than the copy (default: on)",
+            ),
+        ],
+    ],
+    change: &[],
+    details: &[],
+    parse: |o| Ok(Box::new(Commit::from_options(o)?)),
+    failing: None,
+};

@@ -11,10 +11,13 @@ use dolmen_graph::{
     OpenPolicy, Registry, check_room,
 };
 use dolmen_rt::LocalFuture;
-use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Value};
+use dolmen_types::{
+    Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, OptionSpec, OptionType, Options, Result,
+    Value,
+};
 
 use crate::stream::known;
-use crate::{BeginCx, Details, Ending, JobCx, Kind, SettleCx, Work, nothing_to_change};
+use crate::{BeginCx, Details, Ending, JobCx, JobKind, SettleCx, Work, nothing_to_change};
 
 /// What opens files by name, once the job runs.
 type Names = (Registry, OpenPolicy, fn(&str) -> Result<Options>);
@@ -163,8 +166,8 @@ fn unsupported() -> Error {
 }
 
 impl Work for Create {
-    fn kind(&self) -> Kind {
-        Kind::Create
+    fn kind(&self) -> &'static JobKind {
+        &CREATE
     }
 
     fn detail(&self) -> String {
@@ -201,6 +204,24 @@ impl Work for Create {
     }
 
     fn details(&self) -> Details {
-        Details::default()
+        Vec::new()
     }
 }
+
+/// The kind.
+pub(crate) static CREATE: JobKind = JobKind {
+    name: "create",
+    command: "blockdev-create",
+    help: "Makes an image; the job has to be dismissed.",
+    is_block_job: false,
+    is_completed: false,
+    in_transactions: false,
+    options: &[&[
+        OptionSpec::required("job-id", OptionType::Str, "name of the job"),
+        OptionSpec::required("options", OptionType::NewImage, "what is made: a driver, and its options"),
+    ]],
+    change: &[],
+    details: &[],
+    parse: |o| Ok(Box::new(Create::from_options(o)?)),
+    failing: Some(|error| Box::new(Create::failing(error))),
+};

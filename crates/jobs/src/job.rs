@@ -22,7 +22,7 @@ use event_listener::Event;
 use crate::cx::JobCx;
 use crate::rate::Limit;
 use crate::work::Ended;
-use crate::{Action, Details, Group, Kind, Side, Status, Verb, Work};
+use crate::{Action, Details, Group, JobKind, Side, Status, Verb, Work};
 
 /// What all jobs can be asked for when they are made.
 #[derive(Clone, Debug)]
@@ -234,7 +234,7 @@ impl Job {
     }
 
     /// What kind of job it is.
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> &'static JobKind {
         self.work().kind()
     }
 
@@ -575,6 +575,6 @@ fn without_number(text: &str) -> &str {
 
 impl fmt::Debug for Job {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Job({} {}, {})", self.kind().as_str(), self.id(), self.status().as_str())
+        write!(f, "Job({} {}, {})", self.kind().name, self.id(), self.status().as_str())
     }
 }

@@ -19,7 +19,7 @@ use std::rc::Rc;
 use dolmen_graph::{Draft, GraphOwner, NodeOpener, OpInfo};
 use dolmen_types::{Error, ErrorKind, Result};
 
-use crate::{BeginCx, Ending, Job, JobEvent, Kind, SettleCx, Status};
+use crate::{BeginCx, Ending, Job, JobEvent, SettleCx, Status};
 
 /// Puts a job's operation and everything that it needs into a draft. Publishes nothing, and tells
 /// nobody.
@@ -34,11 +34,9 @@ pub async fn prepare(job: &Rc<Job>, draft: &mut Draft, opener: &NodeOpener<'_>) 
         kind: "job".into(),
         detail: job.detail(),
         since: None,
-        ends_with: Some(match job.kind() {
-            Kind::Mirror | Kind::Commit => format!("finish the job (job-complete or job-cancel '{op}')"),
-            Kind::Stream | Kind::Backup | Kind::Create | Kind::Prefetch => {
-                format!("wait for the job to end, or end it (job-cancel '{op}')")
-            }
+        ends_with: Some(match job.kind().is_completed {
+            true => format!("finish the job (job-complete or job-cancel '{op}')"),
+            false => format!("wait for the job to end, or end it (job-cancel '{op}')"),
         }),
         instead_of_writing: None,
     })?;

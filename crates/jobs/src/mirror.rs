@@ -20,15 +20,18 @@ use dolmen_graph::{
     AccessRule, Draft, Node, NodeDef, NodeFlags, UserEdge, content, first_allocated, same_chain,
 };
 use dolmen_rt::{LocalFuture, Rt};
-use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Value};
+use dolmen_types::{
+    Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, OptionSpec, OptionType, Options, Result,
+    Value,
+};
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
 use crate::claims::{claim, claim_beneath, claim_target, known};
-use crate::mirror_core::{Core, CoreOptions, Sync, invalid};
+use crate::mirror_core::{COPY_MODES, Core, CoreOptions, Sync, invalid};
 use crate::mirror_filter::{MIRROR_TOP, MirrorFilter};
 use crate::pivot::Overlays;
-use crate::{BeginCx, Details, Ending, JobCx, Kind, SettleCx, Work};
+use crate::{BLOCK_JOB, BeginCx, Details, Ending, JobCx, JobKind, OnError, SettleCx, Work};
 
 /// A mirror.
 #[derive(Debug)]
@@ -264,8 +267,8 @@ pub(crate) fn add_filter(
 }
 
 impl Work for Mirror {
-    fn kind(&self) -> Kind {
-        Kind::Mirror
+    fn kind(&self) -> &'static JobKind {
+        &MIRROR
     }
 
     fn detail(&self) -> String {
@@ -341,6 +344,58 @@ impl Work for Mirror {
     }
 
     fn details(&self) -> Details {
-        Details { actively_synced: Some(self.core.actively_synced()) }
+        vec![("actively-synced", Value::Bool(self.core.actively_synced()))]
     }
 }
+
+const COPY_MODE: OptionType = OptionType::Enum(COPY_MODES);
+
+/// The kind.
+pub static MIRROR: JobKind = JobKind {
+    name: "mirror",
+    command: "blockdev-mirror",
+    help: "Copies a node and what is written to it meanwhile; the copy may take its place.",
+    is_block_job: true,
+    is_completed: true,
+    in_transactions: false,
+    options: &[
+        BLOCK_JOB,
+        &[
+            OptionSpec::required("device", OptionType::Str, "the source"),
+            OptionSpec::required("target", OptionType::Str, "the node to copy to"),
+            OptionSpec::optional(
+                "replaces",
+                OptionType::Str,
+                "the node whose place the copy takes (default: the source)",
+            ),
+            OptionSpec::required(
+                "sync",
+                OptionType::Enum(&["top", "full", "none", "incremental", "bitmap"]),
+                "what is copied: full, top or none",
+            ),
+            OptionSpec::optional("granularity", OptionType::Int, "bytes that are copied at least at a time"),
+            OptionSpec::optional("buf-size", OptionType::Int, "bytes in flight"),
+            OptionSpec::optional(
+                "on-source-error",
+                OnError::OPTION,
+                "what to do about errors (default: report)",
+            ),
+            OptionSpec::optional("on-target-error", OnError::OPTION, "the same for writing"),
+            OptionSpec::optional("filter-node-name", OptionType::Str, "name of the filter"),
+            OptionSpec::optional(
+                "copy-mode",
+                COPY_MODE,
+                "whether writes wait for the copy (default: background)",
+            ),
+            OptionSpec::optional(
+                "auto-converge",
+                OptionType::Bool,
+                "slows writers down that are faster than the copy (default: on)",
+            ),
+        ],
+    ],
+    change: &[OptionSpec::required("copy-mode", COPY_MODE, "whether writes wait for the copy")],
+    details: &[OptionSpec::required("actively-synced", OptionType::Bool, "every write goes to both sides")],
+    parse: |o| Ok(Box::new(Mirror::from_options(o)?)),
+    failing: None,
+};

@@ -110,7 +110,7 @@ fn blocks(word: &str) -> bool {
 }
 
 /// The words of `copy-mode`.
-const COPY_MODES: &[&str] = &["background", "write-blocking"];
+pub(crate) const COPY_MODES: &[&str] = &["background", "write-blocking"];
 
 impl CoreOptions {
     /// Takes the options of a mirror out.

@@ -1,6 +1,6 @@
 //! What a job does about an error while it copies.
 
-use dolmen_types::{Error, ErrorKind, Options, Result};
+use dolmen_types::{Error, ErrorKind, OptionType, Options, Result};
 
 /// Which side of a job an error came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +38,8 @@ pub enum OnError {
 impl OnError {
     /// The words of QMP, in the order of the variants.
     pub const WORDS: &'static [&'static str] = &["report", "ignore", "stop", "enospc"];
+    /// The option of a job.
+    pub const OPTION: OptionType = OptionType::Enum(&["report", "ignore", "enospc", "stop", "auto"]);
     const ALL: [OnError; 4] = [OnError::Report, OnError::Ignore, OnError::Stop, OnError::Enospc];
 
     /// The policy that a word stands for; `auto` is another word for `enospc`.

@@ -8,11 +8,15 @@ use std::cell::RefCell;
 
 use dolmen_graph::{ClaimScope, Draft, OpClaim};
 use dolmen_rt::LocalFuture;
-use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Span, Value};
+use dolmen_types::{
+    Actions, Claim, Error, ErrorKind, NodeName, OpId, OptionSpec, OptionType, Options, Result, Span, Value,
+};
 
 use crate::fill::{Fill, Priority};
 use crate::stream::known;
-use crate::{BeginCx, Details, Ending, JobCx, Kind, OnError, SettleCx, Work, nothing_to_change};
+use crate::{
+    BLOCK_JOB, BeginCx, Details, Ending, JobCx, JobKind, OnError, SettleCx, Work, nothing_to_change,
+};
 
 /// The most ranges that one job takes.
 const MAX_RANGES: usize = 65_536;
@@ -109,8 +113,8 @@ fn range(value: Value) -> Result<Span> {
 }
 
 impl Work for Prefetch {
-    fn kind(&self) -> Kind {
-        Kind::Prefetch
+    fn kind(&self) -> &'static JobKind {
+        &PREFETCH
     }
 
     fn detail(&self) -> String {
@@ -165,6 +169,42 @@ impl Work for Prefetch {
     }
 
     fn details(&self) -> Details {
-        Details::default()
+        Vec::new()
     }
 }
+
+/// The kind.
+pub static PREFETCH: JobKind = JobKind {
+    name: "prefetch",
+    command: "blockdev-prefetch",
+    help: "Fills ranges of a node (default: all of it) from its backing files.",
+    is_block_job: true,
+    is_completed: false,
+    in_transactions: false,
+    options: &[
+        BLOCK_JOB,
+        &[
+            OptionSpec::required("node", OptionType::Str, "the node that is filled"),
+            OptionSpec::optional(
+                "ranges",
+                OptionType::ObjectList(RANGE),
+                "what is filled (default: everything)",
+            ),
+            OptionSpec::optional(
+                "priority",
+                OptionType::Enum(Priority::WORDS),
+                "how much it may disturb (default: normal)",
+            ),
+            OptionSpec::optional("on-error", OnError::OPTION, "what to do about errors (default: report)"),
+        ],
+    ],
+    change: &[],
+    details: &[],
+    parse: |o| Ok(Box::new(Prefetch::from_options(o)?)),
+    failing: None,
+};
+
+const RANGE: &[OptionSpec] = &[
+    OptionSpec::required("offset", OptionType::Int, "where it begins, in bytes"),
+    OptionSpec::required("length", OptionType::Int, "how long it is, in bytes"),
+];

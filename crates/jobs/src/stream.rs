@@ -25,10 +25,15 @@ use std::sync::Arc;
 
 use dolmen_graph::{BackingName, ClaimScope, Class, Cx, Draft, Node, OpClaim, header_name, own_file};
 use dolmen_rt::LocalFuture;
-use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, ResultExt, Span};
+use dolmen_types::{
+    Actions, Claim, Error, ErrorKind, NodeName, OpId, OptionSpec, OptionType, Options, Result, ResultExt,
+    Span,
+};
 
 use crate::fill::{Fill, Priority};
-use crate::{BeginCx, Details, Ending, JobCx, Kind, OnError, SettleCx, Work, nothing_to_change};
+use crate::{
+    BLOCK_JOB, BeginCx, Details, Ending, JobCx, JobKind, OnError, SettleCx, Work, nothing_to_change,
+};
 
 /// Where the chain is cut.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -222,8 +227,8 @@ pub(crate) fn known(draft: &Draft, device: &str, name: &str) -> Result<NodeName>
 }
 
 impl Work for Stream {
-    fn kind(&self) -> Kind {
-        Kind::Stream
+    fn kind(&self) -> &'static JobKind {
+        &STREAM
     }
 
     fn detail(&self) -> String {
@@ -313,7 +318,7 @@ impl Work for Stream {
     }
 
     fn details(&self) -> Details {
-        Details::default()
+        Vec::new()
     }
 }
 
@@ -325,3 +330,38 @@ fn content(node: &Arc<Node>) -> &Arc<Node> {
     }
     at
 }
+
+/// The kind.
+pub(crate) static STREAM: JobKind = JobKind {
+    name: "stream",
+    command: "block-stream",
+    help: "Copies what backing files hold into a node and takes them out of its chain.",
+    is_block_job: true,
+    is_completed: false,
+    in_transactions: false,
+    options: &[
+        BLOCK_JOB,
+        &[
+            OptionSpec::required("device", OptionType::Str, "the node that is filled"),
+            OptionSpec::optional("base", OptionType::Str, "file name of the node that remains below"),
+            OptionSpec::optional("base-node", OptionType::Str, "the node that remains below"),
+            OptionSpec::optional("bottom", OptionType::Str, "the last node that goes"),
+            OptionSpec::optional(
+                "backing-file",
+                OptionType::Str,
+                "the name of the remaining backing file in the header",
+            ),
+            OptionSpec::optional(
+                "backing-mask-protocol",
+                OptionType::Bool,
+                "no json: name in the header (default: off)",
+            ),
+            OptionSpec::optional("on-error", OnError::OPTION, "what to do about errors (default: report)"),
+            OptionSpec::optional("filter-node-name", OptionType::Str, "name of the filter"),
+        ],
+    ],
+    change: &[],
+    details: &[],
+    parse: |o| Ok(Box::new(Stream::from_options(o)?)),
+    failing: None,
+};

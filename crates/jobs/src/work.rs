@@ -10,53 +10,68 @@ use std::sync::Arc;
 
 use dolmen_graph::{Draft, GraphOwner, NodeOpener, UserEdge};
 use dolmen_rt::{LocalFuture, Rt};
-use dolmen_types::{Error, ErrorKind, OpId, Options, Result};
+use dolmen_types::{Error, ErrorKind, OpId, OptionSpec, OptionType, Options, Result, Value};
 
 use crate::JobCx;
 
-/// What kind of job it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
-    /// Copies backing files into the node above them.
-    Stream,
-    /// Copies overlays into a node below them.
-    Commit,
-    /// Copies a node and what is written to it meanwhile.
-    Mirror,
-    /// Copies a node as it was when the job began.
-    Backup,
-    /// Makes an image.
-    Create,
-    /// Populates ranges of a node from its backing files.
-    Prefetch,
-}
-
-impl Kind {
-    /// All of them.
-    pub const ALL: &'static [Kind] =
-        &[Kind::Stream, Kind::Commit, Kind::Mirror, Kind::Backup, Kind::Create, Kind::Prefetch];
-
+/// A kind of job: everything that is said about it apart from its [`Work`]. The row stands below the code; `kinds.rs` lists
+/// the rows.
+pub struct JobKind {
     /// The word that QMP clients know.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Kind::Stream => "stream",
-            Kind::Commit => "commit",
-            Kind::Mirror => "mirror",
-            Kind::Backup => "backup",
-            Kind::Create => "create",
-            Kind::Prefetch => "prefetch",
-        }
-    }
-
+    pub name: &'static str,
+    /// The command that starts such a job.
+    pub command: &'static str,
+    /// One line about that.
+    pub help: &'static str,
     /// Whether it works on nodes of the graph: then it is also listed by `query-block-jobs`, knows
-    /// the `block-job-` commands and raises their events.
-    pub const fn is_block_job(self) -> bool {
-        match self {
-            Kind::Stream | Kind::Commit | Kind::Mirror | Kind::Backup | Kind::Prefetch => true,
-            Kind::Create => false,
-        }
+    /// the `block-job-` commands and raises their events, and goes by itself when it has ended. One that does not has to
+    /// be dismissed.
+    pub is_block_job: bool,
+    /// Whether it goes on until it is completed or cancelled.
+    pub is_completed: bool,
+    /// Whether the command can be an action of a transaction.
+    pub in_transactions: bool,
+    /// The arguments of the command: those of every job of its sort ([`BLOCK_JOB`]), and its own.
+    pub options: &'static [&'static [OptionSpec]],
+    /// What `block-job-change` can change.
+    pub change: &'static [OptionSpec],
+    /// What `query-block-jobs` shows beyond what all jobs show: see [`Work::details`].
+    pub details: &'static [OptionSpec],
+    /// Reads its own arguments.
+    pub parse: fn(&mut Options) -> Result<Box<dyn Work>>,
+    /// A job that fails with this error, where clients expect a job that fails and no refusal of the command.
+    pub failing: Option<fn(Error) -> Box<dyn Work>>,
+}
+
+impl fmt::Debug for JobKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
     }
 }
+
+impl PartialEq for JobKind {
+    fn eq(&self, other: &JobKind) -> bool {
+        self.name == other.name
+    }
+}
+
+impl Eq for JobKind {}
+
+/// The arguments of every job that works on nodes.
+pub const BLOCK_JOB: &[OptionSpec] = &[
+    OptionSpec::optional("job-id", OptionType::Str, "name of the job"),
+    OptionSpec::optional("speed", OptionType::Int, "limit in bytes per second (default: 0, none)"),
+    OptionSpec::optional(
+        "auto-finalize",
+        OptionType::Bool,
+        "the result becomes visible without job-finalize (default: on)",
+    ),
+    OptionSpec::optional(
+        "auto-dismiss",
+        OptionType::Bool,
+        "the job goes without job-dismiss when it has ended (default: on)",
+    ),
+];
 
 /// How a job ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,12 +130,8 @@ pub(crate) fn no_edge(op: &OpId, i: usize) -> Error {
     Error::new(ErrorKind::NotFound, format!("job '{op}' has no edge {i}"))
 }
 
-/// What a job tells about itself beyond what all jobs do.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Details {
-    /// Of a mirror: whether every write goes to both sides before it is acknowledged.
-    pub actively_synced: Option<bool>,
-}
+/// What a job shows of itself beyond what all jobs show: the members that its kind's row names.
+pub type Details = Vec<(&'static str, Value)>;
 
 /// Something that has been found possible, and happens when this is called.
 pub type Effect<'a> = Box<dyn FnOnce() + 'a>;
@@ -129,7 +140,7 @@ pub type Effect<'a> = Box<dyn FnOnce() + 'a>;
 /// every job.
 pub trait Work: fmt::Debug + std::any::Any {
     /// What kind of job it is.
-    fn kind(&self) -> Kind;
+    fn kind(&self) -> &'static JobKind;
 
     /// What it does to what, for messages: "stream of 'top'". The framework adds the state.
     fn detail(&self) -> String;
@@ -184,7 +195,7 @@ pub trait Work: fmt::Debug + std::any::Any {
 /// What is left of a work when its job has ended: what queries show of it.
 #[derive(Debug)]
 pub(crate) struct Ended {
-    kind: Kind,
+    kind: &'static JobKind,
     detail: String,
     details: Details,
 }
@@ -200,7 +211,7 @@ fn has_ended() -> Error {
 }
 
 impl Work for Ended {
-    fn kind(&self) -> Kind {
+    fn kind(&self) -> &'static JobKind {
         self.kind
     }
 
@@ -233,7 +244,7 @@ impl Work for Ended {
     }
 
     fn details(&self) -> Details {
-        self.details
+        self.details.clone()
     }
 }
 

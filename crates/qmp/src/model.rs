@@ -10,9 +10,9 @@ mod stats;
 
 use dolmen_types::{Action, Actions};
 use serde::Serialize;
-use serde_json::Value as Json;
+use serde_json::{Map, Value as Json};
 
-use crate::schema::{EMPTY, Field, Shape, Ty, jobs};
+use crate::schema::{Field, Shape, Ty, jobs};
 
 /// One entry of `query-jobs`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -66,9 +66,9 @@ pub struct BlockJobInfo {
     /// What kind of job it is.
     #[serde(rename = "type")]
     pub kind: String,
-    /// Of a mirror: whether every write goes to both sides before it is acknowledged.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub actively_synced: Option<bool>,
+    /// What only this kind of job shows.
+    #[serde(flatten)]
+    pub details: Map<String, Json>,
     /// Why it failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -394,7 +394,7 @@ pub static BLOCK_GRAPH: Shape = Shape::of(&[
 /// The shape of it.
 pub static JOB_INFO: Shape = Shape::of(&[
     Field::required("id", Ty::Str),
-    Field::required("type", Ty::Enum(jobs::TYPES)),
+    Field::required("type", Ty::JobName),
     Field::required("status", Ty::Enum(jobs::STATUS)),
     Field::required("current-progress", Ty::Int),
     Field::required("total-progress", Ty::Int),
@@ -402,37 +402,21 @@ pub static JOB_INFO: Shape = Shape::of(&[
     Field::optional("error", Ty::Str),
 ]);
 
-/// The shape of it.
-pub static BLOCK_JOB_INFO: Shape = Shape {
-    fields: &[
-        Field::required("type", Ty::Enum(jobs::TYPES)),
-        Field::required("device", Ty::Str),
-        Field::required("len", Ty::Int),
-        Field::required("offset", Ty::Int),
-        Field::required("busy", Ty::Bool),
-        Field::required("paused", Ty::Bool),
-        Field::required("speed", Ty::Int),
-        Field::required("io-status", Ty::Enum(&["ok", "failed", "nospace"])),
-        Field::required("ready", Ty::Bool),
-        Field::required("status", Ty::Enum(jobs::STATUS)),
-        Field::required("auto-finalize", Ty::Bool),
-        Field::required("auto-dismiss", Ty::Bool),
-        Field::optional("error", Ty::Str),
-    ],
-    tag: Some("type"),
-    variants: &[
-        ("mirror", &Shape::of(&[Field::required("actively-synced", Ty::Bool)])),
-        ("commit", &EMPTY),
-        ("stream", &EMPTY),
-        ("backup", &EMPTY),
-        ("create", &EMPTY),
-        ("amend", &EMPTY),
-        ("snapshot-load", &EMPTY),
-        ("snapshot-save", &EMPTY),
-        ("snapshot-delete", &EMPTY),
-        ("prefetch", &EMPTY),
-    ],
-};
+/// The shape of it, but for `type`.
+pub static BLOCK_JOB_INFO: Shape = Shape::of(&[
+    Field::required("device", Ty::Str),
+    Field::required("len", Ty::Int),
+    Field::required("offset", Ty::Int),
+    Field::required("busy", Ty::Bool),
+    Field::required("paused", Ty::Bool),
+    Field::required("speed", Ty::Int),
+    Field::required("io-status", Ty::Enum(&["ok", "failed", "nospace"])),
+    Field::required("ready", Ty::Bool),
+    Field::required("status", Ty::Enum(jobs::STATUS)),
+    Field::required("auto-finalize", Ty::Bool),
+    Field::required("auto-dismiss", Ty::Bool),
+    Field::optional("error", Ty::Str),
+]);
 
 /// As JSON. The types of this module have only text keys, so this can't fail.
 pub fn to_json<T: Serialize>(value: &T) -> Json {

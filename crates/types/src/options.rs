@@ -31,6 +31,8 @@ pub enum OptionType {
     EnumList(&'static [&'static str]),
     /// A socket address: `type` = inet (host, port), unix (path), fd (str).
     SocketAddress,
+    /// What is to be made: the name of a driver that makes images, and its options for that.
+    NewImage,
 }
 
 /// One option.

@@ -5,14 +5,15 @@
 //! meanwhile. Publishing the draft makes the files.
 
 use dolmen_graph::{Draft, NewImage, NodeOpener};
+use dolmen_jobs::{BACKUP, BLOCK_JOB, JobKind, MIRROR, OnError, PERF};
 use dolmen_qmp::QmpError;
-use dolmen_qmp::schema::{Field, Shape, Ty};
+use dolmen_qmp::schema::Ty;
 use dolmen_rt::LocalFuture;
-use dolmen_types::{NodeName, Options, Result, Value};
+use dolmen_types::{NodeName, OptionSpec, OptionType, Options, Result, Value};
 
 use crate::act::{Edit, Proposal};
 use crate::drafting::{find, invalid, made_over, text};
-use crate::job_args::{self, COPY_MODE, ON_ERROR, PERF, SYNC};
+use crate::jobs::JobStart;
 use crate::row::CommandRow;
 use crate::world::Done;
 
@@ -32,15 +33,15 @@ impl Edit for Drive {
     fn propose<'a>(self: Box<Self>, p: &'a mut Proposal<'_>) -> LocalFuture<'a, Done> {
         Box::pin(async move {
             let plan = plan(p.draft(), *self)?;
-            let (command, arguments) = with_target(&p.opener(), p.draft(), plan).await?;
-            p.start(job_args::read(command, arguments)?).await
+            let (kind, arguments) = with_target(&p.opener(), p.draft(), plan).await?;
+            p.start(JobStart::read(kind, arguments)?).await
         })
     }
 }
 
 /// The target of a job, and the job's other arguments.
 struct Plan {
-    command: &'static str,
+    kind: &'static JobKind,
     arguments: Options,
     target: String,
     format: Option<String>,
@@ -87,9 +88,9 @@ fn plan(draft: &Draft, drive: Drive) -> Result<Plan> {
         node.set("backing", below.map_or(Value::Null, |n| Value::from(n.as_str())));
     }
     Ok(Plan {
-        command: match kind {
-            DriveKind::Backup => "blockdev-backup",
-            DriveKind::Mirror => "blockdev-mirror",
+        kind: match kind {
+            DriveKind::Backup => &BACKUP,
+            DriveKind::Mirror => &MIRROR,
         },
         arguments: o.with("device", device).with("sync", sync),
         target,
@@ -105,8 +106,8 @@ async fn with_target(
     opener: &NodeOpener<'_>,
     draft: &mut Draft,
     plan: Plan,
-) -> Result<(&'static str, Options), QmpError> {
-    let Plan { command, arguments, target, format, existing, below, mut node } = plan;
+) -> Result<(&'static JobKind, Options), QmpError> {
+    let Plan { kind, arguments, target, format, existing, below, mut node } = plan;
     if let Some(f) = format.as_ref().filter(|f| opener.registry.find(f).is_err()) {
         return Err(QmpError::generic(format!("Unknown file format '{f}'")));
     }
@@ -136,59 +137,67 @@ async fn with_target(
             opener.open(draft, node.with("file", file.into_value()), false).await?
         }
     };
-    Ok((command, arguments.with("target", target.as_str())))
+    Ok((kind, arguments.with("target", target.as_str())))
 }
 
-static DRIVE_MIRROR: Shape = Shape::of(&[
-    Field::optional("job-id", Ty::Str),
-    Field::required("device", Ty::Str),
-    Field::required("target", Ty::Str),
-    Field::optional("format", Ty::Str),
-    Field::optional("node-name", Ty::Str),
-    Field::optional("replaces", Ty::Str),
-    Field::required("sync", SYNC),
-    Field::optional("mode", Ty::Enum(&["existing", "absolute-paths"])),
-    Field::optional("speed", Ty::Int),
-    Field::optional("granularity", Ty::Int),
-    Field::optional("buf-size", Ty::Int),
-    Field::optional("on-source-error", ON_ERROR),
-    Field::optional("on-target-error", ON_ERROR),
-    Field::optional("unmap", Ty::Bool),
-    Field::optional("copy-mode", COPY_MODE),
-    Field::optional("auto-finalize", Ty::Bool),
-    Field::optional("auto-dismiss", Ty::Bool),
-]);
+const TARGET: &[OptionSpec] = &[
+    OptionSpec::required("device", OptionType::Str, "the source"),
+    OptionSpec::required("target", OptionType::Str, "the file to copy to"),
+    OptionSpec::optional("format", OptionType::Str, "of the target (default: that of the source)"),
+    OptionSpec::required(
+        "sync",
+        OptionType::Enum(&["top", "full", "none", "incremental", "bitmap"]),
+        "what is copied: full, top or none",
+    ),
+    OptionSpec::optional(
+        "mode",
+        OptionType::Enum(&["existing", "absolute-paths"]),
+        "whether the file is there (default: it is made)",
+    ),
+    OptionSpec::optional("on-source-error", OnError::OPTION, "what to do about errors (default: report)"),
+    OptionSpec::optional("on-target-error", OnError::OPTION, "the same for writing"),
+];
 
-static DRIVE_BACKUP: Shape = Shape::of(&[
-    Field::optional("job-id", Ty::Str),
-    Field::required("device", Ty::Str),
-    Field::required("target", Ty::Str),
-    Field::required("sync", Ty::Enum(&["top", "full", "none", "incremental", "bitmap"])),
-    Field::optional("speed", Ty::Int),
-    Field::optional("bitmap", Ty::Str),
-    Field::optional("bitmap-mode", Ty::Enum(&["on-success", "never", "always"])),
-    Field::optional("compress", Ty::Bool),
-    Field::optional("on-source-error", ON_ERROR),
-    Field::optional("on-target-error", ON_ERROR),
-    Field::optional("auto-finalize", Ty::Bool),
-    Field::optional("auto-dismiss", Ty::Bool),
-    Field::optional("filter-node-name", Ty::Str),
-    Field::optional("discard-source", Ty::Bool),
-    Field::optional("x-perf", Ty::Object(&PERF)),
-    Field::optional("format", Ty::Str),
-    Field::optional("mode", Ty::Enum(&["existing", "absolute-paths"])),
-]);
+const OF_MIRROR: &[OptionSpec] = &[
+    OptionSpec::optional("node-name", OptionType::Str, "name of the node of the target"),
+    OptionSpec::optional(
+        "replaces",
+        OptionType::Str,
+        "the node whose place the copy takes (default: the source)",
+    ),
+    OptionSpec::optional("granularity", OptionType::Int, "bytes that are copied at least at a time"),
+    OptionSpec::optional("buf-size", OptionType::Int, "bytes in flight"),
+    OptionSpec::optional("unmap", OptionType::Bool, "zeroes are holes in the copy (default: on)"),
+    OptionSpec::optional(
+        "copy-mode",
+        OptionType::Enum(&["background", "write-blocking"]),
+        "whether writes wait for the copy (default: background)",
+    ),
+];
+
+const OF_BACKUP: &[OptionSpec] = &[
+    OptionSpec::optional("bitmap", OptionType::Str, "not supported yet"),
+    OptionSpec::optional(
+        "bitmap-mode",
+        OptionType::Enum(&["on-success", "never", "always"]),
+        "not supported yet",
+    ),
+    OptionSpec::optional("compress", OptionType::Bool, "not supported"),
+    OptionSpec::optional("filter-node-name", OptionType::Str, "name of the filter"),
+    OptionSpec::optional("discard-source", OptionType::Bool, "discards what has been copied (default: off)"),
+    OptionSpec::optional("x-perf", OptionType::Object(PERF), "how it is copied"),
+];
 
 pub(crate) const ROWS: &[CommandRow] = &[
     CommandRow::edit(
         "drive-mirror",
-        Ty::Object(&DRIVE_MIRROR),
+        Ty::Options(&[BLOCK_JOB, TARGET, OF_MIRROR]),
         |_, options| Ok(Box::new(Drive { kind: DriveKind::Mirror, options })),
         "The same as blockdev-mirror, with a file as the target, which is made first.",
     ),
     CommandRow::edit(
         "drive-backup",
-        Ty::Object(&DRIVE_BACKUP),
+        Ty::Options(&[BLOCK_JOB, TARGET, OF_BACKUP]),
         |_, options| Ok(Box::new(Drive { kind: DriveKind::Backup, options })),
         "The same as blockdev-backup, to a file that is made if it is not there.",
     )

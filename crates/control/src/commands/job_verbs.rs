@@ -3,18 +3,16 @@
 
 use std::rc::Rc;
 
-use dolmen_jobs::{Demand, Job, Kind, Status};
+use dolmen_jobs::{Demand, Job, Status};
 use dolmen_qmp::model::{self, BlockJobInfo, JobInfo};
-use dolmen_qmp::schema::jobs::TYPES;
-use dolmen_qmp::schema::{EMPTY, Field, ID, NOTHING, Shape, Ty};
-use dolmen_qmp::{ErrorClass, QmpError};
+use dolmen_qmp::schema::{Field, ID, JobPart, NOTHING, Shape, Ty};
+use dolmen_qmp::{ErrorClass, QmpError, json};
 use dolmen_rt::LocalFuture;
 use dolmen_types::{Error, ErrorKind, Options, Result};
 use serde_json::json;
 
 use crate::act::{Act, Proposal, Wait};
 use crate::guard::Guard;
-use crate::job_args::COPY_MODE;
 use crate::jobs;
 use crate::row::CommandRow;
 use crate::world::{Answer, Done, World};
@@ -44,7 +42,7 @@ impl Ask {
 
     /// The job that is meant, if there is one.
     fn job(&self, world: &World) -> Option<Rc<Job>> {
-        world.jobs.get(&self.id).filter(|j| self.among == Among::All || j.kind().is_block_job())
+        world.jobs.get(&self.id).filter(|j| self.among == Among::All || j.kind().is_block_job)
     }
 
     /// The job, if it can be asked for this now. Nothing changes.
@@ -60,8 +58,8 @@ impl Ask {
             });
         };
         match &self.kind {
-            Some(kind) if kind != job.kind().as_str() && job.kind() == Kind::Mirror => {
-                let text = format!("Job '{}' is of type {}, not {kind}", job.id(), job.kind().as_str());
+            Some(kind) if kind != job.kind().name && !job.kind().change.is_empty() => {
+                let text = format!("Job '{}' is of type {}, not {kind}", job.id(), job.kind().name);
                 return Err(Error::new(ErrorKind::InvalidInput, text)
                     .remedy("query-jobs shows the types")
                     .into());
@@ -119,7 +117,7 @@ fn job_info(job: &Job) -> JobInfo {
         current_progress: progress.current,
         status: job.status().as_str().into(),
         total_progress: progress.total,
-        kind: job.kind().as_str().into(),
+        kind: job.kind().name.into(),
         id: job.id().to_string(),
         estimated_remaining_ms: job
             .estimated_remaining()
@@ -145,8 +143,8 @@ fn block_job_info(job: &Job) -> BlockJobInfo {
         paused: job.is_pausing(),
         speed: job.speed(),
         ready: matches!(status, Status::Ready | Status::Standby),
-        kind: job.kind().as_str().into(),
-        actively_synced: job.details().actively_synced,
+        kind: job.kind().name.into(),
+        details: job.details().into_iter().map(|(name, v)| (name.to_owned(), json::from_value(&v))).collect(),
         error: job.error(),
     }
 }
@@ -156,23 +154,8 @@ static DEVICE: Shape = Shape::of(&[Field::required("device", Ty::Str)]);
 const BY_DEVICE: Ty = Ty::Object(&DEVICE);
 static CANCEL: Shape = Shape::of(&[Field::required("device", Ty::Str), Field::optional("force", Ty::Bool)]);
 static SET_SPEED: Shape = Shape::of(&[Field::required("device", Ty::Str), Field::required("speed", Ty::Int)]);
-static COPIES: Shape = Shape::of(&[Field::required("copy-mode", COPY_MODE)]);
-static CHANGE: Shape = Shape {
-    fields: &[Field::required("id", Ty::Str), Field::required("type", Ty::Enum(TYPES))],
-    tag: Some("type"),
-    variants: &[
-        ("mirror", &COPIES),
-        ("commit", &EMPTY),
-        ("stream", &EMPTY),
-        ("backup", &EMPTY),
-        ("create", &EMPTY),
-        ("amend", &EMPTY),
-        ("snapshot-load", &EMPTY),
-        ("snapshot-save", &EMPTY),
-        ("snapshot-delete", &EMPTY),
-        ("prefetch", &EMPTY),
-    ],
-};
+const BLOCK_JOB: Ty = Ty::OfJob(&model::BLOCK_JOB_INFO, JobPart::Details);
+static CHANGE: Shape = Shape::of(&[Field::required("id", Ty::Str)]);
 
 pub(crate) const ROWS: &[CommandRow] = &[
     CommandRow::query(
@@ -185,10 +168,10 @@ pub(crate) const ROWS: &[CommandRow] = &[
     CommandRow::query(
         "query-block-jobs",
         NOTHING,
-        Ty::List(&model::BLOCK_JOB_INFO),
+        Ty::Array(&BLOCK_JOB),
         |world, _| {
             let jobs = world.jobs.all();
-            let shown = jobs.iter().rev().filter(|j| j.kind().is_block_job());
+            let shown = jobs.iter().rev().filter(|j| j.kind().is_block_job);
             Ok(shown.map(|j| model::to_json(&block_job_info(j))).collect())
         },
         "Every job that works on nodes, in detail.",
@@ -279,7 +262,7 @@ pub(crate) const ROWS: &[CommandRow] = &[
     ),
     CommandRow::verb(
         "block-job-change",
-        Ty::Object(&CHANGE),
+        Ty::OfJob(&CHANGE, JobPart::Change),
         |_, o| change(o),
         "Changes options of a job while it runs.",
     ),

@@ -13,7 +13,9 @@ use dolmen_graph::{
     AccessRule, Class, Common, Draft, DriverKind, Implicit, Node, NodeOpener, OpInfo, OpenCx, OpenPolicy,
     Opened, Opener, Parsed, Registry, UserEdge,
 };
-use dolmen_jobs::{BeginCx, Details, Ending, JobCx, JobOptions, Kind, SettleCx, Work, nothing_to_change};
+use dolmen_jobs::{
+    BeginCx, Details, Ending, JobCx, JobKind, JobOptions, PREFETCH, SettleCx, Work, nothing_to_change,
+};
 use dolmen_qmp::{QmpError, Request};
 use dolmen_rt::{LocalFuture, Rt};
 use dolmen_sim::{DiskConfig, Image, Journal, Leaf, MemoryDisk, Oracle, SimDisk, User};
@@ -342,8 +344,8 @@ struct Attach {
 }
 
 impl Work for Attach {
-    fn kind(&self) -> Kind {
-        Kind::Prefetch
+    fn kind(&self) -> &'static JobKind {
+        &PREFETCH
     }
 
     fn detail(&self) -> String {
@@ -383,7 +385,7 @@ impl Work for Attach {
     }
 
     fn details(&self) -> Details {
-        Details::default()
+        Vec::new()
     }
 }
 

@@ -183,7 +183,8 @@ fn normalize(
             | OptionType::Object(_)
             | OptionType::ObjectList(_)
             | OptionType::EnumList(_)
-            | OptionType::SocketAddress => {}
+            | OptionType::SocketAddress
+            | OptionType::NewImage => {}
         }
     }
     Ok(())

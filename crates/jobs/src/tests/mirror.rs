@@ -355,7 +355,7 @@ fn a_mirror_that_does_not_converge_blocks_writes() {
             let end = rt.now() + Duration::from_secs(30);
             w.rig.until(|| job.status() == Status::Ready || rt.now() > end).await;
             assert_eq!(job.status() == Status::Ready, permit);
-            assert_eq!(job.details().actively_synced, Some(permit));
+            assert_eq!(job.details(), [("actively-synced", dolmen_types::Value::Bool(permit))]);
             stop.set(true);
             job.cancel(true).expect("possible");
             w.rig.until(|| job.status() == Status::Null).await;
@@ -378,7 +378,7 @@ fn writes_that_change_nothing_are_not_copied_and_flags_travel() {
         let before = w.target.count(OpKind::Write);
         io.write(Span::new(0, 4096), &memory.iovec(), WriteFlags::UNCHANGED).await.expect("writes");
         assert_eq!(w.target.count(OpKind::Write), before);
-        assert_eq!(job.details().actively_synced, Some(true));
+        assert_eq!(job.details(), [("actively-synced", dolmen_types::Value::Bool(true))]);
         io.write(Span::new(8192, 4096), &memory.iovec(), WriteFlags::FUA).await.expect("writes");
         assert_eq!(w.target.count(OpKind::Write), before + 1);
         let mut at = [0; 4096];

@@ -16,7 +16,7 @@ use dolmen_types::{
 };
 
 use crate::{
-    Again, BeginCx, Details, Ending, Group, Job, JobCx, JobEvent, JobOptions, JobTable, Kind, OnError,
+    Again, BeginCx, Details, Ending, Group, Job, JobCx, JobEvent, JobKind, JobOptions, JobTable, OnError,
     SettleCx, Side, Wish, Work, launch, nothing_to_change, prepare,
 };
 
@@ -42,8 +42,8 @@ pub(super) struct Reading {
 }
 
 impl Work for Reading {
-    fn kind(&self) -> Kind {
-        Kind::Stream
+    fn kind(&self) -> &'static JobKind {
+        &crate::stream::STREAM
     }
 
     fn detail(&self) -> String {
@@ -132,7 +132,7 @@ impl Work for Reading {
     }
 
     fn details(&self) -> Details {
-        Details::default()
+        Vec::new()
     }
 }
 

@@ -2,20 +2,6 @@
 
 use super::{Field, Shape, Ty};
 
-/// The kinds of jobs; clients look for those of the established daemon, so all of them are here.
-pub const TYPES: &[&str] = &[
-    "commit",
-    "stream",
-    "mirror",
-    "backup",
-    "create",
-    "amend",
-    "snapshot-load",
-    "snapshot-save",
-    "snapshot-delete",
-    "prefetch",
-];
-
 /// The states of a job.
 pub const STATUS: &[&str] = &[
     "undefined",

@@ -51,10 +51,34 @@ pub enum Ty {
     BlockExportOptions,
     /// A node: its name, or its definition.
     NodeRef,
-    /// What `blockdev-create` is to make: a driver that exists, and its options.
-    BlockdevCreateOptions,
+    /// These options, list by list.
+    Options(&'static [&'static [OptionSpec]]),
+    /// The name of a kind of job.
+    JobName,
+    /// An object with the `type` of a job, and what a kind adds to it.
+    OfJob(&'static Shape, JobPart),
     /// An action of `transaction`: the name and the arguments of a command that can be part of one, or "abort".
     TransactionAction,
+}
+
+/// A part of a kind of job.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum JobPart {
+    /// What can be changed while it runs.
+    Change,
+    /// What queries show of it.
+    Details,
+}
+
+/// A kind of job, as far as the schema needs it.
+#[derive(Clone, Copy, Debug)]
+pub struct JobBranch {
+    /// Its name.
+    pub name: &'static str,
+    /// What can be changed while it runs.
+    pub change: &'static [OptionSpec],
+    /// What queries show of it.
+    pub details: &'static [OptionSpec],
 }
 
 /// A member of an object.
@@ -149,6 +173,8 @@ pub struct Sources<'a> {
     pub drivers: &'a [Branch],
     /// The export types.
     pub exports: &'a [Branch],
+    /// The kinds of jobs.
+    pub jobs: &'a [JobBranch],
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -201,6 +227,8 @@ enum Origin {
     Alternate(&'static str),
     Named(&'static str),
     Action(&'static str),
+    Lists(*const &'static [OptionSpec]),
+    OfJob(*const Shape, JobPart),
 }
 
 #[derive(Debug)]
@@ -317,7 +345,9 @@ impl Builder<'_> {
             Ty::BlockdevOptions => self.blockdev_options(),
             Ty::BlockExportOptions => self.export_options(),
             Ty::NodeRef => self.node_ref("BlockdevRef", false),
-            Ty::BlockdevCreateOptions => self.create_options(),
+            Ty::Options(lists) => self.option_lists(lists),
+            Ty::JobName => self.job_names(),
+            Ty::OfJob(shape, part) => self.of_job(shape, part),
             Ty::TransactionAction => self.transaction_action(),
         }
     }
@@ -371,6 +401,7 @@ impl Builder<'_> {
                 self.array(of)
             }
             OptionType::SocketAddress => self.shape(&shapes::SOCKET_ADDRESS),
+            OptionType::NewImage => self.create_options(),
         };
         FieldDef { name: o.name, ty, optional: !o.required }
     }
@@ -423,6 +454,33 @@ impl Builder<'_> {
             let drivers = b.sources.drivers;
             let union = drivers.iter().map(|d| (d.name, b.shape(of(d.name)))).collect();
             ObjectDef { fields, union: Some(("driver", union)), features: Vec::new() }
+        })
+    }
+
+    fn option_lists(&mut self, lists: &'static [&'static [OptionSpec]]) -> TypeId {
+        self.object(Origin::Lists(lists.as_ptr()), |b| {
+            let fields = lists.iter().flat_map(|l| l.iter()).map(|o| b.option(o)).collect();
+            ObjectDef { fields, ..ObjectDef::default() }
+        })
+    }
+
+    fn job_names(&mut self) -> TypeId {
+        let names = self.sources.jobs.iter().map(|j| j.name).collect();
+        self.words(names)
+    }
+
+    fn of_job(&mut self, shape: &'static Shape, part: JobPart) -> TypeId {
+        self.object(Origin::OfJob(shape, part), |b| {
+            let mut fields = vec![FieldDef { name: "type", ty: b.job_names(), optional: false }];
+            fields.extend(shape.fields.iter().map(|f| FieldDef {
+                name: f.name,
+                ty: b.ty(f.ty),
+                optional: f.optional,
+            }));
+            let jobs = b.sources.jobs;
+            let of = |j: &JobBranch| if part == JobPart::Change { j.change } else { j.details };
+            let union = jobs.iter().map(|j| (j.name, b.options(of(j), &[]))).collect();
+            ObjectDef { fields, union: Some(("type", union)), features: Vec::new() }
         })
     }
 

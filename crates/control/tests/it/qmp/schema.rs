@@ -184,11 +184,11 @@ fn replies_fit() {
         speed: 0,
         ready: true,
         kind: "mirror".into(),
-        actively_synced: Some(false),
+        details: [("actively-synced".to_owned(), json!(false))].into_iter().collect(),
         error: Some("x".into()),
     };
     s.check_return("query-block-jobs", model::to_json(&vec![&job])).expect("full");
-    let job = BlockJobInfo { kind: "stream".into(), actively_synced: None, error: None, ..job };
+    let job = BlockJobInfo { kind: "stream".into(), details: Default::default(), error: None, ..job };
     s.check_return("query-block-jobs", model::to_json(&vec![job])).expect("minimal");
     s.check_return("query-version", Version::current().to_json()).expect("version");
     s.check_event("BLOCK_EXPORT_DELETED", json!({"id": "e"})).expect("event");
