@@ -8,7 +8,7 @@ use dolmen_graph::{Class, Description, Filenames, Graph, Node, OpInfo, join, own
 use dolmen_qmp::json;
 use dolmen_qmp::model::{
     BlockDeviceInfo, BlockGraph, BlockGraphEdge, BlockGraphNode, BlockGraphNodeType, CacheInfo, ImageInfo,
-    NoThrottling, SnapshotInfo, permission_words,
+    SnapshotInfo, permission_words,
 };
 use dolmen_types::ChildRole;
 
@@ -40,7 +40,7 @@ impl<'g> Images<'g> {
         let depth = std::iter::successors(image.backing_image.as_deref(), |i| i.backing_image.as_deref());
         BlockDeviceInfo {
             file: image.filename.clone(),
-            node_name: node.name.as_str().to_owned(),
+            node_name: Some(node.name.as_str().to_owned()),
             ro: node.flags.read_only,
             drv: node.driver.kind().name.to_owned(),
             backing_file: node.backing().map(|b| self.names.of(b)),
@@ -48,7 +48,6 @@ impl<'g> Images<'g> {
             active: !node.flags.inactive,
             encrypted: image.encrypted.unwrap_or(false),
             detect_zeroes: node.flags.detect_zeroes.as_str().to_owned(),
-            throttling: NoThrottling::default(),
             image,
             cache: CacheInfo { writeback: true, direct: node.flags.direct, no_flush: node.flags.no_flush },
             write_threshold: node.state.write_threshold().unwrap_or(0),
@@ -90,7 +89,7 @@ impl<'g> Images<'g> {
             backing_filename: backing.map(|(name, _)| name.clone()),
             full_backing_filename: backing.map(|(name, _)| join(&own_file(node), name)),
             backing_filename_format: backing.and_then(|(_, format)| format.clone()),
-            snapshots: d.snapshots.iter().map(snapshot).collect(),
+            snapshots: Some(d.snapshots.iter().map(snapshot).collect()).filter(|s: &Vec<_>| !s.is_empty()),
             format_specific: d.format_specific.as_ref().map(json::from_value),
             dirty_flag: is_image.then_some(of_image.dirty),
         }

@@ -4,7 +4,8 @@ use std::rc::Rc;
 
 use dolmen_exports::{NbdExport, NbdServer};
 use dolmen_graph::{Draft, OpInfo};
-use dolmen_qmp::schema::{Field, NOTHING, Shape, Ty};
+use dolmen_qmp::model::BlockExportInfo;
+use dolmen_qmp::schema::{Field, NOTHING, Reply, Shape, Ty};
 use dolmen_qmp::{QmpError, model};
 use dolmen_rt::LocalFuture;
 use dolmen_types::{Actions, Claim, OpId, Options};
@@ -240,7 +241,7 @@ pub(crate) const ROWS: &[CommandRow] = &[
     CommandRow::query(
         "query-block-exports",
         NOTHING,
-        Ty::List(&model::BLOCK_EXPORT_INFO),
+        Ty::ArrayOf(BlockExportInfo::ty),
         |world, _| Ok(model::to_json(&world.exports_of(&world.owner.graph()))),
         "Every export.",
     ),

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use dolmen_jobs::{Demand, Job, Status};
 use dolmen_qmp::model::{self, BlockJobInfo, JobInfo};
-use dolmen_qmp::schema::{Field, ID, JobPart, NOTHING, Shape, Ty};
+use dolmen_qmp::schema::{Field, ID, JobPart, NOTHING, Reply, Shape, Ty};
 use dolmen_qmp::{ErrorClass, QmpError, json};
 use dolmen_rt::LocalFuture;
 use dolmen_types::{Error, ErrorKind, Options, Result};
@@ -154,14 +154,14 @@ static DEVICE: Shape = Shape::of(&[Field::required("device", Ty::Str)]);
 const BY_DEVICE: Ty = Ty::Object(&DEVICE);
 static CANCEL: Shape = Shape::of(&[Field::required("device", Ty::Str), Field::optional("force", Ty::Bool)]);
 static SET_SPEED: Shape = Shape::of(&[Field::required("device", Ty::Str), Field::required("speed", Ty::Int)]);
-const BLOCK_JOB: Ty = Ty::OfJob(&model::BLOCK_JOB_INFO, JobPart::Details);
+const BLOCK_JOB: Ty = Ty::OfJob(BlockJobInfo::ty, JobPart::Details);
 static CHANGE: Shape = Shape::of(&[Field::required("id", Ty::Str)]);
 
 pub(crate) const ROWS: &[CommandRow] = &[
     CommandRow::query(
         "query-jobs",
         NOTHING,
-        Ty::List(&model::JOB_INFO),
+        Ty::ArrayOf(JobInfo::ty),
         |world, _| Ok(world.jobs.all().iter().rev().map(|j| model::to_json(&job_info(j))).collect()),
         "Every job, with its state and progress.",
     ),
@@ -262,7 +262,7 @@ pub(crate) const ROWS: &[CommandRow] = &[
     ),
     CommandRow::verb(
         "block-job-change",
-        Ty::OfJob(&CHANGE, JobPart::Change),
+        Ty::OfJob(|| Ty::Object(&CHANGE), JobPart::Change),
         |_, o| change(o),
         "Changes options of a job while it runs.",
     ),

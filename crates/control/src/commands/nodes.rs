@@ -2,7 +2,8 @@
 
 use std::rc::Rc;
 
-use dolmen_qmp::schema::{Field, Shape, Ty};
+use dolmen_qmp::model::BlockDeviceInfo;
+use dolmen_qmp::schema::{Field, Reply, Shape, Ty};
 use dolmen_qmp::{QmpError, model};
 use dolmen_rt::LocalFuture;
 use dolmen_types::{Error, ErrorKind, Options, Value};
@@ -170,7 +171,7 @@ pub(crate) const ROWS: &[CommandRow] = &[
     CommandRow::query(
         "query-named-block-nodes",
         Ty::Object(&FLAT),
-        Ty::List(&model::BLOCK_DEVICE_INFO),
+        Ty::ArrayOf(BlockDeviceInfo::ty),
         list,
         "Every node; without flat, the images of its backing chain inside each.",
     ),

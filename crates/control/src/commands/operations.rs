@@ -1,7 +1,7 @@
 //! Operations made visible: who uses what, and operations of external tools that want to be respected.
 
 use dolmen_graph::{ClaimScope, Draft, Graph, OpClaim, OpInfo};
-use dolmen_qmp::model;
+use dolmen_qmp::model::{self, BlockGraph};
 use dolmen_qmp::schema::{Field, ID, NOTHING, Shape, Ty};
 use dolmen_rt::{Instant, LocalFuture};
 use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Value};
@@ -237,7 +237,7 @@ pub(crate) const ROWS: &[CommandRow] = &[
     CommandRow::query(
         "x-debug-query-block-graph",
         NOTHING,
-        Ty::Object(&model::BLOCK_GRAPH),
+        BlockGraph::TY,
         |world, _| Ok(model::to_json(&query::block_graph(&world.owner.graph(), &world.operations()))),
         "Nodes, users and edges with what each edge needs and allows.",
     )

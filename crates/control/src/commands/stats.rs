@@ -11,7 +11,7 @@ use std::sync::Arc;
 use dolmen_graph::{Counts, Graph, Node, UserEdge};
 use dolmen_qmp::QmpError;
 use dolmen_qmp::model::{self, BlockDeviceStats, BlockExportInfo, BlockInfo, BlockStats, FileStats};
-use dolmen_qmp::schema::{Field, NOTHING, Shape, Ty};
+use dolmen_qmp::schema::{Field, NOTHING, Reply, Shape, Ty};
 use dolmen_rt::{Instant, LocalFuture};
 use dolmen_types::ChildRole;
 use serde_json::json;
@@ -154,7 +154,7 @@ pub(crate) const ROWS: &[CommandRow] = &[
     CommandRow::query(
         "query-block",
         NOTHING,
-        Ty::List(&model::BLOCK_INFO),
+        Ty::ArrayOf(BlockInfo::ty),
         |world, _| {
             let graph = world.owner.graph();
             Ok(model::to_json(&blocks(&graph, &world.exports_of(&graph))))
@@ -164,7 +164,7 @@ pub(crate) const ROWS: &[CommandRow] = &[
     CommandRow::query(
         "query-blockstats",
         Ty::Object(&QUERY_NODES),
-        Ty::List(&model::BLOCK_STATS),
+        Ty::ArrayOf(BlockStats::ty),
         |world, mut o| {
             let nodes = o.take_bool("query-nodes")?.unwrap_or(false);
             let graph = world.owner.graph();

@@ -2,8 +2,9 @@
 
 use std::rc::Rc;
 
+use dolmen_qmp::model::BlockGraph;
 use dolmen_qmp::schema::{Field, Shape, Ty};
-use dolmen_qmp::{ErrorClass, QmpError, Source, json as qmp_json, model};
+use dolmen_qmp::{ErrorClass, QmpError, Source, json as qmp_json};
 use dolmen_rt::LocalFuture;
 use dolmen_types::Options;
 use serde_json::json;
@@ -87,7 +88,7 @@ static ARGUMENTS: Shape =
     Shape::of(&[Field::required("command", Ty::Str), Field::optional("arguments", Ty::Any)]);
 static RETURNS: Shape = Shape::of(&[
     Field::required("allowed", Ty::Bool),
-    Field::optional("graph", Ty::Object(&model::BLOCK_GRAPH)),
+    Field::optional("graph", BlockGraph::TY),
     Field::optional("error", Ty::Any),
     Field::optional("job-error", Ty::Any),
 ]);

@@ -9,6 +9,7 @@
 mod check;
 mod introspect;
 pub mod jobs;
+mod reply;
 mod shapes;
 
 use std::collections::HashMap;
@@ -16,7 +17,12 @@ use std::collections::HashMap;
 use dolmen_types::{OptionSpec, OptionType};
 
 pub use check::Source;
+pub use reply::Reply;
+pub use serde::ser::{Serialize, SerializeMap, Serializer};
 pub use shapes::{EMPTY, ID, NOTHING, SCHEMA_INFO, SOCKET_ADDRESS_LEGACY, VERSION_INFO};
+
+/// What members of a reply may be held in.
+pub type JsonMap = serde_json::Map<String, serde_json::Value>;
 
 /// A type in a command row.
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +47,10 @@ pub enum Ty {
     Object(&'static Shape),
     /// A list of objects.
     List(&'static Shape),
+    /// The type of a reply.
+    Of(fn() -> Ty),
+    /// A list of them.
+    ArrayOf(fn() -> Ty),
     /// The name of a driver that exists.
     DriverName,
     /// The name of an export type that exists.
@@ -56,7 +66,7 @@ pub enum Ty {
     /// The name of a kind of job.
     JobName,
     /// An object with the `type` of a job, and what a kind adds to it.
-    OfJob(&'static Shape, JobPart),
+    OfJob(fn() -> Ty, JobPart),
     /// An action of `transaction`: the name and the arguments of a command that can be part of one, or "abort".
     TransactionAction,
 }
@@ -340,6 +350,11 @@ impl Builder<'_> {
                 let of = self.shape(of);
                 self.array(of)
             }
+            Ty::Of(ty) => self.ty(ty()),
+            Ty::ArrayOf(of) => {
+                let of = self.ty(of());
+                self.array(of)
+            }
             Ty::DriverName => self.driver_names(),
             Ty::ExportName => self.export_names(),
             Ty::BlockdevOptions => self.blockdev_options(),
@@ -347,7 +362,10 @@ impl Builder<'_> {
             Ty::NodeRef => self.node_ref("BlockdevRef", false),
             Ty::Options(lists) => self.option_lists(lists),
             Ty::JobName => self.job_names(),
-            Ty::OfJob(shape, part) => self.of_job(shape, part),
+            Ty::OfJob(of, part) => match of() {
+                Ty::Object(shape) => self.of_job(shape, part),
+                other => self.ty(other),
+            },
             Ty::TransactionAction => self.transaction_action(),
         }
     }
@@ -472,11 +490,8 @@ impl Builder<'_> {
     fn of_job(&mut self, shape: &'static Shape, part: JobPart) -> TypeId {
         self.object(Origin::OfJob(shape, part), |b| {
             let mut fields = vec![FieldDef { name: "type", ty: b.job_names(), optional: false }];
-            fields.extend(shape.fields.iter().map(|f| FieldDef {
-                name: f.name,
-                ty: b.ty(f.ty),
-                optional: f.optional,
-            }));
+            let others = shape.fields.iter().filter(|f| f.name != "type");
+            fields.extend(others.map(|f| FieldDef { name: f.name, ty: b.ty(f.ty), optional: f.optional }));
             let jobs = b.sources.jobs;
             let of = |j: &JobBranch| if part == JobPart::Change { j.change } else { j.details };
             let union = jobs.iter().map(|j| (j.name, b.options(of(j), &[]))).collect();

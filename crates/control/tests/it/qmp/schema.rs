@@ -66,7 +66,7 @@ fn image() -> ImageInfo {
         backing_filename: Some("b".into()),
         full_backing_filename: Some("/b".into()),
         backing_filename_format: Some("raw".into()),
-        snapshots: vec![SnapshotInfo {
+        snapshots: Some(vec![SnapshotInfo {
             id: "1".into(),
             name: "s".into(),
             vm_state_size: 0,
@@ -75,7 +75,7 @@ fn image() -> ImageInfo {
             vm_clock_sec: 3,
             vm_clock_nsec: 4,
             icount: Some(5),
-        }],
+        }]),
         format_specific: Some(json!({"type": "qcow2", "data": {"compat": "1.1", "compression-type": "zlib",
             "lazy-refcounts": false, "refcount-bits": 16, "corrupt": false, "extended-l2": false,
             "data-file": "d", "data-file-raw": false}})),
@@ -88,7 +88,7 @@ fn replies_fit() {
     let s = schema();
     let mut node = BlockDeviceInfo {
         file: "a".into(),
-        node_name: "n".into(),
+        node_name: Some("n".into()),
         ro: true,
         drv: "qcow2".into(),
         backing_file: Some("b".into()),
@@ -96,7 +96,6 @@ fn replies_fit() {
         active: true,
         encrypted: false,
         detect_zeroes: "off".into(),
-        throttling: NoThrottling::default(),
         image: image(),
         cache: CacheInfo { writeback: true, direct: false, no_flush: false },
         write_threshold: 0,
