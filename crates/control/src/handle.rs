@@ -47,7 +47,7 @@ impl Control {
             .map(|d| Branch { name: d.name, options: d.options, features: &[] })
             .collect();
         let schema = table::schema(common_options(), &drivers);
-        let (world, returns) = World::new(rt, config, schema, owner);
+        let (world, returns) = World::new(rt, config, schema, TABLE.counters().collect(), owner);
         // As many changes wait as there are monitors: each waits for its own.
         let (orders, queue) = async_channel::unbounded();
         rt.spawn(task::run(world.clone(), returns, queue));

@@ -22,6 +22,7 @@
 
 mod act;
 mod commands;
+mod counter;
 mod drafting;
 mod export;
 mod guard;

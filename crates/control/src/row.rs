@@ -7,6 +7,7 @@ use dolmen_qmp::{QmpError, Schema};
 use dolmen_types::Options;
 
 use crate::act::{Act, Edit, Publish};
+use crate::counter::CounterRow;
 use crate::world::{Answer, World};
 
 /// Reads the arguments of a command.
@@ -126,13 +127,38 @@ impl CommandRow {
     }
 }
 
+/// The rows of a file of commands.
+#[derive(Clone, Copy)]
+pub(crate) struct Family {
+    commands: &'static [CommandRow],
+    counters: &'static [CounterRow],
+}
+
+impl Family {
+    pub(crate) const fn of(commands: &'static [CommandRow]) -> Family {
+        Family { commands, counters: &[] }
+    }
+
+    /// With counters that they add to those of exports.
+    pub(crate) const fn with_counters(
+        commands: &'static [CommandRow],
+        counters: &'static [CounterRow],
+    ) -> Family {
+        Family { commands, counters }
+    }
+}
+
 /// All rows, by family.
 #[derive(Clone, Copy)]
-pub(crate) struct Table(pub(crate) &'static [&'static [CommandRow]]);
+pub(crate) struct Table(pub(crate) &'static [Family]);
 
 impl Table {
     pub(crate) fn rows(self) -> impl Iterator<Item = &'static CommandRow> {
-        self.0.iter().flat_map(|family| family.iter())
+        self.0.iter().flat_map(|family| family.commands)
+    }
+
+    pub(crate) fn counters(self) -> impl Iterator<Item = CounterRow> {
+        self.0.iter().flat_map(|family| family.counters).copied()
     }
 
     /// # Errors

@@ -2,32 +2,28 @@
 
 use dolmen_jobs::{KINDS, OF_QEMU_ONLY};
 use dolmen_qmp::Schema;
-use dolmen_qmp::schema::{Branch, Command, EventRow, JobBranch, Sources};
+use dolmen_qmp::schema::{Branch, Command, EventRow, Field, JobBranch, Sources};
 use dolmen_types::OptionSpec;
 
-use crate::commands::{
-    backing, drives, exports, job_starts, job_verbs, nodes, operations, resize, server, session, snapshots,
-    stats, transaction, what_if,
-};
-use crate::row::Table;
-use crate::{export, jobs, notices};
+use crate::row::{Family, Table};
+use crate::{commands, export, jobs, notices};
 
 /// Every command, in the order in which they are listed.
 pub(crate) const TABLE: Table = Table(&[
-    session::ROWS,
-    nodes::ROWS,
-    stats::ROWS,
-    server::ROWS,
-    exports::ROWS,
-    snapshots::ROWS,
-    backing::ROWS,
-    resize::ROWS,
-    transaction::ROWS,
-    operations::ROWS,
-    what_if::ROWS,
-    job_verbs::ROWS,
-    job_starts::ROWS,
-    drives::ROWS,
+    Family::of(commands::session::ROWS),
+    Family::of(commands::nodes::ROWS),
+    Family::of(commands::stats::ROWS),
+    Family::of(commands::server::ROWS),
+    Family::of(commands::exports::ROWS),
+    Family::of(commands::snapshots::ROWS),
+    Family::of(commands::backing::ROWS),
+    Family::of(commands::resize::ROWS),
+    Family::of(commands::transaction::ROWS),
+    Family::of(commands::operations::ROWS),
+    Family::of(commands::what_if::ROWS),
+    Family::of(commands::job_verbs::ROWS),
+    Family::of(commands::job_starts::ROWS),
+    Family::of(commands::drives::ROWS),
 ]);
 
 /// Every event.
@@ -40,12 +36,14 @@ pub fn schema(node_options: &[OptionSpec], drivers: &[Branch]) -> Schema {
     let here = KINDS.iter().map(|k| JobBranch { name: k.name, change: k.change, details: k.details });
     let there = OF_QEMU_ONLY.iter().map(|name| JobBranch { name, change: &[], details: &[] });
     let job_kinds: Vec<JobBranch> = here.chain(there).collect();
+    let counters: Vec<Field> = TABLE.counters().map(|c| Field::optional(c.name, c.ty)).collect();
     Schema::new(Sources {
         commands: &commands,
         events: &events,
         node_options,
         drivers,
         exports: export::TYPES,
+        counters: &counters,
         jobs: &job_kinds,
     })
 }

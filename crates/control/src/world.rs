@@ -21,6 +21,7 @@ use dolmen_rt::{Rt, put_off};
 use dolmen_types::{Error, ErrorKind, OpId};
 use serde_json::Value as Json;
 
+use crate::counter::CounterRow;
 use crate::export::Export;
 use crate::outgoing::Outgoing;
 use crate::turns::Turns;
@@ -73,6 +74,8 @@ pub(crate) struct World {
     /// The reply of `query-qmp-schema`, which never changes.
     pub(crate) introspection: Json,
     pub(crate) version: Version,
+    /// Counters of exports beside those that every export has.
+    pub(crate) counters: Vec<CounterRow>,
     pub(crate) owner: GraphOwner,
     pub(crate) server: RefCell<Option<Rc<NbdServer>>>,
     /// Newest first, as queries list them.
@@ -102,7 +105,13 @@ pub(crate) struct World {
 
 impl World {
     /// With an empty graph, and what is to be received for it.
-    pub(crate) fn new(rt: &Rt, config: Config, schema: Schema, owner: GraphOwner) -> (Rc<World>, Returns) {
+    pub(crate) fn new(
+        rt: &Rt,
+        config: Config,
+        schema: Schema,
+        counters: Vec<CounterRow>,
+        owner: GraphOwner,
+    ) -> (Rc<World>, Returns) {
         // As many wait as there are removals and jobs: each waits for its own.
         let (gone, gone_queue) = async_channel::unbounded();
         let (attention, attention_queue) = async_channel::unbounded();
@@ -112,6 +121,7 @@ impl World {
             introspection: schema.introspection(),
             schema,
             version: Version::current(),
+            counters,
             owner: owner.with_patience(PATIENCE),
             server: RefCell::default(),
             exports: RefCell::default(),

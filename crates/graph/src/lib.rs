@@ -150,4 +150,4 @@ pub use solver::{
     EdgeRef, Grants, Overlays, Refusal, Stance, TopoClaim, TopoNode, TopoUser, Topology, solve,
 };
 pub use status::{ChainStatus, chain_status, first_allocated, own_status};
-pub use user::{Token, UserEdge};
+pub use user::{Observer, Token, UserEdge};

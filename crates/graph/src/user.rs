@@ -5,11 +5,13 @@
 //! Quiescing closes the gate (new tokens wait) and waits until no token is out and nothing is
 //! in flight of requests that were given up; a request never waits for the control task in any other way.
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
+use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use dolmen_rt::{Instant, Rt};
 use dolmen_types::{Actions, Claim, Error, ErrorKind, OpId, OpKind, Result, Span};
 use event_listener::Event;
@@ -22,6 +24,12 @@ pub(crate) struct Binding {
     pub(crate) claim: Claim,
     /// The size that the user relies on, where it is not to see any other (see [`UserEdge::size`]).
     pub(crate) size: Option<u64>,
+}
+
+/// Sees what a user has answered, beside the counters: what only some users want to know.
+pub trait Observer: Any + Send + Sync {
+    /// A request of this kind has ended after this time. Called on any core, for each request: it must not wait.
+    fn ended(&self, kind: OpKind, took: Duration);
 }
 
 /// A user's edge into the graph, shared by the owner of the graph and the user.
@@ -42,6 +50,9 @@ pub struct UserEdge {
     counters: Counters,
     /// When the last of that ended, in nanoseconds of the runtime's clock; 0 before.
     last_ended: AtomicU64,
+    /// Whether there is an observer: all that a request pays where there is none.
+    observed: AtomicBool,
+    observer: ArcSwapOption<Box<dyn Observer>>,
 }
 
 impl UserEdge {
@@ -57,6 +68,8 @@ impl UserEdge {
             drained: Event::new(),
             counters: Counters::default(),
             last_ended: AtomicU64::new(0),
+            observed: AtomicBool::new(false),
+            observer: ArcSwapOption::empty(),
         })
     }
 
@@ -109,8 +122,27 @@ impl UserEdge {
     /// request that it answers, however many requests to the graph it took.
     pub fn ended(&self, rt: &Rt, kind: OpKind, span: Span, began: Instant, ok: bool) {
         let now = rt.now();
-        self.counters.ended(rt.lane(), kind, span.len(), span.end(), now.since(began), ok);
+        let took = now.since(began);
+        self.counters.ended(rt.lane(), kind, span.len(), span.end(), took, ok);
         self.last_ended.store(now.as_nanos(), Relaxed);
+        if self.observed.load(Relaxed)
+            && let Some(observer) = &*self.observer.load()
+        {
+            observer.ended(kind, took);
+        }
+    }
+
+    /// Has what is answered from now on be seen by `observer`, or by none.
+    pub fn observe(&self, observer: Option<Box<dyn Observer>>) {
+        self.observed.store(observer.is_some(), Relaxed);
+        self.observer.store(observer.map(Arc::new));
+    }
+
+    /// Shows the observer to `look`, if there is one of this type.
+    pub fn observed_by<T: Observer, R>(&self, look: impl FnOnce(&T) -> R) -> Option<R> {
+        let observer = self.observer.load();
+        let any: &dyn Any = &***observer.as_ref()?;
+        any.downcast_ref().map(look)
     }
 
     /// What [`UserEdge::ended`] has counted.

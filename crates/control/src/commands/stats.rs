@@ -17,13 +17,20 @@ use dolmen_types::ChildRole;
 use serde_json::json;
 
 use crate::act::{Act, Proposal, Wait};
+use crate::counter::CounterRow;
 use crate::guard::Guard;
 use crate::query::{Images, explicit, is_implicit};
 use crate::row::CommandRow;
 use crate::world::{Answer, Done, World};
 
 /// The reply of `query-blockstats`: every node, or every export.
-fn block_stats(graph: &Graph, exports: &[BlockExportInfo], nodes: bool, now: Instant) -> Vec<BlockStats> {
+fn block_stats(
+    graph: &Graph,
+    exports: &[BlockExportInfo],
+    counters: &[CounterRow],
+    nodes: bool,
+    now: Instant,
+) -> Vec<BlockStats> {
     if nodes {
         return graph.nodes.iter().filter(|n| !is_implicit(n)).map(|n| node_stats(n, false)).collect();
     }
@@ -33,6 +40,8 @@ fn block_stats(graph: &Graph, exports: &[BlockExportInfo], nodes: bool, now: Ins
             let mut out = node_stats(explicit(&node), true);
             let mut stats = shown(&edge.counters().read());
             stats.idle_time_ns = edge.last_ended().map(|at| nanos(now.since(at)));
+            let of = |c: &CounterRow| Some((c.name.to_owned(), (c.read)(edge)?));
+            stats.further = counters.iter().filter_map(of).collect();
             out.stats = stats;
             out.device = Some(id.to_owned());
             out
@@ -168,7 +177,13 @@ pub(crate) const ROWS: &[CommandRow] = &[
         |world, mut o| {
             let nodes = o.take_bool("query-nodes")?.unwrap_or(false);
             let graph = world.owner.graph();
-            Ok(model::to_json(&block_stats(&graph, &world.exports_of(&graph), nodes, world.rt.now())))
+            Ok(model::to_json(&block_stats(
+                &graph,
+                &world.exports_of(&graph),
+                &world.counters,
+                nodes,
+                world.rt.now(),
+            )))
         },
         "Counters of every export, or with query-nodes of every node.",
     ),

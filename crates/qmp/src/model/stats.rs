@@ -16,7 +16,7 @@ reply! {
         /// The node; of a user, the one that it is attached to.
         "node-name" node_name: Option<String>,
         /// The counters.
-        "stats" stats: BlockDeviceStats,
+        "stats" stats: BlockDeviceStats = Ty::Counters(BlockDeviceStats::ty),
         /// What only this driver counts.
         "driver-specific" driver_specific: Option<FileStats> = Ty::Object(&DRIVER_SPECIFIC),
         /// The node below that holds this one's data.
@@ -83,6 +83,7 @@ reply! {
         /// Whether failed requests do.
         "account_failed" account_failed: bool,
         always "timed_stats": Ty::List(&TIMED_STATS) => [(); 0],
+        rest further,
     }
 }
 

@@ -67,6 +67,8 @@ pub enum Ty {
     JobName,
     /// An object with the `type` of a job, and what a kind adds to it.
     OfJob(fn() -> Ty, JobPart),
+    /// The counters of a device: these, and those of [`Sources::counters`].
+    Counters(fn() -> Ty),
     /// An action of `transaction`: the name and the arguments of a command that can be part of one, or "abort".
     TransactionAction,
 }
@@ -183,6 +185,8 @@ pub struct Sources<'a> {
     pub drivers: &'a [Branch],
     /// The export types.
     pub exports: &'a [Branch],
+    /// Further counters of devices.
+    pub counters: &'a [Field],
     /// The kinds of jobs.
     pub jobs: &'a [JobBranch],
 }
@@ -366,6 +370,10 @@ impl Builder<'_> {
                 Ty::Object(shape) => self.of_job(shape, part),
                 other => self.ty(other),
             },
+            Ty::Counters(of) => match of() {
+                Ty::Object(shape) => self.counters(shape),
+                other => self.ty(other),
+            },
             Ty::TransactionAction => self.transaction_action(),
         }
     }
@@ -496,6 +504,15 @@ impl Builder<'_> {
             let of = |j: &JobBranch| if part == JobPart::Change { j.change } else { j.details };
             let union = jobs.iter().map(|j| (j.name, b.options(of(j), &[]))).collect();
             ObjectDef { fields, union: Some(("type", union)), features: Vec::new() }
+        })
+    }
+
+    fn counters(&mut self, shape: &'static Shape) -> TypeId {
+        self.object(Origin::Named("Counters"), |b| {
+            let all = shape.fields.iter().chain(b.sources.counters);
+            let fields =
+                all.map(|f| FieldDef { name: f.name, ty: b.ty(f.ty), optional: f.optional }).collect();
+            ObjectDef { fields, ..ObjectDef::default() }
         })
     }
 
