@@ -13,6 +13,7 @@ pub(crate) const TABLE: Table = Table(&[
     Family::of(commands::session::ROWS),
     Family::of(commands::nodes::ROWS),
     Family::of(commands::stats::ROWS),
+    Family::with_counters(commands::latency::ROWS, commands::latency::COUNTERS),
     Family::of(commands::server::ROWS),
     Family::of(commands::exports::ROWS),
     Family::of(commands::snapshots::ROWS),

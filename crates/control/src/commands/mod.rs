@@ -6,6 +6,7 @@ pub(crate) mod drives;
 pub(crate) mod exports;
 pub(crate) mod job_starts;
 pub(crate) mod job_verbs;
+pub(crate) mod latency;
 pub(crate) mod nodes;
 pub(crate) mod operations;
 pub(crate) mod resize;

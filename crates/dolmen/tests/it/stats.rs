@@ -292,3 +292,59 @@ fn counters_go_on_while_the_graph_changes() {
         assert_eq!(s["rd_bytes"], ok * 4096, "{of}");
     }
 }
+
+/// What was asked for is counted from then on, by what the client was told, each request in one interval.
+#[test]
+fn latency_histograms() {
+    let Some(mut d) = chain(by_established_name) else { return };
+    let mut m = d.monitor();
+    let set = |more: Json| {
+        let mut arguments = json!({"id": "exp0"});
+        arguments.as_object_mut().expect("an object").extend(more.as_object().cloned().expect("an object"));
+        json!({"execute": "block-latency-histogram-set", "arguments": arguments})
+    };
+    let histogram = |m: &mut Monitor, kind: &str| -> Json {
+        let stats = m.ok("query-blockstats", json!({}));
+        stats[0]["stats"].get(format!("{kind}_latency_histogram")).cloned().unwrap_or(Json::Null)
+    };
+    let total = |h: &Json| -> u64 {
+        h["bins"].as_array().expect("bins").iter().map(|n| n.as_u64().expect("a number")).sum()
+    };
+    assert_eq!(histogram(&mut m, "rd"), Json::Null);
+
+    // No request takes as long as 2^63 ns, and none is done in less than one.
+    let far = 1u64 << 63;
+    assert_eq!(m.ask(&set(json!({"boundaries": [1, far], "boundaries-flush": [far]})))["return"], json!({}));
+    requests(&d, &["write 0 64k", "write -z 1M 64k", "discard 0 64k", "flush"]);
+    let writes = histogram(&mut m, "wr");
+    assert_eq!(writes, json!({"boundaries": [1, far], "bins": [0, 2, 0]}));
+    let flushes = histogram(&mut m, "flush");
+    assert_eq!((&flushes["boundaries"], &flushes["bins"][1]), (&json!([far]), &json!(0)));
+    assert!(total(&flushes) >= 1, "{flushes}");
+    assert_eq!(histogram(&mut m, "zone_append")["bins"], json!([0, 0, 0]));
+
+    // One kind begins anew, the others go on.
+    assert_eq!(m.ask(&set(json!({"boundaries-write": [far]})))["return"], json!({}));
+    requests(&d, &["write 0 64k"]);
+    assert_eq!(histogram(&mut m, "wr"), json!({"boundaries": [far], "bins": [1, 0]}));
+    assert!(total(&histogram(&mut m, "flush")) >= total(&flushes));
+
+    // A refusal leaves them alone, and says what to do.
+    for (wrong, text) in [
+        (json!({"boundaries": [10, 10]}), "each greater than the one before"),
+        (json!({"boundaries-read": [0]}), "each greater than the one before"),
+        (json!({"boundaries-zap": []}), "name between 1 and"),
+    ] {
+        let e = m.ask(&set(wrong.clone()));
+        assert!(e["error"]["desc"].as_str().is_some_and(|d| d.contains(text)), "{wrong}: {e}");
+    }
+    assert_eq!(histogram(&mut m, "wr")["bins"], json!([1, 0]));
+    let mut nobody = set(json!({}));
+    nobody["arguments"]["id"] = "nobody".into();
+    assert_eq!(m.ask(&nobody)["error"]["class"], "DeviceNotFound");
+
+    assert_eq!(m.ask(&set(json!({})))["return"], json!({}));
+    for kind in ["rd", "wr", "flush", "zone_append"] {
+        assert_eq!(histogram(&mut m, kind), Json::Null);
+    }
+}

@@ -265,6 +265,8 @@ impl Compare {
 /// Commands and events that only we have.
 const OURS: &[&str] = &[
     "BLOCK_BITMAPS_INVALIDATED",
+    // Of the emulator; the counters that it adds are compared.
+    "block-latency-histogram-set",
     "blockdev-prefetch",
     "operation-begin",
     "operation-end",
