@@ -386,6 +386,12 @@ fn changes(command: &str) -> Option<Vec<Json>> {
             ]
         }
         "operation-end" => ["tool", "j", "guest", "nobody"].iter().map(|id| json!({ "id": id })).collect(),
+        "block-latency-histogram-set" => vec![
+            json!({"id": "guest", "boundaries": [1000]}),
+            json!({"id": "guest", "boundaries": [1000, 10]}),
+            json!({"id": "nobody"}),
+            json!({"id": "j"}),
+        ],
         "block-set-write-threshold" => vec![
             json!({"node-name": "nobody", "write-threshold": 1}),
             json!({"node-name": "top", "write-threshold": -1}),

@@ -302,6 +302,8 @@ pub(crate) fn part(command: &str) -> Option<Part> {
         ]),
         // They end or begin what clients are connected to, and use no node.
         "block-export-del" | "nbd-server-start" | "nbd-server-stop" | "quit" => apart,
+        // It looks at what an export is asked for, and uses no node.
+        "block-latency-histogram-set" => apart,
         // About the connection.
         "qmp_capabilities" => apart,
         // These only read.
