@@ -402,8 +402,9 @@ impl Book {
         self.contents[into.0].unknown = None;
         // What stands over the source is kept right by whoever makes the copy.
         let over = self.with_followers(of);
+        let now = self.moment();
         for f in self.with_followers(into).into_iter().skip(1).filter(|f| !over.contains(f)) {
-            self.feed_one(into, f);
+            self.feed_one(into, f, now);
         }
     }
 
@@ -412,16 +413,15 @@ impl Book {
         self.contents[c.0].sectors.len() as u64
     }
 
-    /// `into`, and what stands over it but not over `of`, may show in any place whatever `of` shows now
+    /// `into`, and what shows it but is not among `kept`, may show in any place whatever `of` has shown since `from`
     /// or may show after a crash.
-    pub(crate) fn feed(&mut self, of: ContentId, into: ContentId) {
-        let over = self.with_followers(of);
-        for f in self.with_followers(into).into_iter().filter(|f| *f == into || !over.contains(f)) {
-            self.feed_one(of, f);
+    pub(crate) fn feed(&mut self, of: ContentId, into: ContentId, from: Moment, kept: &[ContentId]) {
+        for f in self.with_followers(into).into_iter().filter(|f| *f == into || !kept.contains(f)) {
+            self.feed_one(of, f, from);
         }
     }
 
-    fn feed_one(&mut self, of: ContentId, into: ContentId) {
+    fn feed_one(&mut self, of: ContentId, into: ContentId, from: Moment) {
         if let Some(why) = self.contents[of.0].unknown.clone() {
             self.contents[into.0].unknown.get_or_insert(why);
             return;
@@ -431,7 +431,7 @@ impl Book {
             let count = self.contents[into.0].sectors.len().min(self.contents[of.0].sectors.len());
             for s in 0..count {
                 let mut tags = self.allowed(of, s as u64, Look::Crash, now + 1);
-                tags.extend(self.allowed(of, s as u64, Look::Live(now), now + 1));
+                tags.extend(self.allowed(of, s as u64, Look::Live(from), now + 1));
                 let entries = &mut self.contents[into.0].sectors[s];
                 for tag in tags {
                     // Not done: it may arrive at any time.
@@ -538,7 +538,8 @@ mod tests {
         write(&mut b, top, 3);
         assert!(!live(&mut b, top, 2), "what was overwritten here is covered");
         let other = b.known("other", &[9]);
-        b.feed(other, base);
+        let now = b.moment();
+        b.feed(other, base, now, &[]);
         assert!(live(&mut b, base, 9) && live(&mut b, top, 9) && !live(&mut b, top, 1));
         b.copy_into(base, other, 0, 0..1);
         assert!(live(&mut b, base, 9) && !live(&mut b, base, 2));

@@ -137,9 +137,11 @@ impl World {
     }
 
     fn covered(&mut self, node: &str, overlay: &str, file: Option<String>, from: Moment) {
-        if self.is_moving(node) {
+        let old = self.shows.get(overlay).copied();
+        let is_filled = self.jobs.values().any(|j| Some(j.to) == old && j.work != Work::Unseen);
+        if self.is_moving(node) || is_filled {
             for n in [node, overlay] {
-                let c = self.book().unknown(n, "a snapshot beside the end of a job");
+                let c = self.book().unknown(n, "a snapshot beside a job");
                 self.show(n, c);
             }
             return;
@@ -205,7 +207,7 @@ impl World {
         let sectors = book.sectors(of);
         let before = book.copy("a point in time", of, from, 0..sectors);
         self.saved.insert(name.to_owned(), before);
-        book.feed(of, into);
+        book.feed(of, into, from, &[of]);
         book.feed_zeroes(into);
         book.follow(of, into);
         of
@@ -376,7 +378,8 @@ impl World {
         if self.graph.file_of(&source).is_some_and(|f| self.longer.contains(&f)) {
             self.longer.extend(file.iter().chain(&base).cloned());
         }
-        let before = self.flow(work, from_content, to, from, base);
+        let kept = self.shows_above(&source, from_content);
+        let before = self.flow(work, (from_content, to), from, base, &kept);
         if matches!(work, Work::Commit | Work::ActiveCommit) {
             self.zeroes_past_end(&source, from_content, to);
         }
@@ -401,10 +404,10 @@ impl World {
     fn flow(
         &mut self,
         work: Work,
-        source: ContentId,
-        target: ContentId,
+        (source, target): (ContentId, ContentId),
         from: Moment,
         file: Option<String>,
+        kept: &[ContentId],
     ) -> Option<ContentId> {
         let mut book = crate::world::open(&self.book);
         let sectors = book.sectors(source);
@@ -415,7 +418,7 @@ impl World {
                 if let Some(f) = file.filter(|_| work != Work::Mirror && grows) {
                     self.longer.insert(f);
                 }
-                book.feed(source, target);
+                book.feed(source, target, from, kept);
                 if work == Work::Mirror {
                     book.feed_zeroes(target);
                 }
@@ -424,7 +427,7 @@ impl World {
             }
             Work::Backup => {
                 let before = book.copy("a point in time", source, from, 0..sectors);
-                book.feed(before, target);
+                book.feed(before, target, from, kept);
                 book.feed_zeroes(target);
                 Some(before)
             }
@@ -501,11 +504,13 @@ impl World {
         let job = j.clone();
         j.told = None;
         self.ended_well += u64::from(succeeded);
+        self.ended_point |= job.saves();
         let sectors = self.book().sectors(job.from);
         match job.work {
             Work::Fleece => {
                 let mut book = self.book();
-                book.feed(job.from, job.to);
+                let now = book.moment();
+                book.feed(job.from, job.to, now, &[job.from]);
                 book.follow(job.from, job.to);
             }
             _ if !succeeded => {

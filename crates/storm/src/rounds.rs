@@ -75,7 +75,8 @@ impl Storm<'_> {
         let mut next = Named::File(file.to_owned(), format.to_owned());
         loop {
             if out.len() > 60 {
-                return Err(format!("the chain of {file} has no end"));
+                let links: Vec<&str> = out.iter().take(6).map(|l| l.name.as_str()).collect();
+                return Err(format!("the chain of {file} has no end: {}", links.join(" -> ")));
             }
             let (name, format, below) = match next {
                 Named::Nothing => return Ok(()),
@@ -489,7 +490,11 @@ impl Storm<'_> {
                     if data.len() as u64 != size {
                         self.found(
                             "size",
-                            format!("{file} has {} bytes after {way:?}, not {size}", data.len()),
+                            format!(
+                                "{file} has {} bytes after {way:?}, not {size} ('{}')",
+                                data.len(),
+                                self.world.book().name(*c)
+                            ),
                         );
                         continue;
                     }

@@ -23,7 +23,7 @@ use crate::rng::Rng;
 use crate::steps::{Command, Step};
 use crate::testcase::Made;
 use crate::weigh::Weight;
-use crate::world::{Graph, Job, Work, World};
+use crate::world::{Graph, Job, World};
 
 /// More than this many MiB of memory, or descriptors, are a leak at any moment: the disks have a few.
 const MOST_MEMORY: u64 = 700;
@@ -686,9 +686,9 @@ impl Storm<'_> {
 
     /// Whether an overlay lies over a point in time that has ended, or ends with the daemon.
     fn has_ended_point(&self) -> bool {
-        let saves = |j: &Job| j.work == Work::Fleece || j.work == Work::Backup && j.partial;
-        self.world.graph.nodes.values().any(|n| n.driver == "point-in-time-gone")
-            || self.world.jobs.values().any(saves)
+        self.world.ended_point
+            || self.world.graph.nodes.values().any(|n| n.driver == "point-in-time-gone")
+            || self.world.jobs.values().any(Job::saves)
     }
 
     pub(crate) fn image_on_device(&self) -> bool {

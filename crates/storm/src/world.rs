@@ -220,6 +220,13 @@ pub(crate) struct Job {
     pub(crate) file: Option<String>,
 }
 
+impl Job {
+    /// Its target shows a point in time only while it runs.
+    pub(crate) fn saves(&self) -> bool {
+        self.work == Work::Fleece || self.work == Work::Backup && self.partial
+    }
+}
+
 /// Everything that is known.
 pub(crate) struct World {
     pub(crate) book: Arc<Mutex<Book>>,
@@ -251,6 +258,8 @@ pub(crate) struct World {
     pub(crate) handed: BTreeSet<String>,
     /// Files that jobs are making, by the jobs.
     pub(crate) making: BTreeMap<String, String>,
+    /// A job that showed a point in time has ended: what it did not save is an error.
+    pub(crate) ended_point: bool,
     /// Operations that an external tool has begun.
     pub(crate) operations: BTreeSet<String>,
     /// Numbers of names.
@@ -284,6 +293,7 @@ impl World {
             server: false,
             making: BTreeMap::new(),
             handed: BTreeSet::new(),
+            ended_point: false,
             operations: BTreeSet::new(),
             count: 0,
             ended_well: 0,
@@ -356,7 +366,8 @@ impl World {
             let (from, to) = (book.sectors(job.from), book.sectors(job.to));
             if book.is_known(job.to) && from > to && size > to {
                 book.resize(job.to, size);
-                book.feed(job.from, job.to);
+                let kept: Vec<ContentId> = self.shows_above(&job.source, job.from);
+                book.feed(job.from, job.to, job.began, &kept);
             }
         }
     }
@@ -493,6 +504,21 @@ impl World {
         }
     }
 
+    /// What is shown above a node, and nowhere else: whoever copies the node's data to what lies below keeps it right.
+    pub(crate) fn shows_above(&self, node: &str, content: ContentId) -> Vec<ContentId> {
+        let mut above: Vec<&str> = vec![node];
+        let mut at = 0;
+        while let Some(name) = above.get(at).copied() {
+            let parents = self.graph.edges.iter().filter(|e| e.1 == name && e.2 != "target");
+            let new: Vec<&str> = parents.map(|e| e.0.as_str()).filter(|p| !above.contains(p)).collect();
+            above.extend(new);
+            at += 1;
+        }
+        let elsewhere = |c: &ContentId| self.shows.iter().any(|s| s.1 == c && !above.contains(&s.0.as_str()));
+        let shown = above.iter().filter_map(|n| self.shows.get(*n).copied());
+        shown.filter(|c| *c == content || !elsewhere(c)).collect()
+    }
+
     /// The source of a job gives way to its target.
     pub(crate) fn pivot(&mut self, job: &Job, from: Moment) {
         let frozen = {
@@ -505,8 +531,9 @@ impl World {
         };
         self.stays(&job.source, job.from, frozen);
         {
+            let kept = self.shows_above(&job.source, job.from);
             let mut book = open(&self.book);
-            book.feed(job.from, job.to);
+            book.feed(job.from, job.to, from, &kept);
             book.follow(job.from, job.to);
         }
         {
