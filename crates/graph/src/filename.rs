@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use dolmen_types::{ChildRole, Error, ErrorKind, Result, Value, os_name, text_of_os};
 
-use crate::{Class, Description, Node, content, has_protocol, join};
+use crate::{Class, Description, DriverKind, Node, content, has_protocol, join};
 
 fn describe(node: &Arc<Node>) -> Description {
     node.driver.describe(node)
@@ -83,9 +83,33 @@ impl std::fmt::Debug for Filenames<'_> {
 /// can't be opened, when somebody opens the image, and none of them changes what is read. A window of a raw image does:
 /// it stays, as `json:`. A name that would lead elsewhere from the image's directory becomes absolute.
 ///
+/// Name and format are of the same node, always: the file of one image in the format of another shows other bytes.
+///
 /// # Errors
 /// `Unsupported` for a node that shows what no name leads to (a point in time).
 pub fn header_name(node: &Arc<Node>, file: &str) -> Result<(String, &'static str)> {
+    let (name, kind) = header_image(node, file)?;
+    // What holds no format is a raw disk to whoever opens it.
+    Ok((name, if kind.class == Class::Protocol { "raw" } else { kind.name }))
+}
+
+/// The same for a job: with a name that its user gives instead, and what holds no format under its driver's name unless the
+/// user wants it masked.
+///
+/// # Errors
+/// `Unsupported` for a node that shows what no name leads to.
+pub fn header_name_given(
+    node: &Arc<Node>,
+    file: &str,
+    given: Option<&str>,
+    mask_protocol: bool,
+) -> Result<(String, &'static str)> {
+    let (name, kind) = header_image(node, file)?;
+    let raw = kind.class == Class::Protocol && mask_protocol;
+    Ok((given.map_or(name, str::to_owned), if raw { "raw" } else { kind.name }))
+}
+
+fn header_image(node: &Arc<Node>, file: &str) -> Result<(String, &'static DriverKind)> {
     let namer = Namer { style: Style::Header, ..Namer::default() };
     let image = namer.skip(node);
     if let Some(view) = view_in(image) {
@@ -95,16 +119,13 @@ pub fn header_name(node: &Arc<Node>, file: &str) -> Result<(String, &'static str
         )
         .remedy("copy it into an image of its own, and name that one"));
     }
-    let kind = image.driver.kind();
-    // What holds no format is a raw disk to whoever opens it.
-    let format = if kind.class == Class::Protocol { "raw" } else { kind.name };
     let name = match namer.plain_name(image) {
         // Seen from the image, or from here: the same file.
         Some(name) if !has_protocol(&name) && join(file, &name) != name => absolute(&name),
         Some(name) => name,
         None => namer.json(image),
     };
-    Ok((name, format))
+    Ok((name, image.driver.kind()))
 }
 
 fn absolute(name: &str) -> String {

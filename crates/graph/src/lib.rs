@@ -130,7 +130,7 @@ pub use driver::{
     Request, SELF, SnapshotInfo, Where, no_backing, prepare_child, prepare_nothing,
 };
 pub use epoch::{Epochs, Lease, Stamp};
-pub use filename::{Filenames, header_name, is_use, node_filename, own_file};
+pub use filename::{Filenames, header_name, header_name_given, is_use, node_filename, own_file};
 pub use io::{Access, Cx, Io, Read, Resize, Write, WriteUnchanged};
 pub use names::{encode_uri, protocol_name};
 pub use node::{ChildEdge, DetectZeroes, Graph, Node, NodeFlags, NodeState};

@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use dolmen_copy::{CopyOptions, Engine, Failure, Hooks, Moved, Pass, Route, Tracker};
 use dolmen_graph::{
-    AccessRule, BackingName, Class, Cx, Draft, NodeDef, NodeFlags, Prealloc, header_name, own_file,
+    AccessRule, BackingName, Class, Cx, Draft, NodeDef, NodeFlags, Prealloc, header_name_given, own_file,
 };
 use dolmen_rt::{LocalFuture, Rt};
 use dolmen_types::{
@@ -76,8 +76,6 @@ struct Begun {
     active: bool,
     /// Nodes that have the top node as their backing file.
     overlays: Vec<NodeName>,
-    /// What is written into their headers: the name, if the user gives one, and the format.
-    backing: Option<(Option<String>, Option<String>)>,
     /// Nodes that were read-only before.
     was_read_only: Vec<NodeName>,
     /// The size that `base` has to get.
@@ -181,7 +179,6 @@ impl Commit {
         for o in &overlays {
             shown_past_end |= size(d, o)? > top_size;
         }
-        let backing = (!active).then(|| (self.backing_file.clone(), self.format_word(d, &base)));
         let mut was_read_only = d.set_read_only(&base, false)?;
         if !active {
             for o in &overlays {
@@ -190,7 +187,6 @@ impl Commit {
         }
         let begun = Begun {
             active,
-            backing,
             was_read_only,
             grow_to: (base_size < top_size).then_some(top_size),
             tail: (shown_past_end && base_size > top_size).then(|| Span::from_range(top_size, base_size)),
@@ -280,13 +276,6 @@ impl Commit {
         Ok(())
     }
 
-    /// What is written into a header as the format of `base`.
-    fn format_word(&self, d: &Draft, base: &NodeName) -> Option<String> {
-        let kind = d.kind(base)?;
-        let raw = kind.class == Class::Protocol && self.mask_protocol;
-        Some(if raw { "raw" } else { kind.name }.to_owned())
-    }
-
     /// Makes `base` as large as it has to be.
     async fn grow(&self, cx: &JobCx, b: &Begun) -> Result<()> {
         let Some(size) = b.grow_to else { return Ok(()) };
@@ -326,16 +315,16 @@ impl Commit {
     /// both chains are right.
     async fn finish(&self, cx: &SettleCx<'_>, b: &Begun) -> Result<()> {
         flush(&cx.edge(1)?, cx.rt).await?;
-        let Some((given, format)) = &b.backing else { return Ok(()) };
+        if b.active {
+            return Ok(());
+        }
         let graph = cx.owner.graph();
         let base = graph.node(&b.base).ok_or_else(|| invalid(format!("node '{}' is gone", b.base)))?;
         for overlay in &b.overlays {
             let Some(node) = graph.node(overlay) else { continue };
-            let name = match given {
-                Some(name) => name.clone(),
-                None => header_name(base, &own_file(node))?.0,
-            };
-            let to = BackingName { name: &name, format: format.as_deref() };
+            let given = self.backing_file.as_deref();
+            let (name, format) = header_name_given(base, &own_file(node), given, self.mask_protocol)?;
+            let to = BackingName { name: &name, format: Some(format) };
             node.driver.set_backing(Cx { node, rt: cx.rt }, Some(to)).await?;
         }
         Ok(())
@@ -360,20 +349,17 @@ fn between(d: &Draft, b: &Begun) -> Vec<NodeName> {
     d.images(&b.top).into_iter().skip(1).take_while(|n| *n != base).collect()
 }
 
-/// The node by which others know an image below `top`: that of its format, if that is raw, and not the file. Whoever goes on
-/// with the image belongs there, or the next snapshot of that node would miss them.
+/// The node by which others know an image below `top`: that of its format, if that is raw, and not the file, whatever filters
+/// lie between them. Whoever goes on with the image belongs there, or the next snapshot of that node would miss them.
 fn of_raw(d: &Draft, top: &NodeName, image: NodeName) -> NodeName {
     let class = |n: &NodeName| d.kind(n).map(|k| k.class);
-    let chain = d.chain(top);
-    match chain.iter().position(|n| *n == image) {
-        Some(at) if at > 0 && class(&image) == Some(Class::Protocol) => {
-            Some(&chain[at - 1]).filter(|n| class(n) == Some(Class::Format) && **n != *top)
-        }
-        _ => None,
+    if class(&image) != Some(Class::Protocol) {
+        return image;
     }
-    .filter(|n| d.content(n) == image)
-    .cloned()
-    .unwrap_or(image)
+    let chain = d.chain(top);
+    let at = chain.iter().position(|n| *n == image).unwrap_or(0);
+    let over = chain[..at].iter().rev().take_while(|n| *n != top && d.content(n) == image);
+    over.into_iter().find(|n| class(n) == Some(Class::Format)).cloned().unwrap_or(image)
 }
 
 fn in_chain(d: &Draft, chain: &[NodeName], name: &str) -> Result<NodeName> {

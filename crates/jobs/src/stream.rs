@@ -21,9 +21,8 @@
 //! job that fails or is cancelled leaves an image that merely has more in it.
 
 use std::cell::RefCell;
-use std::sync::Arc;
 
-use dolmen_graph::{BackingName, ClaimScope, Class, Cx, Draft, Node, OpClaim, header_name, own_file};
+use dolmen_graph::{BackingName, ClaimScope, Class, Cx, Draft, OpClaim, header_name_given, own_file};
 use dolmen_rt::LocalFuture;
 use dolmen_types::{
     Actions, Claim, Error, ErrorKind, NodeName, OpId, OptionSpec, OptionType, Options, Result, ResultExt,
@@ -276,20 +275,14 @@ impl Work for Stream {
             if top.backing().is_none() {
                 return Ok(());
             }
-            let base = bottom.backing().map(content);
-            let name = match (base, &self.backing_file) {
-                (Some(_), Some(given)) => Some(given.clone()),
-                (Some(b), None) => Some(header_name(b, &own_file(&top))?.0),
-                (None, _) => None,
+            let named = match bottom.backing() {
+                Some(b) => {
+                    let given = self.backing_file.as_deref();
+                    Some(header_name_given(b, &own_file(&top), given, self.mask_protocol)?)
+                }
+                None => None,
             };
-            // A raw image is the node of that format, and not the file below.
-            let link = std::iter::successors(bottom.backing(), |n| n.filtered());
-            let image = link.into_iter().find(|n| n.driver.kind().class != Class::Filter).or(base);
-            let format = image.map(|b| match b.driver.kind() {
-                k if k.class == Class::Protocol && self.mask_protocol => "raw",
-                k => k.name,
-            });
-            let to = name.as_deref().map(|name| BackingName { name, format });
+            let to = named.as_ref().map(|(name, format)| BackingName { name, format: Some(format) });
             let set = top.driver.set_backing(Cx { node: &top, rt: cx.rt }, to).await;
             drop(token);
             set.context(|| format!("the backing file of node '{}' can't be changed", plan.top))
@@ -321,16 +314,6 @@ impl Work for Stream {
         Vec::new()
     }
 }
-
-/// The image that shows through filters.
-fn content(node: &Arc<Node>) -> &Arc<Node> {
-    let mut at = node;
-    while let Some(next) = at.filtered() {
-        at = next;
-    }
-    at
-}
-
 /// The kind.
 pub(crate) static STREAM: JobKind = JobKind {
     name: "stream",
