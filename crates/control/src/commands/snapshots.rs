@@ -3,7 +3,7 @@
 use dolmen_graph::{Class, Draft, NewImage, NodeOpener};
 use dolmen_qmp::schema::{Field, Shape, Ty};
 use dolmen_rt::LocalFuture;
-use dolmen_types::{Actions, Error, ErrorKind, OpId, Options, Result, Value};
+use dolmen_types::{Actions, Error, ErrorKind, NodeName, OpId, Options, Result, Value};
 
 use crate::act::{Edit, Proposal};
 use crate::drafting::{claim, command, device_or_node, find, invalid, made_over};
@@ -40,13 +40,14 @@ fn insert_overlay(draft: &mut Draft, node: &str, overlay: &str) -> Result<OpId> 
         return Err(invalid("The overlay already has a backing image")
             .remedy("open it with backing=null: the snapshot links it"));
     }
-    // A mirror's target that nobody reads yet may get what it lies over.
+    // A job's target that nobody reads yet may get what it lies over, if nobody reads that, either: whoever does would see
+    // what is being written to the overlay.
     let grants = draft.solve()?;
-    let is_read = draft
-        .node_names()
-        .position(|n| *n == overlay)
-        .is_some_and(|i| grants.total[i].needs.contains(Actions::D));
-    if let Some(user) = draft.used_by(&overlay).filter(|_| is_read) {
+    let is_read = |node: &NodeName| {
+        let at = draft.node_names().position(|n| n == node);
+        at.is_some_and(|i| grants.total[i].needs.contains(Actions::D))
+    };
+    if let Some(user) = draft.used_by(&overlay).filter(|_| is_read(&overlay) || is_read(&node)) {
         return Err(Error::new(ErrorKind::Busy, format!("The overlay is already in use: {user}"))
             .remedy("remove what uses it first"));
     }
