@@ -133,17 +133,15 @@ impl Graph {
     /// The name of the file that a format node's own data are in.
     pub(crate) fn file_of(&self, name: &str) -> Option<String> {
         let mut at = name;
-        let mut steps = 0;
+        let (mut steps, mut formats) = (0, 0);
         while let Some(below) = self.child(at, &["file", "image"]) {
             // A point in time is in no file.
             if self.nodes.get(at).is_some_and(|n| n.driver == "snapshot-access") {
                 return None;
             }
-            // An image in an image has no file of its own; a filter has that of what it shows.
-            if !self.is_filter(at)
-                && !self.is_filter(below)
-                && self.child(below, &["file", "image"]).is_some()
-            {
+            // An image in an image has no file of its own, whatever filters lie between; a filter has that of what it shows.
+            formats += usize::from(!self.is_filter(at));
+            if formats > 1 {
                 return None;
             }
             at = below;
