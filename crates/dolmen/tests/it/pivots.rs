@@ -381,3 +381,25 @@ fn a_target_is_guarded_beneath_its_filters() {
     w.m.ok("job-complete", json!({"id": "j"}));
     w.until("j", "concluded");
 }
+
+/// The header of an overlay of the source was made to name the mirror's target, which was a filter over that very overlay: the image
+/// named itself, and nobody could open it any more. Found by the storm.
+#[test]
+fn a_pivot_to_what_lies_over_the_source_makes_no_loop() {
+    for (filter, link) in [("blkdebug", "image"), ("raw", "file")] {
+        let mut w = World::new();
+        w.m.ok("block-export-del", json!({"id": "e"}));
+        w.image("over", Some("top"), "4M", None);
+        w.add("over", "over", json!("top"), false);
+        w.m.ok("blockdev-add", json!({"driver": filter, "node-name": "f", link: "over"}));
+        w.mirror("f", "none");
+        w.m.ok("job-complete", json!({"id": "m"}));
+        w.until("m", "concluded");
+        w.m.ok("quit", json!({}));
+        assert!(w.d.wait().success());
+        let info = w.b.ok("dolmen", &["img", "info", "-f", "qcow2", "over"]);
+        assert!(info.contains("backing file: top"), "{filter}: {info}");
+        let read = ["-c", "read -P 2 0 64k", "-c", "read -P 1 64k 64k"];
+        w.b.ok("dolmen", &[&["io", "-r", "-f", "qcow2"], &read[..], &["over"]].concat());
+    }
+}
