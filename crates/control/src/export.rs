@@ -1,39 +1,35 @@
-//! The types of exports and the table of those that exist.
+//! The exports that exist.
 
 use std::rc::Rc;
 use std::time::Duration;
 
 use async_channel::Receiver;
-use dolmen_exports::NbdServer;
+use dolmen_exports::{Export as Serving, ExportKind, KINDS};
 use dolmen_graph::Graph;
 use dolmen_qmp::QmpError;
 use dolmen_qmp::model::BlockExportInfo;
 use dolmen_qmp::schema::{Branch, EventRow, ID};
 use dolmen_rt::Rt;
-use dolmen_types::{OpId, OptionSpec, OptionType};
+use dolmen_types::OpId;
 use serde_json::{Value as Json, json};
 
 /// How long a command that removes exports waits until their clients are gone.
 const CLIENTS_GO: Duration = Duration::from_secs(1);
 
-/// The types of exports, with the options that each has besides the common ones.
-pub(crate) const TYPES: &[Branch] = &[Branch {
-    name: "nbd",
-    options: &[
-        OptionSpec::optional("name", OptionType::Str, "name that clients ask for (default: node-name)"),
-        OptionSpec::optional("description", OptionType::Str, "free text for people, at most 4096 bytes"),
-    ],
-    features: &[],
-}];
+/// The types of exports, as the schema shows them.
+pub(crate) fn types() -> Vec<Branch> {
+    KINDS.iter().map(|k| Branch { name: k.name, options: k.options, features: &[] }).collect()
+}
 
 /// An export that is in the graph.
 #[derive(Debug)]
 pub(crate) struct Export {
     /// The operation.
     pub(crate) id: OpId,
-    /// The name that clients ask for.
-    pub(crate) name: String,
-    /// Somebody is waiting for its clients to go.
+    pub(crate) kind: &'static ExportKind,
+    /// What serves its clients.
+    pub(crate) serving: Rc<dyn Serving>,
+    /// A command is waiting for its clients to go.
     pub(crate) shutting_down: bool,
 }
 
@@ -44,24 +40,9 @@ impl Export {
         let edge = graph.users.iter().find(|u| *u.op() == self.id);
         BlockExportInfo {
             id: self.id.as_str().to_owned(),
-            kind: "nbd".into(),
+            kind: self.kind.name.into(),
             node_name: edge.map(|e| e.node().name.to_string()).unwrap_or_default(),
             shutting_down: self.shutting_down,
-        }
-    }
-}
-
-/// Ends a server: its clients are disconnected once their requests are answered.
-pub(crate) async fn stop_server(server: Rc<NbdServer>, exports: &[String]) {
-    match Rc::try_unwrap(server) {
-        Ok(server) => server.shut_down().await,
-        // An export is being removed right now and holds the server; it ends when that
-        // removal lets go of it. Its exports have to be gone before their edges are.
-        Err(server) => {
-            for name in exports {
-                // An error means that it is gone already.
-                let _ = server.remove_export(name, true).await;
-            }
         }
     }
 }

@@ -43,7 +43,7 @@ pub fn schema(node_options: &[OptionSpec], drivers: &[Branch]) -> Schema {
         events: &events,
         node_options,
         drivers,
-        exports: export::TYPES,
+        exports: &export::types(),
         counters: &counters,
         jobs: &job_kinds,
     })

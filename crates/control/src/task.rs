@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use async_channel::{Receiver, Sender};
+use dolmen_exports::{Drained, StopMode};
 use dolmen_graph::Patience;
 use dolmen_jobs::Job;
 use dolmen_qmp::QmpError;
@@ -14,7 +15,6 @@ use dolmen_types::{Error, ErrorKind, OpId};
 use serde_json::json;
 
 use crate::act::{self, Act, Wait};
-use crate::export::stop_server;
 use crate::jobs;
 use crate::notices;
 use crate::turns::{Scope, Turn};
@@ -209,11 +209,16 @@ async fn end_jobs(world: &World) {
 
 /// Clients first, then the nodes: what clients wrote is in the nodes when they close.
 async fn close(world: &World) {
-    let names: Vec<String> = world.exports.borrow().iter().map(|e| e.name.clone()).collect();
-    let server = world.server.take();
-    if let Some(server) = server {
-        futures_lite::future::or(stop_server(server, &names), world.rt.sleep(CLIENTS_END)).await;
-    }
+    // All stop accepting before the first is waited for.
+    let servers = world.servers.take_all();
+    let mut waits: Vec<Drained> = servers.iter().map(|s| s.stop()).collect();
+    waits.extend(world.exports.borrow().iter().filter_map(|e| e.serving.stop(StopMode::Hard).ok()));
+    let drained = async {
+        for wait in waits {
+            wait.await;
+        }
+    };
+    futures_lite::future::or(drained, world.rt.sleep(CLIENTS_END)).await;
     let closed = world.owner.with_patience(NODES_END).close().await;
     let ids: Vec<OpId> = world.exports.take().into_iter().map(|e| e.id).collect();
     say_deleted(world, &ids);

@@ -1,4 +1,4 @@
-//! What commands work on: the graph's owner, exports, the server, jobs, monitors, and when the end is wanted. It knows no
+//! What commands work on: the graph's owner, exports, their servers, jobs, monitors, and when the end is wanted. It knows no
 //! command.
 //!
 //! Nothing in it is borrowed while anybody waits.
@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_channel::{Receiver, Sender};
-use dolmen_exports::NbdServer;
+use dolmen_exports::{ExportCx, Servers};
 use dolmen_graph::{
     Draft, Graph, GraphEvent, GraphOwner, NodeOpener, OpInfo, OpenPolicy, Patience, Registry,
 };
@@ -77,7 +77,7 @@ pub(crate) struct World {
     /// Counters of exports beside those that every export has.
     pub(crate) counters: Vec<CounterRow>,
     pub(crate) owner: GraphOwner,
-    pub(crate) server: RefCell<Option<Rc<NbdServer>>>,
+    pub(crate) servers: Servers,
     /// Newest first, as queries list them.
     pub(crate) exports: RefCell<VecDeque<Export>>,
     pub(crate) monitors: RefCell<Vec<Rc<Outgoing>>>,
@@ -123,7 +123,7 @@ impl World {
             version: Version::current(),
             counters,
             owner: owner.with_patience(PATIENCE),
-            server: RefCell::default(),
+            servers: Servers::default(),
             exports: RefCell::default(),
             monitors: RefCell::default(),
             jobs: JobTable::default(),
@@ -155,6 +155,11 @@ impl World {
             }
         }
         ops
+    }
+
+    /// What an export may use.
+    pub(crate) fn export_cx(&self) -> ExportCx<'_> {
+        ExportCx { rt: &self.rt, servers: &self.servers }
     }
 
     /// The exports, as queries show them.

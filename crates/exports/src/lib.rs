@@ -4,10 +4,16 @@
 //! request. The control task makes the edge, hands it to an export here, and takes the
 //! export away before it takes the edge away.
 //!
-//! There is the NBD server; vhost-user-blk, FUSE and ublk have their place beside it.
+//! A type of exports is a row of [`KINDS`] and a module. There is the NBD server; vhost-user-blk, FUSE and ublk have
+//! their place beside it.
 
 #![forbid(unsafe_code)]
 
+mod export;
 mod nbd;
 
-pub use nbd::{NbdExport, NbdServer, NbdServerConfig};
+pub use export::{Common, Drained, Export, ExportCx, ExportKind, Proposal, Server, Servers, StopMode};
+pub use nbd::{NBD, NbdExport, NbdServer, NbdServerConfig};
+
+/// The types of exports that there are.
+pub static KINDS: &[&ExportKind] = &[&NBD];

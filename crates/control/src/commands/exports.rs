@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use dolmen_exports::{NbdExport, NbdServer};
+use dolmen_exports::{Common, ExportKind, KINDS, StopMode};
 use dolmen_graph::{Draft, OpInfo};
 use dolmen_qmp::model::BlockExportInfo;
 use dolmen_qmp::schema::{Field, NOTHING, Reply, Shape, Ty};
@@ -18,86 +18,83 @@ use crate::row::CommandRow;
 use crate::turns::Scope;
 use crate::world::{Answer, Done, Gone, World};
 
-/// An export: an operation with an edge in the graph, and a name at the server.
+/// An export: an operation with an edge in the graph, and what serves clients over it.
 struct Add {
     id: String,
-    node: String,
-    /// Whether clients may change it.
-    writable: bool,
-    /// Whether every write is durable before its reply.
-    writethrough: bool,
+    kind: &'static ExportKind,
+    common: Common,
     /// Whether the node may be inactive while it is exported.
     allow_inactive: bool,
-    /// The name that clients ask for.
-    name: String,
-    /// For people; may be empty.
-    description: String,
-    /// Once it is proposed: the operation, and the server that is to offer it.
-    proposed: Option<(OpId, Rc<NbdServer>)>,
+    /// What the type has of its own.
+    asked: Box<dyn dolmen_exports::Proposal>,
+    /// Once it is proposed.
+    proposed: Option<OpId>,
 }
 
 impl Add {
     fn from_options(mut o: Options) -> Result<Add, QmpError> {
-        // The schema knows one type so far, so there is nothing to choose between.
-        o.take_enum("type", &["nbd"])?;
-        let node = o.require_str("node-name")?;
-        let out = Add {
-            id: o.require_str("id")?,
+        let kind = o.require_str("type")?;
+        let Some(kind) = KINDS.iter().find(|k| k.name == kind) else {
+            let names: Vec<&str> = KINDS.iter().map(|k| k.name).collect();
+            let text =
+                format!("Parameter 'type' does not accept value '{kind}': it is one of {}", names.join(", "));
+            return Err(QmpError::generic(text));
+        };
+        let common = Common {
+            node: o.require_str("node-name")?,
             writable: o.take_bool("writable")?.unwrap_or(false),
             writethrough: o.take_bool("writethrough")?.unwrap_or(false),
+        };
+        let out = Add {
+            id: o.require_str("id")?,
+            kind,
+            common,
             allow_inactive: o.take_bool("allow-inactive")?.unwrap_or(false),
-            name: o.take_str("name")?.unwrap_or_else(|| node.clone()),
-            description: o.take_str("description")?.unwrap_or_default(),
-            node,
+            asked: (kind.parse)(&mut o)?,
             proposed: None,
         };
         o.finish("block-export-add")?;
         Ok(out)
     }
 
-    /// Whether it may be, as far as the server and the names are concerned.
-    fn check(&self, world: &World, draft: &Draft) -> Result<(OpId, Rc<NbdServer>), QmpError> {
+    /// Whether it may be, as far as names and the type are concerned.
+    fn check(&self, world: &World, draft: &Draft) -> Result<OpId, QmpError> {
         let id = OpId::parse(&self.id).map_err(|e| QmpError::from(e.context("Invalid block export id")))?;
         if world.owner.ops().iter().any(|o| o.id == id) {
             return Err(QmpError::generic(format!("Block export id '{id}' is already in use")));
         }
-        if !draft.has_node(&self.node) {
-            let text = format!("Cannot find device='' nor node-name='{}'", self.node);
+        let Common { node, writable, .. } = &self.common;
+        if !draft.has_node(node) {
+            let text = format!("Cannot find device='' nor node-name='{node}'");
             return Err(QmpError::generic(text));
         }
-        let Some(server) = world.server.borrow().clone() else {
-            return Err(QmpError::generic("NBD server not running"));
-        };
-        let name = &self.name;
-        if world.exports.borrow().iter().any(|e| e.name == *name) {
-            return Err(QmpError::generic(format!("NBD server already has export named '{name}'")));
-        }
-        NbdServer::check_texts(name, &self.description)?;
-        let read_only = world.owner.graph().node(&self.node).is_some_and(|n| n.flags.read_only);
-        if self.writable && read_only {
+        self.asked.check(&world.export_cx(), &self.common)?;
+        let read_only = world.owner.graph().node(node).is_some_and(|n| n.flags.read_only);
+        if *writable && read_only {
             return Err(QmpError::generic("Cannot export read-only node as writable"));
         }
-        Ok((id, server))
+        Ok(id)
     }
 
     /// Puts it into a draft.
     fn draft(&self, id: &OpId, draft: &mut Draft) -> Done {
-        let detail = if self.writable { "nbd, writable" } else { "nbd, read-only" };
+        let Common { node, writable, .. } = &self.common;
+        let access = if *writable { "writable" } else { "read-only" };
         draft.add_op(OpInfo {
             id: id.clone(),
             kind: "export".into(),
-            detail: detail.into(),
+            detail: format!("{}, {access}", self.kind.name),
             since: None,
             ends_with: Some(format!("remove the export (block-export-del '{id}')")),
-            instead_of_writing: Some(format!("export '{}' read-only", self.node)),
+            instead_of_writing: Some(format!("export '{node}' read-only")),
         })?;
-        let needs = if self.writable { Actions::D | Actions::V } else { Actions::D };
-        draft.add_user(id, &self.node, Claim { needs, allows: Actions::EVERY - Actions::S })?;
+        let needs = if *writable { Actions::D | Actions::V } else { Actions::D };
+        draft.add_user(id, node, Claim { needs, allows: Actions::EVERY - Actions::S })?;
         if self.allow_inactive {
             draft.allow_inactive(id);
-        } else if !draft.is_active(&self.node) {
+        } else if !draft.is_active(node) {
             // An export wants to use its node.
-            draft.set_active(Some(&self.node), true)?;
+            draft.set_active(Some(node), true)?;
         }
         // Refusals are worded for a newcomer; from here on it has a start time.
         draft.solve()?;
@@ -114,39 +111,35 @@ impl Act for Add {
     fn propose<'a>(&'a mut self, p: &'a mut Proposal<'_>) -> LocalFuture<'a, Done> {
         Box::pin(async move {
             let world = p.world;
-            let (id, server) = self.check(world, p.draft())?;
+            let id = self.check(world, p.draft())?;
             self.draft(&id, p.draft())?;
-            self.proposed = Some((id, server));
+            self.proposed = Some(id);
             Ok(())
         })
     }
 
     fn perform(self: Box<Self>, world: Rc<World>, _: Option<Guard>) -> LocalFuture<'static, Answer> {
         Box::pin(async move {
-            let Some((id, server)) = self.proposed else { return Ok(json!({})) };
-            // The operation goes again unless the export is offered.
+            let Some(id) = self.proposed else { return Ok(json!({})) };
+            // The operation goes again unless the export is started.
             let guard = Guard::new(&world, id.clone(), Vec::new());
-            let edge = world.owner.edges(&id).next();
-            let same_server = world.server.borrow().as_ref().is_some_and(|s| Rc::ptr_eq(s, &server));
-            let offered = match edge {
+            let made = match world.owner.edges(&id).next() {
                 None => Err(QmpError::generic(format!("Export '{id}' has lost its node"))),
-                Some(_) if !same_server => Err(QmpError::generic("NBD server was stopped meanwhile")),
-                Some(edge) => server
-                    .add_export(NbdExport {
-                        name: self.name.clone(),
-                        description: self.description,
-                        edge,
-                        writable: self.writable,
-                        writethrough: self.writethrough,
-                    })
-                    .map_err(QmpError::from),
+                Some(edge) => {
+                    let made = self.asked.make(&world.export_cx(), &self.common, edge);
+                    made.and_then(|export| export.start().map(|()| export)).map_err(QmpError::from)
+                }
             };
-            if let Err(e) = offered {
-                guard.release().await;
-                return Err(e);
-            }
+            let serving = match made {
+                Ok(serving) => serving,
+                Err(e) => {
+                    guard.release().await;
+                    return Err(e);
+                }
+            };
             guard.keep();
-            world.exports.borrow_mut().push_front(Export { id, name: self.name, shutting_down: false });
+            let export = Export { id, kind: self.kind, serving, shutting_down: false };
+            world.exports.borrow_mut().push_front(export);
             Ok(json!({}))
         })
     }
@@ -175,7 +168,7 @@ impl Del {
         if export.shutting_down {
             return Err(QmpError::generic(format!("Export '{id}' is already shutting down")));
         }
-        let clients = world.server.borrow().as_ref().and_then(|s| s.clients(&export.name)).unwrap_or(0);
+        let clients = export.serving.clients();
         if !self.hard && clients > 0 {
             return Err(QmpError::generic(format!(
                 "export '{id}' still in use by {clients} client(s) (disconnect them first, or use mode='hard' to disconnect them)"
@@ -204,17 +197,19 @@ impl Act for Del {
         let Some(export) = exports.iter_mut().find(|e| e.id.as_str() == self.id) else {
             return Box::pin(async { Ok(json!({})) });
         };
+        let mode = if self.hard { StopMode::Hard } else { StopMode::Safe };
+        let drained = match export.serving.stop(mode) {
+            Ok(drained) => drained,
+            // A client came after the proposal.
+            Err(e) => return Box::pin(async { Err(QmpError::from(e)) }),
+        };
         export.shutting_down = true;
-        let (server, name, op) = (world.server.borrow().clone(), export.name.clone(), export.id.clone());
+        let op = export.id.clone();
         drop(exports);
         let (reply, done) = async_channel::bounded(1);
         let gone = world.gone.clone();
         world.rt.spawn(async move {
-            if let Some(server) = server {
-                // `clients` was 0 a moment ago if the removal is not hard, and nothing has run
-                // since: an error means that the server has no such export any more.
-                let _ = server.remove_export(&name, self.hard).await;
-            }
+            drained.await;
             // The task ends only with the program.
             let _ = gone.send(Gone { ids: vec![op], reply }).await;
         });

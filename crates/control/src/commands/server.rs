@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use dolmen_exports::{NbdServer, NbdServerConfig};
+use dolmen_exports::{NBD, NbdServer, NbdServerConfig, Server as _, StopMode};
 use dolmen_qmp::schema::{Field, NOTHING, SOCKET_ADDRESS_LEGACY, Shape, Ty};
 use dolmen_qmp::{QmpError, SocketAddress};
 use dolmen_rt::{Addr, LocalFuture};
@@ -11,7 +11,7 @@ use dolmen_types::{Error, ErrorKind, OpId, Options, Value};
 use serde_json::json;
 
 use crate::act::{Act, Proposal, Wait};
-use crate::export::{clients_gone, stop_server};
+use crate::export::{Export, clients_gone};
 use crate::guard::Guard;
 use crate::row::CommandRow;
 use crate::turns::Scope;
@@ -65,7 +65,7 @@ impl Act for Start {
 
     fn propose<'a>(&'a mut self, p: &'a mut Proposal<'_>) -> LocalFuture<'a, Done> {
         Box::pin(async move {
-            if p.world.server.borrow().is_some() {
+            if p.world.servers.get::<NbdServer>().is_some() {
                 return Err(QmpError::generic("NBD server already running"));
             }
             let address = match &self.address {
@@ -92,7 +92,7 @@ impl Act for Start {
                 NbdServerConfig { max_connections: self.max_connections, handshake_max: self.handshake_max };
             let listen = async { Ok(NbdServer::listen(&world.rt, &address, config).await?) };
             let server = world.patiently(listen).await?;
-            world.server.replace(Some(Rc::new(server)));
+            world.servers.add(Rc::new(server));
             Ok(json!({}))
         })
     }
@@ -101,17 +101,23 @@ impl Act for Start {
 /// Disconnects all clients and stops the server. Answers when that is done, or soon if clients don't go.
 struct Stop;
 
+fn of_server(export: &Export) -> bool {
+    std::ptr::eq(export.kind, &NBD)
+}
+
 impl Act for Stop {
     fn wait(&self, world: &World) -> Wait {
-        Wait::For(Scope::names(world.exports.borrow().iter().map(|e| e.id.clone())))
+        Wait::For(Scope::names(world.exports.borrow().iter().filter(|e| of_server(e)).map(|e| e.id.clone())))
     }
 
     fn propose<'a>(&'a mut self, p: &'a mut Proposal<'_>) -> LocalFuture<'a, Done> {
         Box::pin(async move {
-            if p.world.server.borrow().is_none() {
+            if p.world.servers.get::<NbdServer>().is_none() {
                 return Err(QmpError::generic("NBD server not running"));
             }
-            let ids: Vec<OpId> = p.world.exports.borrow().iter().map(|e| e.id.clone()).collect();
+            let exports = p.world.exports.borrow();
+            let ids: Vec<OpId> = exports.iter().filter(|e| of_server(e)).map(|e| e.id.clone()).collect();
+            drop(exports);
             let draft = p.draft();
             ids.iter().for_each(|id| draft.remove_op(id));
             draft.sweep();
@@ -120,16 +126,26 @@ impl Act for Stop {
     }
 
     fn perform(self: Box<Self>, world: Rc<World>, _: Option<Guard>) -> LocalFuture<'static, Answer> {
-        let Some(server) = world.server.take() else { return Box::pin(async { Ok(json!({})) }) };
+        let Some(server) = world.servers.take::<NbdServer>() else {
+            return Box::pin(async { Ok(json!({})) });
+        };
         let mut exports = world.exports.borrow_mut();
-        exports.iter_mut().for_each(|e| e.shutting_down = true);
-        let ids = exports.iter().map(|e| e.id.clone()).collect();
-        let names: Vec<String> = exports.iter().map(|e| e.name.clone()).collect();
+        let mut ids = Vec::new();
+        let mut waits = vec![server.stop()];
+        for export in exports.iter_mut().filter(|e| of_server(e)) {
+            export.shutting_down = true;
+            ids.push(export.id.clone());
+            // One that is being removed already is waited for as well.
+            waits.extend(export.serving.stop(StopMode::Hard));
+        }
         drop(exports);
         let (reply, done) = async_channel::bounded(1);
         let gone = world.gone.clone();
         world.rt.spawn(async move {
-            stop_server(server, &names).await;
+            for drained in waits {
+                drained.await;
+            }
+            drop(server);
             // The task ends only with the program.
             let _ = gone.send(Gone { ids, reply }).await;
         });

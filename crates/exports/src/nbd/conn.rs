@@ -1,7 +1,7 @@
 //! One client.
 //!
 //! ```text
-//!   socket ─► reader ─► jobs ─► workers ─► replies ─► sender ─► socket
+//!   socket ─► reader ─► pending ─► workers ─► replies ─► sender ─► socket
 //!              │ parses all that a receive brought     │ one send for all that is ready
 //!              └───────── budget (count, bytes) ◄──────┘ given back once sent
 //! ```
@@ -25,13 +25,11 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use dolmen_nbd::{Command, Request, RequestStep, ServerHandshake, ServerStep, Session};
-use dolmen_rt::{IoVec, Memory, Rt, Stream};
+use dolmen_nbd::{Catalog, Command, Request, RequestStep, ServerHandshake, ServerStep, Session};
+use dolmen_rt::{IoVec, Memory, Stream};
 use dolmen_types::{Error, ErrorKind, Result};
 
-use super::execute::{CACHE_STEP, Job, execute};
-use super::export::{Export, Exports};
-use super::pool::Pool;
+use super::execute::{CACHE_STEP, Pending, RequestCx, execute};
 use super::replies::{Batch, Body, Reply};
 
 /// Requests of one client that run or wait for the socket.
@@ -49,9 +47,8 @@ const _: () = assert!(RECEIVE >= 2 * Request::SIZE);
 /// A client in the transmission phase.
 #[derive(Debug)]
 pub(crate) struct Conn {
-    pub(crate) rt: Rt,
-    pub(crate) export: Rc<Export>,
-    pub(crate) session: Session,
+    /// What its requests need.
+    request: RequestCx,
     stream: Stream,
     state: RefCell<State>,
     /// No more requests are to be read.
@@ -64,7 +61,7 @@ pub(crate) struct Conn {
 
 #[derive(Debug, Default)]
 struct State {
-    jobs: VecDeque<Job>,
+    pending: VecDeque<Pending>,
     /// For each worker: how to wake it, while it has nothing to do.
     workers: Vec<Option<Waker>>,
     /// The workers that have nothing to do; the one that stopped last is on top.
@@ -77,7 +74,6 @@ struct State {
     sender: Option<Waker>,
     /// Waits for the end.
     closers: Vec<Waker>,
-    pool: Pool,
 }
 
 /// Received bytes that nobody has taken yet.
@@ -134,7 +130,7 @@ const _: () = assert!(RECEIVE >= dolmen_nbd::limits::MAX_HANDSHAKE_INPUT);
 pub(crate) async fn handshake(
     stream: &Stream,
     receive: &mut Receive,
-    exports: &Exports,
+    exports: &dyn Catalog,
 ) -> Result<Option<Session>> {
     stream.send_bytes(&ServerHandshake::greeting()).await?;
     let mut machine = ServerHandshake::new();
@@ -177,11 +173,9 @@ enum End {
 }
 
 impl Conn {
-    pub(crate) fn new(rt: Rt, export: Rc<Export>, session: Session, stream: Stream) -> Rc<Conn> {
+    pub(crate) fn new(request: RequestCx, stream: Stream) -> Rc<Conn> {
         Rc::new(Conn {
-            rt,
-            export,
-            session,
+            request,
             stream,
             state: RefCell::default(),
             stop: Cell::new(false),
@@ -192,14 +186,14 @@ impl Conn {
 
     /// Serves until the end, which is when nothing of this client is under way any more.
     pub(crate) async fn serve(self: &Rc<Conn>, receive: Receive) {
-        self.rt.spawn(send_replies(self.clone()));
+        self.request.rt.spawn(send_replies(self.clone()));
         match self.read_requests(receive).await {
             End::Gone | End::Stopped => {}
             End::Broken => self.break_off(),
         }
         // Nothing new comes: wait until what is under way is answered. A client that does
         // not take its answers can't hold this up.
-        let mut patience = self.rt.sleep(UNREAD_MAX);
+        let mut patience = self.request.rt.sleep(UNREAD_MAX);
         poll_fn(|cx| {
             if self.state.borrow().requests == 0 {
                 return Poll::Ready(());
@@ -241,10 +235,6 @@ impl Conn {
         self.broken.set(true);
         self.stream.shutdown();
         self.state.borrow_mut().sender.take().into_iter().for_each(Waker::wake);
-    }
-
-    pub(crate) fn take_buffer(&self, len: usize) -> Memory {
-        self.state.borrow_mut().pool.take(len)
     }
 
     /// Runs `work` unless the connection is to stop first.
@@ -301,7 +291,7 @@ impl Conn {
         payload: usize,
         receive: &mut Receive,
     ) -> Result<(), End> {
-        let verdict = self.session.check(&r);
+        let verdict = self.request.session.check(&r);
         if verdict == Ok(Command::Disconnect) {
             return Err(End::Gone);
         }
@@ -324,7 +314,7 @@ impl Conn {
             }
         }
         match verdict {
-            Ok(command) => self.start(Job {
+            Ok(command) => self.start(Pending {
                 cookie: r.cookie,
                 command,
                 offset: r.offset,
@@ -369,7 +359,7 @@ impl Conn {
     /// The payload of a write, in a buffer of its own: what is there already is copied,
     /// the rest is received in place.
     async fn receive_payload(&self, len: usize, receive: &mut Receive) -> Result<Memory, End> {
-        let memory = self.take_buffer(len);
+        let memory = self.request.buffers.take(len);
         let Ok(input) = receive.bytes() else { return Err(End::Broken) };
         let here = input.len().min(len);
         memory.share().copy_from_slice(0, &input[..here]);
@@ -387,9 +377,9 @@ impl Conn {
         Ok(memory)
     }
 
-    fn start(self: &Rc<Conn>, job: Job) {
+    fn start(self: &Rc<Conn>, request: Pending) {
         let mut s = self.state.borrow_mut();
-        s.jobs.push_back(job);
+        s.pending.push_back(request);
         let idle = s.idle.pop();
         if let Some(waker) = idle.and_then(|worker| s.workers[worker].take()) {
             drop(s);
@@ -398,7 +388,7 @@ impl Conn {
             let worker = s.workers.len();
             s.workers.push(None);
             drop(s);
-            self.rt.spawn(work(self.clone(), worker));
+            self.request.rt.spawn(work(self.clone(), worker));
         }
     }
 
@@ -418,7 +408,7 @@ impl Conn {
             s.requests -= 1;
             s.bytes -= reply.charge;
             if let Some(m) = reply.memory {
-                s.pool.put(m);
+                self.request.buffers.put(m);
             }
         }
         if let Some(waker) = s.reader.take() {
@@ -428,13 +418,13 @@ impl Conn {
     }
 }
 
-/// A worker: takes one job after the other until the connection has ended.
+/// A worker: takes one request after the other until the connection has ended.
 async fn work(conn: Rc<Conn>, me: usize) {
     loop {
-        let job = poll_fn(|cx| {
+        let request = poll_fn(|cx| {
             let mut s = conn.state.borrow_mut();
-            if let Some(job) = s.jobs.pop_front() {
-                return Poll::Ready(Some(job));
+            if let Some(request) = s.pending.pop_front() {
+                return Poll::Ready(Some(request));
             }
             if conn.ended.get() {
                 return Poll::Ready(None);
@@ -446,8 +436,8 @@ async fn work(conn: Rc<Conn>, me: usize) {
             Poll::Pending
         })
         .await;
-        let Some(job) = job else { return };
-        let reply = execute(&conn, job).await;
+        let Some(request) = request else { return };
+        let reply = execute(&conn.request, request).await;
         conn.finish(reply);
     }
 }
@@ -471,7 +461,7 @@ async fn send_replies(conn: Rc<Conn>) {
         if !more {
             return;
         }
-        batch.fill(&mut conn.state.borrow_mut().replies, &conn.session);
+        batch.fill(&mut conn.state.borrow_mut().replies, &conn.request.session);
         if !conn.broken.get() {
             let iov = batch.iovec();
             if conn.stream.send_all(&iov).await.is_err() {

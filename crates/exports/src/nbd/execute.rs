@@ -1,15 +1,16 @@
 //! One request, from a permitted command to a reply.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use dolmen_graph::{Token, chain_status};
+use dolmen_graph::{Token, UserEdge, chain_status};
 use dolmen_nbd::consts::{STATE_HOLE, STATE_ZERO};
-use dolmen_nbd::{Command, Errno, Extent, limits};
+use dolmen_nbd::{Command, Errno, Extent, Session, limits};
 use dolmen_rt::{Memory, Rt};
 use dolmen_types::{Error, ErrorKind, OpKind, ReadFlags, Result, Span, WriteFlags};
 use smallvec::SmallVec;
 
-use super::conn::Conn;
+use super::pool::Pool;
 use super::replies::{Body, Piece, Reply};
 
 /// Reads of at least this many bytes ask where the holes are before they move data.
@@ -27,9 +28,22 @@ const STATUS_TIME: Duration = Duration::from_millis(100);
 /// A hole shorter than this goes out as data.
 const SPARSE_HOLE_MIN: u64 = 16 * 1024;
 
+/// What requests need; no connection, and no socket.
+#[derive(Debug)]
+pub(crate) struct RequestCx {
+    pub(crate) rt: Rt,
+    /// The edge that they go over.
+    pub(crate) edge: Arc<UserEdge>,
+    /// What the client negotiated.
+    pub(crate) session: Session,
+    /// Every write is durable before its reply.
+    pub(crate) writethrough: bool,
+    pub(crate) buffers: Pool,
+}
+
 /// A request on its way to the graph.
 #[derive(Debug)]
-pub(crate) struct Job {
+pub(crate) struct Pending {
     pub(crate) cookie: u64,
     pub(crate) command: Command,
     pub(crate) offset: u64,
@@ -41,18 +55,18 @@ pub(crate) struct Job {
 }
 
 /// Runs the request; errors become error replies.
-pub(crate) async fn execute(conn: &Conn, job: Job) -> Reply {
-    let Job { cookie, command, offset, len, payload, charge } = job;
+pub(crate) async fn execute(cx: &RequestCx, request: Pending) -> Reply {
+    let Pending { cookie, command, offset, len, payload, charge } = request;
     let mut memory = payload;
-    let began = conn.rt.now();
-    let body = match run(conn, command, offset, len, &mut memory).await {
+    let began = cx.rt.now();
+    let body = match run(cx, command, offset, len, &mut memory).await {
         Ok(body) => body,
         Err(e) => failed(&e),
     };
     if let Some(kind) = counted(command) {
         let span = Span::checked(offset, len.into()).unwrap_or(Span::new(0, 0));
         let ok = !matches!(body, Body::Failed(..));
-        conn.export.config.edge.ended(&conn.rt, kind, span, began, ok);
+        cx.edge.ended(&cx.rt, kind, span, began, ok);
     }
     Reply { cookie, body, memory, charge }
 }
@@ -80,25 +94,24 @@ fn failed(e: &Error) -> Body {
 }
 
 async fn run(
-    conn: &Conn,
+    cx: &RequestCx,
     command: Command,
     offset: u64,
     len: u32,
     memory: &mut Option<Memory>,
 ) -> Result<Body> {
-    let config = &conn.export.config;
-    let token = match config.edge.try_begin() {
+    let token = match cx.edge.try_begin() {
         Ok(Some(token)) => token,
         // Quiesced: wait until the graph has changed.
-        Ok(None) => match config.edge.begin().await {
+        Ok(None) => match cx.edge.begin().await {
             Ok(token) => token,
             Err(e) => return Ok(Body::Failed(Errno::Shutdown, e.to_string().into())),
         },
         Err(e) => return Ok(Body::Failed(Errno::Shutdown, e.to_string().into())),
     };
-    let rt = &conn.rt;
+    let rt = &cx.rt;
     let durable = |fua: bool| {
-        if fua || config.writethrough { WriteFlags::FUA } else { WriteFlags::NONE }
+        if fua || cx.writethrough { WriteFlags::FUA } else { WriteFlags::NONE }
     };
     match command {
         Command::Read { df } => {
@@ -106,8 +119,8 @@ async fn run(
             if span.is_empty() {
                 return Ok(Body::Done);
             }
-            let buffer = conn.take_buffer(len as usize);
-            let result = if !df && conn.session.structured && span.len() >= SPARSE_READ_MIN {
+            let buffer = cx.buffers.take(len as usize);
+            let result = if !df && cx.session.structured && span.len() >= SPARSE_READ_MIN {
                 sparse_read(&token, rt, span, &buffer).await
             } else {
                 token
@@ -149,14 +162,14 @@ async fn run(
         }
         Command::BlockStatus { one } => {
             let span = token.check(offset, len.into())?;
-            status(conn, token, span, one).await.map(Body::Status)
+            status(cx, token, span, one).await.map(Body::Status)
         }
         Command::Cache => {
             let span = token.check(offset, len.into())?.prefix(CACHE_MOST);
             let io = token.read(rt)?;
             // The data are not wanted, but a node may use the buffer; one is enough for all pieces.
             let size = span.len().min(CACHE_STEP);
-            let buffer = conn.take_buffer(size as usize);
+            let buffer = cx.buffers.take(size as usize);
             for part in span.blocks(CACHE_STEP) {
                 io.read(part, &window(&buffer, part.len() as u32), ReadFlags::PREFETCH).await?;
             }
@@ -202,8 +215,8 @@ async fn sparse_read(token: &Token, rt: &Rt, span: Span, buffer: &Memory) -> Res
 
 /// `base:allocation` of a range, or of as much as fits a reply and is known soon: a client asks again for the rest. The token goes back
 /// after every [`STATUS_STEP`] questions; if a change of the graph waits for it then, the reply is what is known.
-async fn status(conn: &Conn, mut token: Token, span: Span, one: bool) -> Result<Vec<Extent>> {
-    let rt = &conn.rt;
+async fn status(cx: &RequestCx, mut token: Token, span: Span, one: bool) -> Result<Vec<Extent>> {
+    let rt = &cx.rt;
     let began = rt.now();
     let most = if one { 1 } else { limits::MAX_EXTENTS_SENT };
     let mut out: Vec<Extent> = Vec::new();
@@ -229,7 +242,7 @@ async fn status(conn: &Conn, mut token: Token, span: Span, one: bool) -> Result<
         }
         drop(token);
         rt.yield_now().await;
-        token = match conn.export.config.edge.try_begin() {
+        token = match cx.edge.try_begin() {
             Ok(Some(token)) if token.check(rest.offset(), rest.len()).is_ok() => token,
             Ok(_) | Err(_) => return Ok(out),
         };

@@ -6,6 +6,8 @@
 //! never handed to another client, because a pool belongs to one connection, and a read
 //! overwrites all of its buffer before a byte of it is sent.
 
+use std::cell::{Cell, RefCell};
+
 use dolmen_rt::Memory;
 
 /// Smallest buffer, as a power of two.
@@ -18,8 +20,8 @@ const MAX_KEPT: usize = 4 << 20;
 /// A free list per power of two.
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
-    free: [Vec<Memory>; (MAX_SHIFT - MIN_SHIFT + 1) as usize],
-    kept: usize,
+    free: RefCell<[Vec<Memory>; (MAX_SHIFT - MIN_SHIFT + 1) as usize]>,
+    kept: Cell<usize>,
 }
 
 /// Index and size of the class that holds `len` bytes.
@@ -31,11 +33,11 @@ fn class(len: usize) -> Option<(usize, usize)> {
 
 impl Pool {
     /// A buffer of at least `len` bytes with unspecified content.
-    pub(crate) fn take(&mut self, len: usize) -> Memory {
+    pub(crate) fn take(&self, len: usize) -> Memory {
         let Some((i, size)) = class(len) else { return Memory::zeroed(len) };
-        match self.free[i].pop() {
+        match self.free.borrow_mut()[i].pop() {
             Some(m) => {
-                self.kept -= size;
+                self.kept.set(self.kept.get() - size);
                 m
             }
             None => Memory::zeroed(size),
@@ -43,12 +45,12 @@ impl Pool {
     }
 
     /// Gives a buffer back.
-    pub(crate) fn put(&mut self, mut memory: Memory) {
+    pub(crate) fn put(&self, mut memory: Memory) {
         let len = memory.len();
         let Some((i, _)) = class(len).filter(|(_, size)| *size == len) else { return };
-        if self.kept + len <= MAX_KEPT && memory.bytes_mut().is_some() {
-            self.kept += len;
-            self.free[i].push(memory);
+        if self.kept.get() + len <= MAX_KEPT && memory.bytes_mut().is_some() {
+            self.kept.set(self.kept.get() + len);
+            self.free.borrow_mut()[i].push(memory);
         }
     }
 }
@@ -59,22 +61,22 @@ mod tests {
 
     #[test]
     fn buffers_come_back_unless_somebody_holds_them() {
-        let mut pool = Pool::default();
+        let pool = Pool::default();
         let m = pool.take(5000);
         assert_eq!(m.len(), 8192);
         pool.put(m);
-        assert_eq!(pool.kept, 8192);
+        assert_eq!(pool.kept.get(), 8192);
         let m = pool.take(4097);
-        assert_eq!(pool.kept, 0);
+        assert_eq!(pool.kept.get(), 0);
         let held = m.share();
         pool.put(m);
-        assert_eq!(pool.kept, 0);
+        assert_eq!(pool.kept.get(), 0);
         drop(held);
         pool.put(Memory::zeroed(3 << 20));
-        assert_eq!(pool.kept, 0);
+        assert_eq!(pool.kept.get(), 0);
         for _ in 0..10 {
             pool.put(Memory::zeroed(1 << 20));
         }
-        assert_eq!(pool.kept, MAX_KEPT);
+        assert_eq!(pool.kept.get(), MAX_KEPT);
     }
 }

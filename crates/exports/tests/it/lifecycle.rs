@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use dolmen_exports::NbdServerConfig;
+use dolmen_exports::{NbdServerConfig, Server as _, StopMode};
 use dolmen_nbd::consts::{STATE_HOLE, STATE_ZERO, cmd};
 use dolmen_nbd::{CommandFlags, Extent, Request};
 use dolmen_types::ErrorKind;
@@ -196,21 +196,17 @@ fn removing_an_export() {
         });
         let removal = async {
             rig.until(|| faulty.in_flight() == 1).await;
-            let server = rig.server.borrow_mut().take().unwrap();
-            assert_eq!(server.remove_export("faulty", false).await.unwrap_err().kind(), ErrorKind::Busy);
-            server.remove_export("faulty", true).await.unwrap();
-            assert_eq!(server.clients("faulty"), None);
-            assert_eq!(server.remove_export("faulty", true).await.unwrap_err().kind(), ErrorKind::NotFound);
-            let export = |name: &str| dolmen_exports::NbdExport {
-                name: name.into(),
-                description: String::new(),
-                edge: edge.clone(),
-                writable: true,
-                writethrough: false,
-            };
-            assert_eq!(server.add_export(export("other")).unwrap_err().kind(), ErrorKind::AlreadyExists);
-            server.add_export(export("faulty")).unwrap();
-            *rig.server.borrow_mut() = Some(server);
+            let export = rig.exports.borrow()["faulty"].clone();
+            assert_eq!(export.stop(StopMode::Safe).err().unwrap().kind(), ErrorKind::Busy);
+            let drained = export.stop(StopMode::Hard).unwrap();
+            // The old one is not offered any more, and its name is not free yet.
+            assert_eq!(rig.try_add("faulty", &edge, true).unwrap_err().kind(), ErrorKind::AlreadyExists);
+            assert_eq!(faulty.in_flight(), 1);
+            drained.await;
+            assert_eq!((export.clients(), faulty.in_flight()), (0, 0));
+            export.stop(StopMode::Safe).unwrap().await;
+            assert_eq!(rig.try_add("other", &edge, true).unwrap_err().kind(), ErrorKind::AlreadyExists);
+            rig.add("faulty", &edge, true);
         };
         both(client, removal).await;
         assert_eq!(rig.ok("nbdinfo", &["--size", &rig.uri("faulty")]).await.trim(), "4096");
@@ -238,7 +234,7 @@ fn shutting_down_answers_what_is_under_way() {
         let end = async {
             rig.until(|| edge.in_flight() == 1).await;
             let server = rig.server.borrow_mut().take().unwrap();
-            server.shut_down().await;
+            server.stop().await;
             assert_eq!(edge.in_flight(), 0);
         };
         both(client, end).await;

@@ -1,6 +1,7 @@
 //! A graph with disks, a server in a private directory, and tools run beside them.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::future::Future;
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -8,12 +9,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dolmen_exports::{NbdExport, NbdServer, NbdServerConfig};
+use dolmen_exports::{Export, NbdExport, NbdServer, NbdServerConfig};
 use dolmen_graph::{
     GraphOwner, Implicit, Node, NodeOpener, OpInfo, OpenPolicy, Registry, UserEdge, protocol_name,
 };
 use dolmen_rt::{Addr, Memory, Rt, block_on};
-use dolmen_types::{Actions, Claim, OpId, Options, ReadFlags, Span, WriteFlags};
+use dolmen_types::{Actions, Claim, OpId, Options, ReadFlags, Result, Span, WriteFlags};
 
 use crate::memory::DRIVERS;
 
@@ -23,6 +24,8 @@ const TOO_LONG: Duration = Duration::from_secs(60);
 pub(crate) struct Rig {
     pub(crate) rt: Rt,
     pub(crate) server: RefCell<Option<NbdServer>>,
+    /// Those that were started, by their names.
+    pub(crate) exports: RefCell<HashMap<String, Rc<dyn Export>>>,
     owner: RefCell<Option<GraphOwner>>,
     dir: tempfile::TempDir,
 }
@@ -43,6 +46,7 @@ pub(crate) fn run_with<F: Future<Output = ()> + 'static>(
         let rig = Rc::new(Rig {
             rt: rt.clone(),
             server: RefCell::new(Some(server)),
+            exports: RefCell::default(),
             owner: RefCell::new(Some(GraphOwner::new(rt.clone()))),
             dir,
         });
@@ -107,6 +111,10 @@ impl Rig {
     }
 
     pub(crate) fn add(&self, name: &str, edge: &Arc<UserEdge>, writable: bool) {
+        self.try_add(name, edge, writable).unwrap();
+    }
+
+    pub(crate) fn try_add(&self, name: &str, edge: &Arc<UserEdge>, writable: bool) -> Result<()> {
         let export = NbdExport {
             name: name.into(),
             description: format!("the disk {name}"),
@@ -114,11 +122,14 @@ impl Rig {
             writable,
             writethrough: false,
         };
-        self.with_server(|s| s.add_export(export)).unwrap();
+        let export = self.server.borrow().as_ref().expect("the server runs").export(export)?;
+        export.start()?;
+        self.exports.borrow_mut().insert(name.to_owned(), export);
+        Ok(())
     }
 
-    pub(crate) fn with_server<T>(&self, f: impl FnOnce(&NbdServer) -> T) -> T {
-        f(self.server.borrow().as_ref().expect("the server runs"))
+    pub(crate) fn clients(&self, name: &str) -> usize {
+        self.exports.borrow()[name].clients()
     }
 
     /// Runs a blocking function beside the runtime.

@@ -176,7 +176,8 @@ fn tcp_and_several_connections() {
             writable: true,
             writethrough: true,
         };
-        server.add_export(export).unwrap();
+        let export = server.export(export).unwrap();
+        export.start().unwrap();
         let dolmen_rt::Addr::Inet { port, .. } = *server.address() else { panic!("not TCP") };
         assert_ne!(port, 0);
         let uri = format!("nbd://127.0.0.1:{port}/d");
@@ -187,8 +188,8 @@ fn tcp_and_several_connections() {
         assert!(rig.peek(&edge, 0, 32 << 20).await == image);
         let (flushes, fua, ..) = Memory::counters(&Rig::node(&edge));
         assert!(fua > 0 && flushes == 0, "writethrough makes every write durable");
-        rig.until(|| server.clients("d") == Some(0)).await;
-        server.shut_down().await;
+        rig.until(|| export.clients() == 0).await;
+        dolmen_exports::Server::stop(&server).await;
         assert!(!rig.tool("nbdinfo", &["--size", &uri]).await.status.success());
     });
 }

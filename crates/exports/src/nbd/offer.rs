@@ -1,4 +1,4 @@
-//! What is exported under a name, and what is true about it.
+//! What the server offers under a name, and what is true about it.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -10,6 +10,7 @@ use dolmen_nbd::{Catalog, ExportInfo, limits};
 use dolmen_types::{Actions, Error, ErrorKind, Result};
 
 use super::conn::Conn;
+use crate::export::{Drained, StopMode};
 
 /// Block size that clients should prefer, in bytes: a page, which every node handles
 /// well. Larger clusters do not make small requests slow enough to say more.
@@ -58,19 +59,43 @@ pub(crate) fn check_texts(name: &str, description: &str) -> Result<()> {
     Ok(())
 }
 
-/// An export that is offered.
+pub(crate) fn taken(name: &str) -> Error {
+    Error::new(ErrorKind::AlreadyExists, format!("NBD server already has export named '{name}'"))
+}
+
+/// An export of a server, offered once it is started.
 #[derive(Debug)]
-pub(crate) struct Export {
+pub(crate) struct Offer {
     pub(crate) config: NbdExport,
     /// Connections in the transmission phase.
     pub(crate) connections: RefCell<Vec<Rc<Conn>>>,
     /// No longer offered.
-    pub(crate) removed: Cell<bool>,
+    removed: Cell<bool>,
 }
 
-impl Export {
-    pub(crate) fn new(config: NbdExport) -> Export {
-        Export { config, connections: RefCell::default(), removed: Cell::new(false) }
+impl Offer {
+    pub(crate) fn new(config: NbdExport) -> Rc<Offer> {
+        Rc::new(Offer { config, connections: RefCell::default(), removed: Cell::new(false) })
+    }
+
+    pub(crate) fn clients(&self) -> usize {
+        self.connections.borrow().len()
+    }
+
+    /// Ends every connection in an orderly way.
+    pub(crate) fn disconnect(&self) {
+        self.connections.borrow().iter().for_each(|c| c.stop());
+    }
+
+    /// Completes when the last connection is gone.
+    pub(crate) async fn drained(&self) {
+        // A connection takes itself off the list, so look again after each.
+        loop {
+            let Some(conn) = self.connections.borrow().first().cloned() else { return };
+            self.disconnect();
+            conn.ended().await;
+            self.connections.borrow_mut().retain(|c| !Rc::ptr_eq(c, &conn));
+        }
     }
 
     /// What the handshake says about it, true at this moment.
@@ -101,22 +126,56 @@ impl Export {
     }
 }
 
-/// The exports of a server.
+/// The exports of a server. A name is taken until the last client is gone, also of an export that is no longer offered.
 #[derive(Debug, Default)]
-pub(crate) struct Exports {
-    pub(crate) all: RefCell<Vec<Rc<Export>>>,
+pub(crate) struct Offers {
+    all: RefCell<Vec<Rc<Offer>>>,
     pub(crate) closing: Cell<bool>,
 }
 
-impl Exports {
-    pub(crate) fn get(&self, name: &str) -> Option<Rc<Export>> {
-        self.all.borrow().iter().find(|e| e.config.name == name).cloned()
+impl Offers {
+    /// The export that is offered under a name.
+    pub(crate) fn get(&self, name: &str) -> Option<Rc<Offer>> {
+        self.all.borrow().iter().find(|e| e.config.name == name && !e.removed.get()).cloned()
+    }
+
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.all.borrow().iter().any(|e| e.config.name == name)
+    }
+
+    pub(crate) fn all(&self) -> Vec<Rc<Offer>> {
+        self.all.borrow().clone()
+    }
+
+    pub(crate) fn add(&self, offer: Rc<Offer>) -> Result<()> {
+        if self.has(&offer.config.name) {
+            return Err(taken(&offer.config.name));
+        }
+        self.all.borrow_mut().push(offer);
+        Ok(())
+    }
+
+    /// Offers it no more. Its name is free once it is drained.
+    pub(crate) fn stop(self: &Rc<Offers>, offer: &Rc<Offer>, mode: StopMode) -> Result<Drained> {
+        let clients = offer.clients();
+        if clients > 0 && mode == StopMode::Safe {
+            let message = format!("export '{}' still has {clients} client(s)", offer.config.name);
+            return Err(Error::new(ErrorKind::Busy, message)
+                .remedy("disconnect them first, or remove the export in mode 'hard'"));
+        }
+        offer.removed.set(true);
+        offer.disconnect();
+        let (offers, offer) = (self.clone(), offer.clone());
+        Ok(Box::pin(async move {
+            offer.drained().await;
+            offers.all.borrow_mut().retain(|e| !Rc::ptr_eq(e, &offer));
+        }))
     }
 }
 
-impl Catalog for Exports {
+impl Catalog for Offers {
     fn list(&self, each: &mut dyn FnMut(&str, &str)) {
-        for e in self.all.borrow().iter() {
+        for e in self.all.borrow().iter().filter(|e| !e.removed.get()) {
             each(&e.config.name, &e.config.description);
         }
     }
