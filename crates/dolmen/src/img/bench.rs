@@ -10,9 +10,16 @@ use dolmen::rt::{Counters, Memory, Rt};
 use dolmen::session::{READ, WRITE};
 use dolmen::types::{ReadFlags, Result, WriteFlags};
 
-use super::{Open, cache};
+use super::open::{self, Open, Verb, cache};
 use crate::cli::{self, Failure, Outcome, Persona};
 use crate::out;
+
+/// The row.
+pub(super) static VERB: Verb = Verb {
+    name: "bench",
+    help: "measure requests on an image",
+    run: |name, persona, args| cli::parse(name, persona, args).map(|a| run(persona, a)),
+};
 
 /// Measure requests on an image.
 #[derive(Parser, Debug)]
@@ -111,7 +118,7 @@ impl Shared {
 }
 
 /// Runs it.
-pub(crate) fn run(persona: Persona, a: Bench) -> Outcome {
+fn run(persona: Persona, a: Bench) -> Outcome {
     let number = |text: &str, what: &str| {
         cli::parse_size(text).ok_or_else(|| Failure::new(format!("Invalid {what} specified: '{text}'.")))
     };
@@ -128,7 +135,7 @@ pub(crate) fn run(persona: Persona, a: Bench) -> Outcome {
     let Ok([filename]) = <[String; 1]>::try_from(a.filenames.clone()) else {
         return Err(Failure::usage("Expecting one image file name", "bench"));
     };
-    super::block_on(move |rt| async move {
+    open::block_on(move |rt| async move {
         let mut session = a.open.session(&rt, persona);
         let mut source = a.open.source(&filename);
         source.read_only = !a.write;

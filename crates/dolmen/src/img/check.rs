@@ -8,9 +8,16 @@ use dolmen::session::READ;
 use dolmen::types::{Actions, Claim, Options, Value};
 use serde_json::{Map, Value as Json};
 
-use super::{Open, cache, is_json};
+use super::open::{self, Open, Verb, cache, is_json};
 use crate::cli::{self, Failure, Outcome, Persona};
 use crate::out;
+
+/// The row.
+pub(super) static VERB: Verb = Verb {
+    name: "check",
+    help: "check an image's metadata, and repair it",
+    run: |name, persona, args| cli::parse(name, persona, args).map(|a| run(persona, a)),
+};
 
 /// Check an image's metadata, and repair it.
 #[derive(Parser, Debug)]
@@ -45,7 +52,7 @@ const REPAIRING: Claim = Claim {
 };
 
 /// Runs it.
-pub(crate) fn run(persona: Persona, a: Check) -> Outcome {
+fn run(persona: Persona, a: Check) -> Outcome {
     let json = is_json(a.output.as_deref(), "check")?;
     let repair = match a.repair.as_deref() {
         None => None,
@@ -62,7 +69,7 @@ pub(crate) fn run(persona: Persona, a: Check) -> Outcome {
         return Err(Failure::usage("Expecting one image file name", "check"));
     };
     let cache = cache(a.cache.as_deref(), "source cache")?;
-    super::block_on(move |rt| async move {
+    open::block_on(move |rt| async move {
         let mut session = a.open.session(&rt, persona);
         // A check reads the image's file and opens nothing that it names, so a guess of the
         // format is harmless. A repair of what only looks like an image is not.

@@ -7,9 +7,16 @@ use dolmen::session::READ;
 use dolmen::types::ReadFlags;
 use dolmen::{Image, Session};
 
-use super::{Common, Source, cache};
+use super::open::{self, Common, Source, Verb, cache};
 use crate::cli::{self, Failure, Outcome, Persona};
 use crate::out;
+
+/// The row.
+pub(super) static VERB: Verb = Verb {
+    name: "compare",
+    help: "compare the content of two images",
+    run: |name, persona, args| cli::parse(name, persona, args).map(|a| run(persona, a)),
+};
 
 /// Compare the content of two images.
 #[derive(Parser, Debug)]
@@ -53,12 +60,12 @@ const PROGRESS_STEP: f64 = 2.0;
 const SECTOR: usize = 512;
 
 /// Runs it.
-pub(crate) fn run(persona: Persona, a: Compare) -> Outcome {
+fn run(persona: Persona, a: Compare) -> Outcome {
     let Ok([first, second]) = <[String; 2]>::try_from(a.filenames.clone()) else {
         return Err(Failure::usage("Expecting two image file names", "compare"));
     };
     let cache = cache(a.cache.as_deref(), "source cache").map_err(|f| f.with_code(2))?;
-    super::block_on(move |rt| async move {
+    open::block_on(move |rt| async move {
         let mut session = Session::new(&rt, dolmen::registry(), persona.policy(a.common.allow_backing));
         let of = |name, format| Source {
             name,

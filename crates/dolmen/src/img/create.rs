@@ -7,9 +7,16 @@ use dolmen::qmp::keyval;
 use dolmen::session::READ;
 use dolmen::types::{OptionType, Options, Value};
 
-use super::{Common, Source};
+use super::open::{self, Common, Source, Verb};
 use crate::cli::{self, CacheMode, Failure, Outcome, Persona};
 use crate::out;
+
+/// The row.
+pub(super) static VERB: Verb = Verb {
+    name: "create",
+    help: "make a new image",
+    run: |name, persona, args| cli::parse(name, persona, args).map(|a| run(persona, a)),
+};
 
 /// Make a new image.
 #[derive(Parser, Debug)]
@@ -61,7 +68,7 @@ const QCOW2_ORDER: &[(&str, Option<&str>)] = &[
 const OTHER_ORDER: &[(&str, Option<&str>)] = &[("size", None)];
 
 /// Runs it.
-pub(crate) fn run(persona: Persona, a: Create) -> Outcome {
+fn run(persona: Persona, a: Create) -> Outcome {
     let registry = dolmen::registry();
     let kind = registry.find(&a.format);
     let mut options = Options::new();
@@ -104,7 +111,7 @@ pub(crate) fn run(persona: Persona, a: Create) -> Outcome {
     }
     normalize(kind, registry.find("file").ok(), &filename, &mut options)?;
 
-    super::block_on(move |rt| async move {
+    open::block_on(move |rt| async move {
         let mut session = Session::new(&rt, registry, persona.policy(a.common.allow_backing));
         let size = backing_size(&mut session, persona, &a, &filename, &options).await?;
         if !options.has("size") {

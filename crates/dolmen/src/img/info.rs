@@ -14,9 +14,16 @@ use dolmen::session::READ;
 use dolmen::types::{ChildRole, Options, Result, Value};
 use serde_json::{Map, Value as Json, json};
 
-use super::{Open, is_json};
+use super::open::{self, Open, Verb, is_json};
 use crate::cli::{Failure, Outcome, Persona, units};
 use crate::{cli, out};
+
+/// The row.
+pub(super) static VERB: Verb = Verb {
+    name: "info",
+    help: "show what an image says about itself",
+    run: |name, persona, args| cli::parse(name, persona, args).map(|a| run(persona, a)),
+};
 
 /// Show what an image says about itself.
 #[derive(Parser, Debug)]
@@ -36,12 +43,12 @@ pub(crate) struct Info {
 }
 
 /// Runs it.
-pub(crate) fn run(persona: Persona, a: Info) -> Outcome {
+fn run(persona: Persona, a: Info) -> Outcome {
     let json = is_json(a.output.as_deref(), "info")?;
     let Ok([filename]) = <[String; 1]>::try_from(a.filenames.clone()) else {
         return Err(Failure::usage("Expecting one image file name", "info"));
     };
-    super::block_on(move |rt| async move {
+    open::block_on(move |rt| async move {
         let mut session = a.open.session(&rt, persona);
         let source = a.open.source(&filename);
         let options = source.options(&mut session, persona)?;

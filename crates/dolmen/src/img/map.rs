@@ -5,8 +5,15 @@ use dolmen::Image;
 use dolmen::graph::ChainStatus;
 use dolmen::session::READ;
 
-use super::{Open, is_json};
+use super::open::{self, Open, Verb, is_json};
 use crate::cli::{self, Failure, Outcome, Persona};
+
+/// The row.
+pub(super) static VERB: Verb = Verb {
+    name: "map",
+    help: "show where the data of an image are",
+    run: |name, persona, args| cli::parse(name, persona, args).map(|a| run(persona, a)),
+};
 
 /// Show where the data of an image are.
 #[derive(Parser, Debug)]
@@ -103,7 +110,7 @@ impl Entry {
 }
 
 /// Runs it.
-pub(crate) fn run(persona: Persona, a: MapArgs) -> Outcome {
+fn run(persona: Persona, a: MapArgs) -> Outcome {
     let json = is_json(a.output.as_deref(), "map")?;
     let number = |text: &Option<String>, what: &str| match text {
         None => Ok(None),
@@ -116,7 +123,7 @@ pub(crate) fn run(persona: Persona, a: MapArgs) -> Outcome {
     let Ok([filename]) = <[String; 1]>::try_from(a.filenames.clone()) else {
         return Err(Failure::usage("Expecting one image file name", "map"));
     };
-    super::block_on(move |rt| async move {
+    open::block_on(move |rt| async move {
         let mut session = a.open.session(&rt, persona);
         let image = a.open.source(&filename).open(&mut session, persona, READ).await?;
         let done = walk(&image, start, max, json).await;

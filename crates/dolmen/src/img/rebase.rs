@@ -6,9 +6,16 @@ use dolmen::graph::BackingName;
 use dolmen::types::{Actions, Claim, ErrorKind};
 
 use super::check::file_of;
-use super::{Open, cache};
+use super::open::{self, Open, Verb, cache};
 use crate::cli::{self, Failure, Outcome, Persona};
 use crate::out;
+
+/// The row.
+pub(super) static VERB: Verb = Verb {
+    name: "rebase",
+    help: "change the backing file that an image names",
+    run: |name, persona, args| cli::parse(name, persona, args).map(|a| run(persona, a)),
+};
 
 /// Change the backing file that an image names.
 #[derive(Parser, Debug)]
@@ -52,7 +59,7 @@ const CHANGING: Claim = Claim {
 };
 
 /// Runs it.
-pub(crate) fn run(persona: Persona, a: Rebase) -> Outcome {
+fn run(persona: Persona, a: Rebase) -> Outcome {
     let Ok([filename]) = <[String; 1]>::try_from(a.filenames.clone()) else {
         return Err(Failure::usage("Expecting one image file name", "rebase"));
     };
@@ -66,12 +73,12 @@ pub(crate) fn run(persona: Persona, a: Rebase) -> Outcome {
         });
     }
     let cache = {
-        let of_backing = super::cache(a.backing_cache.as_deref(), "source cache");
+        let of_backing = open::cache(a.backing_cache.as_deref(), "source cache");
         let of_image = cache(a.cache.as_deref(), "cache")?;
         of_backing.map(|_| of_image)?
     };
     let backing = a.backing.clone().filter(|b| !b.is_empty());
-    super::block_on(move |rt| async move {
+    open::block_on(move |rt| async move {
         let mut session = a.open.session(&rt, persona);
         let mut source = a.open.source(&filename);
         source.read_only = false;
