@@ -14,6 +14,7 @@ mod info;
 mod map;
 mod open;
 mod rebase;
+mod resize;
 
 use std::ffi::OsString;
 
@@ -32,6 +33,7 @@ const VERBS: &[&Verb] = &[
     &info::VERB,
     &map::VERB,
     &rebase::VERB,
+    &resize::VERB,
 ];
 
 /// Runs the tool and gives its exit code.

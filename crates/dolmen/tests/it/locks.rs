@@ -50,6 +50,7 @@ fn a_used_image_is_refused_by_name() {
         &["map", "a.qcow2"],
         &["create", "-f", "qcow2", "a.qcow2", "1M"],
         &["rebase", "-u", "-b", "", "a.qcow2"],
+        &["resize", "-f", "qcow2", "a.qcow2", "8M"],
     ] {
         let theirs = b.run("qemu-img", args);
         let ours = b.run("ours/qemu-img", args);

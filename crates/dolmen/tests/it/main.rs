@@ -34,6 +34,7 @@ mod overlays;
 mod pivots;
 mod reopen;
 mod repair;
+mod resize;
 mod serve;
 mod stats;
 mod story;

@@ -245,6 +245,8 @@ pub(super) struct Core {
     pub counting: RangeLock,
     /// The file was made longer than its clusters need, to be cut on close.
     pub grown: AtomicBool,
+    /// The disk has become smaller, so the end of the file may be unused.
+    pub shrunk: AtomicBool,
     /// A round has ended.
     pub round_ended: Event,
     /// What is copied from backing files goes through these.
@@ -288,6 +290,7 @@ impl Core {
             growing: RangeLock::new(),
             counting: RangeLock::new(),
             grown: AtomicBool::new(false),
+            shrunk: AtomicBool::new(false),
             round_ended: Event::new(),
             copies: Buffers::new(COPY_STEP.max(geo.cluster_size()) as usize, COPIES_KEPT),
             me: me.clone(),

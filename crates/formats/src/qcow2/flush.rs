@@ -12,6 +12,7 @@ use dolmen_types::{BlkEvent, Result, Span, WriteFlags};
 
 use super::driver::Core;
 use super::image::{Env, File};
+use super::layout::ClusterIndex;
 use super::meta::Freed;
 use super::round::{Patch, Reached, Round};
 
@@ -204,6 +205,17 @@ impl Core {
         Ok(())
     }
 
+    /// Finds the end of what is used. Nothing is in flight, and what was freed is free on the disk.
+    async fn lower_end(&self, env: Env<'_>) -> Result<()> {
+        let mut end = self.meta().high;
+        while end > 0 && self.with(env.file, |m| m.refcount(ClusterIndex(end - 1))).await? == 0 {
+            end -= 1;
+        }
+        self.meta().high = end;
+        self.grown.store(true, SeqCst);
+        Ok(())
+    }
+
     /// Writes out everything and leaves nothing behind.
     pub(super) async fn close(&self, env: Env<'_>) -> Result<()> {
         if !self.writable() || self.meta().broken.is_some() {
@@ -220,6 +232,10 @@ impl Core {
             if waiting && !self.meta().any_dirty() {
                 break;
             }
+        }
+        if self.shrunk.load(SeqCst) {
+            // What can't be looked at may be in use: the file stays as it is.
+            let _ = self.lower_end(env).await;
         }
         let end = {
             let m = self.meta();
@@ -239,7 +255,6 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qcow2::layout::ClusterIndex;
 
     #[test]
     fn neighbours_are_joined_and_nothing_is_lost() {

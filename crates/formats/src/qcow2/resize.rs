@@ -40,6 +40,7 @@ impl Core {
             let cluster = geo.cluster_size();
             let gone = Span::from_range(size.next_multiple_of(cluster), old.next_multiple_of(cluster));
             self.unmap_allocated(env, gone).await?;
+            self.shrunk.store(true, SeqCst);
             return self.set_size(env, size).await;
         }
         self.grow_l1(env, geo.l1_entries_for(size)).await?;

@@ -502,7 +502,7 @@ pub(super) async fn grow(io: &CoreIo, file: &File, old: u64, size: u64, prealloc
     let done = match prealloc {
         Prealloc::Off => return io.truncate(file, size).await,
         Prealloc::Metadata => {
-            return Err(Error::new(ErrorKind::Unsupported, "Unsupported preallocation mode 'metadata'"));
+            return Err(Error::new(ErrorKind::Unsupported, "Unsupported preallocation mode: metadata"));
         }
         Prealloc::Falloc => io.fallocate(file, Fallocate::Allocate, old, size - old).await,
         Prealloc::Full => {
