@@ -139,7 +139,7 @@ impl<'w> Proposal<'w> {
         self.guard = Some((op, writable));
     }
 
-    /// Asks whether everybody can live with what the draft holds, takes the locks that it needs, and takes the operation
+    /// Asks whether every operation allows what the draft holds, takes the locks that it needs, and takes the operation
     /// out that guarded it: of a command that is done when the draft is published.
     ///
     /// # Errors
@@ -150,7 +150,7 @@ impl<'w> Proposal<'w> {
         // What is about to go must not be in the way.
         draft.sweep();
         draft.prepare(opener.rt).await?;
-        // What is cut off is gone for overlays that nobody reads now, too: they show zeroes there from now on.
+        // What is cut off is gone for overlays that are not read now, too: they show zeroes there from now on.
         let shrunk = draft.shrunk()?;
         if !shrunk.is_empty() {
             draft.mark_destructive(op)?;

@@ -41,7 +41,7 @@ impl What {
         if self.writable.is_empty() {
             return Err(e);
         }
-        // An image that can't be written out stays writable; nobody else has to wait for that.
+        // An image that can't be written out stays writable; no other command has to wait for that.
         let mut draft = owner.draft();
         draft.remove_op(&self.op);
         owner.commit(draft).await?;

@@ -127,7 +127,7 @@ impl Control {
         TABLE.find(request.name).is_ok_and(|row| row.ends_program)
     }
 
-    /// The end is wanted: nobody waits any more for what may take for ever.
+    /// The end is wanted: what may take for ever is given up.
     pub(crate) fn hurry(&self) {
         self.world.raise(&self.world.hurry);
     }

@@ -89,7 +89,7 @@ async fn begin(
         Rc::new(move |job| drop(attention.try_send(job))),
     );
     let opener = world.opener();
-    // Opening a node may wait for somebody who never answers.
+    // Opening a node may wait for storage that never answers.
     let prepared = async {
         prepare(&job, draft, &opener).await.map_err(|e| {
             let shown = QmpError::from(&e);
@@ -198,7 +198,7 @@ fn emitter(world: &Rc<World>) -> Emit {
     })
 }
 
-/// Every job tells its state; the other events are those of jobs that work on nodes.
+/// Every job reports its state; the other events are those of jobs that work on nodes.
 fn message(job: &Job, event: JobEvent) -> Option<(&'static str, Json)> {
     let (id, kind) = (job.id().as_str(), job.kind().name);
     if !job.kind().is_block_job && !matches!(event, JobEvent::Status(_)) {

@@ -125,8 +125,8 @@ fn through_filters(node: &Arc<Node>) -> &Arc<Node> {
     at
 }
 
-/// The next image of the chain, as the established daemon counts them: what a filter
-/// stands on, or the backing node.
+/// The next image of the chain, as QEMU counts them: what a filter
+/// is inserted above, or the backing node.
 fn next_image(node: &Arc<Node>) -> Option<&Arc<Node>> {
     match node.driver.kind().class {
         Class::Filter => node.filtered(),
@@ -183,7 +183,7 @@ pub fn block_graph(graph: &Graph, ops: &[OpInfo]) -> BlockGraph {
     out
 }
 
-/// Whether an operation put the node there and nobody gave it a name.
+/// Whether an operation put the node there without a name.
 pub(crate) fn is_implicit(node: &Node) -> bool {
     node.owner.is_some() && node.anonymous
 }

@@ -21,10 +21,10 @@ pub struct MonitorSocket {
     path: PathBuf,
 }
 
-/// Listens at a path. A socket that nobody listens on is replaced, a live one is not.
+/// Listens at a path. A socket that no process listens on is replaced, a live one is not.
 ///
 /// # Errors
-/// `Busy` when somebody listens there; otherwise the system's.
+/// `Busy` when a process listens there; otherwise the system's.
 pub async fn listen_monitor(control: &Control, path: impl Into<PathBuf>) -> Result<MonitorSocket> {
     let path = path.into();
     let Some(io) = control.rt().io() else {

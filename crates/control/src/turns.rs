@@ -3,7 +3,7 @@
 //! This excludes nothing (the solver does that, and publishing checks that nothing has changed
 //! in between); it keeps commands that meet from refusing each other for no reason. A change
 //! says which nodes and operations it names; its part of the graph is everything that is linked to these in any
-//! way. It waits for changes that came earlier and have something of that part, and for nobody else. So
+//! way. It waits for changes that came earlier and have something of that part, and for nothing else. So
 //! storage that does not answer holds up what depends on it, and nothing more.
 
 use std::cell::{Cell, RefCell};

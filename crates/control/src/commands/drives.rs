@@ -46,7 +46,7 @@ struct Plan {
     target: String,
     format: Option<String>,
     existing: bool,
-    /// What the target lies over: a node of the draft.
+    /// What the target is an overlay of: a node of the draft.
     below: Option<NodeName>,
     /// The options of the target's node.
     node: Options,
@@ -83,7 +83,7 @@ fn plan(draft: &Draft, drive: Drive) -> Result<Plan> {
     if let Some(name) = name {
         node.set("node-name", name);
     }
-    // A new image lies over nodes that are open already. An old one that is to be backed up to has its own chain.
+    // A new image is an overlay of nodes that are open already. An old one that is to be backed up to has its own chain.
     if format.as_deref().is_some_and(|f| f != "raw") && (kind == DriveKind::Mirror || !existing) {
         node.set("backing", below.map_or(Value::Null, |n| Value::from(n.as_str())));
     }
@@ -115,7 +115,7 @@ async fn with_target(
     let target = match format {
         Some(format) if !existing => {
             let size = draft.built_node(&find(draft, &text(&arguments, "device"))?)?.size();
-            // A raw image lies over nothing.
+            // A raw image is no overlay.
             let names =
                 opener.registry.find(&format)?.create_options.iter().any(|o| o.name == "backing_file");
             if let Some(below) = below.as_ref().filter(|_| !names && text(&arguments, "sync") == "top") {

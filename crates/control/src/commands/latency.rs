@@ -1,6 +1,6 @@
 //! `block-latency-histogram-set`: how many requests of an export took how long.
 //!
-//! The bins are counted by an observer of the export's edge, which is there only while somebody wants to know.
+//! The bins are counted by an observer of the export's edge, which is there only while a client wants to know.
 
 use std::rc::Rc;
 use std::sync::Arc;

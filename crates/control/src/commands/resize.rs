@@ -58,13 +58,13 @@ async fn propose(draft: &mut Draft, rt: &Rt, node: &str, size: u64) -> Result<Op
     // Filters hand it down: it is the image that gets another size.
     let image = draft.content(&node);
     if size < now {
-        // What is cut off is gone for images above that nobody reads now, too.
+        // What is cut off is gone for images above that are not read now, too.
         draft.mark_destructive(&op)?;
         draft.claim_other_data(&op, &image, "cuts off its end")?;
     }
     let needs = Actions::S | Actions::M;
     draft.add_user_below_filters(&op, &node, Claim { needs, allows: Actions::EVERY })?;
-    // What lies over it in filters changes its size as well.
+    // Filters above it change their size as well.
     for reader in draft.readers(&image) {
         if draft.content(&reader) == image {
             claim(draft, &op, &reader, Actions::S, "changes its size")?;

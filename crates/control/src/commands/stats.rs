@@ -1,7 +1,7 @@
 //! Counters, as clients see them, and the write threshold.
 //!
 //! A user that answers requests of clients (an export) is shown as a device, with the counters of what its clients
-//! asked for; nodes show what came to them, also when nobody knows it as a device. Nodes that an operation put
+//! asked for; nodes show what came to them, also of what is no device. Nodes that an operation put
 //! there without a name are stepped over: a client that has not asked for them does not see them.
 
 use std::collections::HashMap;
