@@ -246,7 +246,7 @@ pub(crate) async fn what_if(world: &Rc<World>, mut act: Box<dyn Act>) -> Json {
     };
     let said = match world.patiently(rehearsed).await {
         Ok(graph) => {
-            let graph = model::to_json(&query::block_graph(&graph, p.draft().ops()));
+            let graph = model::to_json(&query::block_graph(&graph));
             let mut out = json!({"allowed": true, "graph": graph});
             if let Some(e) = p.jobs.iter().find_map(|s| s.fails.as_ref()) {
                 out["job-error"] = e.to_json();

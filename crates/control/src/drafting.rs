@@ -48,10 +48,7 @@ pub(crate) fn claim(draft: &mut Draft, op: &OpId, node: &NodeName, needs: Action
 /// # Errors
 /// `NotFound`.
 pub(crate) fn find(draft: &Draft, name: &str) -> Result<NodeName> {
-    draft.node_names().find(|n| n.as_str() == name).cloned().ok_or_else(|| {
-        Error::new(ErrorKind::NotFound, format!("Cannot find device='{name}' nor node-name='{name}'"))
-            .remedy("query-named-block-nodes lists the nodes there are")
-    })
+    draft.find(name)
 }
 
 pub(crate) fn invalid(message: impl Into<String>) -> Error {

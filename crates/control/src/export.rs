@@ -37,7 +37,7 @@ impl Export {
     /// What clients are told, with the node that is served now: not the one that was named, once a
     /// snapshot, a pivot or a filter has come between.
     pub(crate) fn info(&self, graph: &Graph) -> BlockExportInfo {
-        let edge = graph.users.iter().find(|u| *u.op() == self.id);
+        let edge = graph.edges(&self.id).next();
         BlockExportInfo {
             id: self.id.as_str().to_owned(),
             kind: self.kind.name.into(),

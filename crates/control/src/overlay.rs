@@ -19,7 +19,7 @@ fn invalid(message: impl Into<String>) -> Error {
 /// # Errors
 /// `InvalidInput` with what is wrong; what reading metadata says.
 pub(crate) async fn check(opener: &NodeOpener<'_>, draft: &Draft, node: &str, overlay: &str) -> Result<()> {
-    let find = |name: &str| draft.node_names().find(|n| n.as_str() == name).cloned();
+    let find = |name: &str| draft.find(name).ok();
     // What is missing or of the wrong kind is said by the snapshot itself.
     let (Some(node), Some(overlay)) = (find(node), find(overlay)) else { return Ok(()) };
     let (below, image) = (draft.built_node(&node)?, draft.built_node(&overlay)?);
@@ -37,12 +37,7 @@ pub(crate) async fn check(opener: &NodeOpener<'_>, draft: &Draft, node: &str, ov
     }
     check_name(opener, &below, &image, &node).await?;
     // What a job is writing to it is part of the copy; its end is checked when the job ends.
-    let written = draft
-        .node_names()
-        .position(|n| *n == overlay)
-        .map(|i| draft.solve().map(|g| g.total[i].needs.contains(Actions::V)))
-        .transpose()?
-        .unwrap_or(false);
+    let written = draft.total(&overlay)?.needs.contains(Actions::V);
     if !written && let Some(at) = first_allocated(&image, opener.rt).await? {
         return Err(invalid(format!(
             "overlay '{overlay}' holds data of its own (at byte {at}), which would hide those of node '{node}'"

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use dolmen_graph::{Class, Description, Filenames, Graph, Node, OpInfo, join, own_file};
+use dolmen_graph::{Class, Description, Filenames, Graph, Node, join, own_file};
 use dolmen_qmp::json;
 use dolmen_qmp::model::{
     BlockDeviceInfo, BlockGraph, BlockGraphEdge, BlockGraphNode, BlockGraphNodeType, CacheInfo, ImageInfo,
@@ -17,8 +17,9 @@ const SECTOR: u64 = 512;
 
 /// The reply of `query-named-block-nodes`: parents before children.
 pub fn block_nodes(graph: &Graph, flat: bool) -> Vec<BlockDeviceInfo> {
+    let nodes = graph.nodes();
     let images = Images::default();
-    graph.nodes.iter().rev().filter(|n| !is_implicit(n)).map(|n| images.block_node(n, flat)).collect()
+    nodes.iter().rev().filter(|n| !is_implicit(n)).map(|n| images.block_node(n, flat)).collect()
 }
 
 /// What is known about the image of a node; with `chain` also about those below it.
@@ -144,12 +145,13 @@ fn actual_size(node: &Arc<Node>) -> Option<u64> {
 }
 
 /// The reply of `x-debug-query-block-graph`.
-pub fn block_graph(graph: &Graph, ops: &[OpInfo]) -> BlockGraph {
-    // Children first in the snapshot, so numbers grow towards the users.
-    let number =
-        |n: &Arc<Node>| graph.nodes.iter().position(|o| o.name == n.name).map_or(0, |i| i as u64 + 1);
+pub fn block_graph(graph: &Graph) -> BlockGraph {
+    let nodes = graph.nodes();
+    // Children first, so numbers grow towards the users.
+    let numbers: HashMap<&str, u64> = nodes.iter().map(|n| n.name.as_str()).zip(1..).collect();
+    let number = |n: &Arc<Node>| numbers.get(n.name.as_str()).copied().unwrap_or(0);
     let mut out = BlockGraph::default();
-    for node in graph.nodes.iter().rev() {
+    for node in nodes.iter().rev() {
         out.nodes.push(BlockGraphNode {
             name: node.name.as_str().to_owned(),
             kind: BlockGraphNodeType::BlockDriver,
@@ -163,9 +165,8 @@ pub fn block_graph(graph: &Graph, ops: &[OpInfo]) -> BlockGraph {
             child: number(&c.node),
         }));
     }
-    for (i, user) in graph.users.iter().enumerate() {
-        let id = (graph.nodes.len() + i) as u64 + 1;
-        let is_job = ops.iter().any(|o| o.id == *user.op() && o.kind == "job");
+    for (user, id) in graph.users().zip(nodes.len() as u64 + 1..) {
+        let is_job = graph.op(user.op()).is_some_and(|o| o.kind == "job");
         out.nodes.push(BlockGraphNode {
             name: user.op().as_str().to_owned(),
             kind: if is_job { BlockGraphNodeType::BlockJob } else { BlockGraphNodeType::BlockBackend },

@@ -77,9 +77,7 @@ impl Scope {
             Scope::All => Scope::All,
             Scope::Names(Names { words, new }) => {
                 let draft = owner.draft();
-                let there = |w: &&String| {
-                    draft.has_node(w) || draft.ops().iter().any(|o| o.id.as_str() == w.as_str())
-                };
+                let there = |w: &&String| draft.has_node(w) || draft.op(w).is_some();
                 let known = words.iter().filter(there).chain(new).map(String::as_str);
                 Scope::Names(Names { new: draft.connected(known), words: words.clone() })
             }

@@ -171,7 +171,7 @@ impl World {
     pub(crate) fn describe_jobs(&self) {
         let mut owner = self.owner.clone();
         for job in self.jobs.all() {
-            owner.describe_op(job.id(), job.detail());
+            owner.describe_op(job.id(), &job.detail());
         }
     }
 

@@ -444,14 +444,9 @@ impl Draft {
             return Ok(Some(p.leaf.clone()));
         }
         let Place::Present(id) = place else { return Ok(None) };
-        let leaves: Vec<NodeName> = self.node_names().cloned().collect();
-        for name in leaves {
-            let node = self.built_node(&name)?;
-            if node.driver.describe(&node).file == Some(id) {
-                return Ok(Some(name));
-            }
-        }
-        Ok(None)
+        let holds = |node: &std::sync::Arc<crate::Node>| node.driver.describe(node).file == Some(id);
+        let mine = self.solved()?.nodes.values().find(|n| holds(n)).map(|n| n.name.clone());
+        Ok(mine.or_else(|| self.base.holder_of(id, |part| self.taken.contains_key(&part)).cloned()))
     }
 
     /// Makes the files of the draft's new images and puts their drivers in the places of the stand-ins. Files that are

@@ -1,27 +1,30 @@
 //! A draft: a candidate for the next snapshot, and what has been prepared for it.
 //!
-//! A draft starts as a copy of what is published. Changes to it touch nothing outside;
+//! A draft shows what is published. It takes in a copy of the parts that are changed ([`Draft::take_in`]); everything
+//! else it only shows, so that a change costs as much as its own part of the graph. Changes to it touch nothing outside;
 //! [`Draft::solve`] asks the solver; [`Draft::prepare`] lets leaf drivers take the locks
 //! that the candidate needs. Publishing is [`GraphOwner::commit`](crate::GraphOwner::commit).
 //! Dropping a draft undoes everything, in reverse order.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use dolmen_rt::{Instant, Rt};
 use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Result, Value};
 
+use crate::build::{Solved, Working};
 use crate::create::Pending;
 use crate::notice::NoticeSink;
 use crate::place::FileId;
-use crate::solver::solve_unchecked;
-use crate::state::{DraftChild, DraftNode, DraftUser, State};
+use crate::published::Part;
+use crate::state::{DraftChild, DraftNode, DraftUser, Setting};
 use crate::{
-    AccessRule, ChildEdge, Cx, Driver, DriverKind, Grants, Graph, Node, NodeChange, NodeFlags, NodeState,
-    Prepared, Repair, UserEdge, solve,
+    AccessRule, Cx, Driver, DriverKind, Grants, Graph, Node, NodeChange, NodeFlags, NodeState, Prepared,
+    Repair,
 };
 
 /// Who an operation is, for messages and queries.
@@ -103,19 +106,21 @@ pub struct NodeDef {
 
 /// A candidate for the next snapshot.
 pub struct Draft {
-    pub(crate) state: State,
-    /// What it was copied from.
-    pub(crate) base: Arc<State>,
-    /// The generation of that.
-    pub(crate) generation: u64,
-    /// Published nodes, to be reused where nothing changed.
+    /// The parts of the graph that were taken in, as they are to be, and what is new.
+    pub(crate) state: Working,
+    /// What it was begun from.
+    pub(crate) base: Arc<Graph>,
+    /// The parts of it that were taken in, by number.
+    pub(crate) taken: BTreeMap<u64, Arc<Part>>,
+    pub(crate) setting: Arc<Setting>,
+    /// The published nodes of these parts, to be reused where nothing changed; children before parents.
     pub(crate) published: Vec<Arc<Node>>,
-    /// What was built last, for the same reason: a draft is built once per step of opening.
-    built: RefCell<BTreeMap<NodeName, Arc<Node>>>,
-    /// Nodes that were held by something when the draft was begun.
+    /// What was built last, for the same reason.
+    pub(crate) built: RefCell<Rc<BTreeMap<NodeName, Arc<Node>>>>,
+    /// Nodes that were held by something when they were taken in.
     held_before: BTreeSet<NodeName>,
     /// The operations that there were then; others are just being tried.
-    ops_before: BTreeSet<OpId>,
+    pub(crate) ops_before: BTreeSet<OpId>,
     pub(crate) prepared: Vec<Box<dyn Prepared>>,
     /// Images that are repaired when the draft is published.
     pub(crate) repairs: Vec<(NodeName, Box<dyn Repair>)>,
@@ -125,7 +130,7 @@ pub struct Draft {
     pub(crate) made: Vec<(PathBuf, FileId)>,
     /// Nodes that get another link without being flushed first.
     pub(crate) unflushed: Vec<NodeName>,
-    now: Instant,
+    pub(crate) now: Instant,
 }
 
 impl Drop for Draft {
@@ -142,18 +147,16 @@ impl Drop for Draft {
 }
 
 impl Draft {
-    pub(crate) fn new(base: Arc<State>, generation: u64, published: Vec<Arc<Node>>, now: Instant) -> Draft {
-        let state = State::clone(&base);
-        let held_before = state.held();
-        let ops_before = state.ops.iter().map(|o| o.id.clone()).collect();
+    pub(crate) fn new(base: Arc<Graph>, setting: Arc<Setting>, now: Instant) -> Draft {
         Draft {
-            state,
+            state: Working::default(),
             base,
-            generation,
-            published,
+            taken: BTreeMap::new(),
+            setting,
+            published: Vec::new(),
             built: RefCell::default(),
-            held_before,
-            ops_before,
+            held_before: BTreeSet::new(),
+            ops_before: BTreeSet::new(),
             prepared: Vec::new(),
             repairs: Vec::new(),
             new_images: Vec::new(),
@@ -163,57 +166,51 @@ impl Draft {
         }
     }
 
+    /// Takes in the parts of the graph that these are in, nodes or operations. Whatever changes something calls it
+    /// first; what is there already or not at all is passed over.
+    pub(crate) fn take_in<'a>(&mut self, names: impl IntoIterator<Item = &'a str>) {
+        for name in names {
+            let parts: Vec<u64> = self.base.parts_of(name).filter(|p| !self.taken.contains_key(p)).collect();
+            parts.into_iter().for_each(|p| self.take_in_part(p));
+        }
+    }
+
+    /// Takes in everything.
+    pub(crate) fn take_in_all(&mut self) {
+        let parts: Vec<u64> =
+            self.base.parts().map(|p| p.0).filter(|p| !self.taken.contains_key(p)).collect();
+        parts.into_iter().for_each(|p| self.take_in_part(p));
+    }
+
+    fn take_in_part(&mut self, number: u64) {
+        let Some(part) = self.base.part(number).cloned() else { return };
+        self.note_before(&part);
+        // Operations are in the order of their age, and those that are being tried are the youngest: of several
+        // conflicts the solver reports the one in which the younger one asks.
+        let tried = self.state.ops.iter().position(|o| !self.ops_before.contains(&o.id));
+        let tried = tried.unwrap_or(self.state.ops.len());
+        let tried = self.state.ops.split_off(tried);
+        self.state.add(&part.state);
+        self.state.ops.sort_by_key(|o| o.since);
+        self.state.ops.extend(tried);
+        self.taken.insert(number, part);
+    }
+
+    /// What a part was like before it was changed.
+    pub(crate) fn note_before(&mut self, part: &Part) {
+        self.held_before.extend(part.state.held());
+        self.ops_before.extend(part.state.ops.iter().map(|o| o.id.clone()));
+        self.published.extend(part.nodes.values().cloned());
+    }
+
     /// Makes up a name that users can't type.
     pub fn fresh_name(&mut self) -> NodeName {
         loop {
-            let name = format!("#block{:03}", self.state.next_name.fetch_add(1, Relaxed));
-            if self.state.node(&name).is_none() {
+            let name = format!("#block{:03}", self.setting.next_name.fetch_add(1, Relaxed));
+            if !self.has_node(&name) {
                 return NodeName::internal(name);
             }
         }
-    }
-
-    /// Whether a node of that name is in the candidate.
-    pub fn has_node(&self, name: &str) -> bool {
-        self.state.node(name).is_some()
-    }
-
-    /// The names of all nodes of the candidate.
-    pub fn node_names(&self) -> impl Iterator<Item = &NodeName> {
-        self.state.nodes.iter().map(|n| &n.def.name)
-    }
-
-    /// Driver of a node that has been opened.
-    pub fn driver(&self, name: &str) -> Option<&Arc<dyn Driver>> {
-        self.state.node(name)?.driver.as_ref()
-    }
-
-    /// Registry row of a node.
-    pub fn kind(&self, name: &str) -> Option<&'static DriverKind> {
-        self.state.node(name).map(|n| n.def.kind)
-    }
-
-    /// The options that a node was opened with.
-    pub(crate) fn options_of(&self, name: &NodeName) -> Value {
-        self.state.node(name).map_or(Value::Null, |n| n.def.options.clone())
-    }
-
-    /// A child of a node by the option's name.
-    pub fn child(&self, name: &str, child: &str) -> Option<&NodeName> {
-        self.state.node(name)?.children.iter().find(|c| c.name == child).map(|c| &c.node)
-    }
-
-    /// Where something new that names `node` attaches: to the outermost filter that an
-    /// operation has interposed on it.
-    ///
-    /// # Errors
-    /// `NotFound`.
-    pub fn resolve(&self, node: &str) -> Result<NodeName> {
-        let mut name = self.state.node(node).map(|n| n.def.name.clone()).ok_or_else(|| no_such_node(node))?;
-        while let Some(outer) = self.state.over.get(&name).and_then(|o| o.last()) {
-            name = outer.clone();
-        }
-        Ok(name)
     }
 
     /// Registers an operation.
@@ -221,7 +218,7 @@ impl Draft {
     /// # Errors
     /// `AlreadyExists` when the id is taken.
     pub fn add_op(&mut self, op: OpInfo) -> Result<()> {
-        if self.state.ops.iter().any(|o| o.id == op.id) {
+        if self.op(&op.id).is_some() {
             return Err(Error::new(ErrorKind::AlreadyExists, format!("id '{}' is already in use", op.id)));
         }
         self.state.ops.push(op);
@@ -231,10 +228,9 @@ impl Draft {
     /// Registers the operation of an instant command, known by the command's name. Several of
     /// one name may stand in a draft.
     pub fn add_command(&mut self, command: &str, detail: String) -> OpId {
-        let taken = |id: &str| self.state.ops.iter().any(|o| o.id.as_str() == id);
         let mut id = command.to_owned();
         let mut n = 1;
-        while taken(&id) {
+        while self.op(&id).is_some() {
             n += 1;
             id = format!("{command}#{n}");
         }
@@ -253,6 +249,7 @@ impl Draft {
     /// Gives an operation its start time: until then it is worded as one that is being tried.
     pub fn mark_started(&mut self, op: &OpId) {
         let now = self.now;
+        self.take_in([op.as_str()]);
         if let Some(o) = self.state.ops.iter_mut().find(|o| o.id == *op) {
             o.since = Some(now);
         }
@@ -261,19 +258,24 @@ impl Draft {
     /// Ends an operation: its edges and claims go, and filters that it interposed and has
     /// not taken out yet are taken out.
     pub fn remove_op(&mut self, op: &OpId) {
+        self.take_in([op.as_str()]);
         self.state.users.retain(|u| u.op != *op);
         self.state.claims.retain(|c| c.op != *op);
         self.state.kept.retain(|(o, _)| o != op);
         self.state.destructive.retain(|o| o != op);
-        while let Some(filter) = self.state.nodes.iter().find(|n| n.def.owner.as_ref() == Some(op)) {
-            let filter = filter.def.name.clone();
+        let owned = |d: &Draft| {
+            d.state.nodes.iter().find(|n| n.def.owner.as_ref() == Some(op)).map(|n| n.def.name.clone())
+        };
+        while let Some(filter) = owned(self) {
             self.take_out(&filter);
         }
         self.state.ops.retain(|o| o.id != *op);
     }
 
-    pub(crate) fn known(&self, op: &OpId) -> Result<()> {
-        if self.state.ops.iter().any(|o| o.id == *op) {
+    /// Takes in an operation that must be there.
+    pub(crate) fn known(&mut self, op: &OpId) -> Result<()> {
+        self.take_in([op.as_str()]);
+        if self.state.op(op).is_some() {
             return Ok(());
         }
         Err(Error::new(ErrorKind::NotFound, format!("operation '{op}' is not registered")))
@@ -296,12 +298,13 @@ impl Draft {
     /// # Errors
     /// As [`Draft::add_user`].
     pub fn add_user_below_filters(&mut self, op: &OpId, node: &str, claim: Claim) -> Result<()> {
-        let node = self.state.node(node).ok_or_else(|| no_such_node(node))?.def.name.clone();
+        let node = self.find(node)?;
         self.attach(op, node, claim, true)
     }
 
     fn attach(&mut self, op: &OpId, node: NodeName, claim: Claim, below_filters: bool) -> Result<()> {
         self.known(op)?;
+        self.take_in([node.as_str()]);
         self.state.users.push(DraftUser {
             op: op.clone(),
             node,
@@ -316,6 +319,7 @@ impl Draft {
     /// Lets the edges of an operation stay on nodes that are inactive; it can do nothing with
     /// them until they are active. All other users keep a node from being inactive.
     pub fn allow_inactive(&mut self, op: &OpId) {
+        self.take_in([op.as_str()]);
         self.state.users.iter_mut().filter(|u| u.op == *op).for_each(|u| u.may_be_inactive = true);
     }
 
@@ -333,6 +337,7 @@ impl Draft {
             return Err(no_such_node(&claim.node));
         }
         self.known(&claim.op)?;
+        self.take_in([claim.node.as_str()]);
         self.state.claims.push(claim);
         Ok(())
     }
@@ -352,8 +357,8 @@ impl Draft {
         if let Some(owner) = &def.owner {
             self.known(owner)?;
         }
-        let sink = NoticeSink { node: def.name.clone(), notices: self.state.notices.clone() };
-        self.state.nodes.push(DraftNode {
+        let sink = NoticeSink { node: def.name.clone(), notices: self.setting.notices.clone() };
+        self.state.nodes.push(Arc::new(DraftNode {
             def,
             driver: None,
             forced_read_only: false,
@@ -363,7 +368,7 @@ impl Draft {
             inherits: Vec::new(),
             children: Vec::new(),
             state: Arc::new(NodeState::of(sink)),
-        });
+        }));
         Ok(())
     }
 
@@ -394,6 +399,7 @@ impl Draft {
         if !self.has_node(parent) {
             return Err(no_such_node(parent));
         }
+        self.take_in([parent.as_str(), child.as_str()]);
         if self.state.reaches(&child, parent) {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
@@ -412,7 +418,8 @@ impl Draft {
     /// Removes a link, if it is there. The child stays in the draft; what nobody holds
     /// any more goes when the draft is published.
     pub fn unlink(&mut self, parent: &NodeName, name: &str) {
-        if let Some(n) = self.state.nodes.iter_mut().find(|n| n.def.name == *parent) {
+        self.take_in([parent.as_str()]);
+        if let Some(n) = self.state.nodes.get_mut(parent) {
             n.children.retain(|c| c.name != name);
         }
     }
@@ -422,9 +429,10 @@ impl Draft {
     /// # Panics
     /// When the node is not in the draft.
     pub fn set_driver(&mut self, node: &NodeName, driver: Arc<dyn Driver>, forced_read_only: bool) {
+        self.take_in([node.as_str()]);
         let i = self.state.index(node);
-        self.state.nodes[i].driver = Some(driver);
-        self.state.nodes[i].forced_read_only = forced_read_only;
+        let node = &mut self.state.nodes[i];
+        (node.driver, node.forced_read_only) = (Some(driver), forced_read_only);
     }
 
     /// Makes the filter `filter` (a node of the draft with an owner, whose `file` child
@@ -438,6 +446,7 @@ impl Draft {
         if !self.has_node(filter) {
             return Err(no_such_node(filter));
         }
+        self.take_in([on.as_str(), filter.as_str()]);
         if self.state.reaches(&on, filter) {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
@@ -445,20 +454,8 @@ impl Draft {
             ));
         }
         let owner = self.state.node(filter).and_then(|n| n.def.owner.clone());
-        let spared: Vec<NodeName> = self
-            .state
-            .nodes
-            .iter()
-            .map(|n| n.def.name.clone())
-            .filter(|n| *n != *filter && self.state.reaches(filter, n))
-            .collect();
-        for node in &mut self.state.nodes {
-            if node.def.name != *filter && !spared.contains(&node.def.name) {
-                for c in node.children.iter_mut().filter(|c| c.node == on) {
-                    c.node = filter.clone();
-                }
-            }
-        }
+        let below: BTreeSet<NodeName> = self.state.below(filter).into_iter().cloned().collect();
+        self.state.nodes.relink(&on, filter, |n| below.contains(&n.def.name));
         let moves = |u: &&mut DraftUser| u.node == on && !u.below_filters && Some(&u.op) != owner.as_ref();
         for user in self.state.users.iter_mut().filter(moves) {
             user.node = filter.clone();
@@ -484,6 +481,7 @@ impl Draft {
     /// Takes an interposed filter out: its parents, its users and the filters that stand on
     /// it go to the node it stands on.
     pub fn take_out(&mut self, filter: &NodeName) {
+        self.take_in([filter.as_str()]);
         let Some(below) = self
             .state
             .node(filter)
@@ -496,9 +494,7 @@ impl Draft {
             }
             return;
         };
-        for c in self.state.nodes.iter_mut().flat_map(|n| &mut n.children).filter(|c| c.node == *filter) {
-            c.node = below.clone();
-        }
+        self.state.nodes.relink(filter, &below, |_| false);
         for u in self.state.users.iter_mut().filter(|u| u.node == *filter) {
             u.node = below.clone();
         }
@@ -525,6 +521,7 @@ impl Draft {
     /// # Errors
     /// `NotFound`; `Busy` when somebody uses it, saying who.
     pub fn remove_node(&mut self, name: &str) -> Result<()> {
+        self.take_in([name]);
         let node = self.state.node(name).ok_or_else(|| no_such_node(name))?;
         if let Some(owner) = &node.def.owner {
             return Err(Error::new(ErrorKind::Busy, format!("Node {name} belongs to operation '{owner}'"))
@@ -539,36 +536,8 @@ impl Draft {
         Ok(())
     }
 
-    /// Who uses a node, in words; `None` if nobody does.
-    pub fn used_by(&self, node: &NodeName) -> Option<String> {
-        let s = &self.state;
-        let by = |op: &OpId| {
-            let info = s.ops.iter().find(|o| o.id == *op);
-            match info {
-                Some(o) => format!("{} '{}' ({})", o.kind, o.id, o.detail),
-                None => format!("'{op}'"),
-            }
-        };
-        if let Some(p) = s.nodes.iter().find(|n| n.children.iter().any(|c| c.node == *node)) {
-            // A filter without a name says nothing to anybody, whose it is does.
-            if let Some(op) = p.def.owner.as_ref().filter(|_| p.def.anonymous) {
-                return Some(by(op));
-            }
-            let role = p.children.iter().find(|c| c.node == *node).map_or("child", |c| c.name);
-            return Some(format!("it is the '{role}' child of node '{}'", p.def.name));
-        }
-        if let Some(u) = s.users.iter().find(|u| u.node == *node) {
-            return Some(by(&u.op));
-        }
-        if let Some(c) = s.claims.iter().find(|c| c.node == *node && c.pins) {
-            return Some(format!("{} {}", by(&c.op), c.why));
-        }
-        s.over.get(node).and_then(|o| o.first()).map(|f| format!("filter '{f}' stands on it"))
-    }
-
     fn drop_node(&mut self, name: &NodeName) {
-        let i = self.state.index(name);
-        let node = self.state.nodes.remove(i);
+        let Some(node) = self.state.nodes.remove(name) else { return };
         // What the driver itself claimed goes with it, and claims that did not pin it.
         let own = driver_op(name);
         self.remove_op(&own);
@@ -576,7 +545,7 @@ impl Draft {
         self.state.kept.retain(|(_, n)| n != name);
         self.state.told.remove(name);
         self.state.over.remove(name);
-        for c in node.children {
+        for c in &node.children {
             let alone =
                 self.state.node(&c.node).is_some_and(|n| !n.def.monitor) && self.used_by(&c.node).is_none();
             if alone {
@@ -624,6 +593,7 @@ impl Draft {
     /// `NotFound` when `bottom` is not below the node.
     pub fn rely_down_to(&mut self, node: &NodeName, bottom: &NodeName) -> Result<()> {
         let op = self.add_driver_op(node)?;
+        self.take_in([node.as_str(), bottom.as_str()]);
         let mut at = self.state.node(node).and_then(|n| n.children.first()).map(|c| c.node.clone());
         while let Some(name) = at {
             let last = name == *bottom;
@@ -652,176 +622,6 @@ impl Draft {
         Err(Error::new(ErrorKind::NotFound, format!("Bottom node '{bottom}' is not below node '{node}'")))
     }
 
-    /// Asks the solver about the candidate.
-    ///
-    /// # Errors
-    /// `Conflict` with both parties, `ReadOnly`, `InvalidInput`.
-    pub fn solve(&self) -> Result<Grants> {
-        let decide = if self.state.unchecked { solve_unchecked } else { solve };
-        decide(&self.state.topology())
-            .map_err(|r| crate::explain::explain(&self.state, &self.ops_before, r, self.now))
-    }
-
-    /// Builds the nodes that have a driver, reusing published ones that did not change.
-    pub(crate) fn build(&self, grants: &Grants) -> BTreeMap<NodeName, Arc<Node>> {
-        let mut built = BTreeMap::new();
-        let known = Known {
-            numbers: self.state.numbers(),
-            published: self.published.iter().map(|n| (&n.name, n)).collect(),
-            last: self.built.take(),
-        };
-        for i in 0..self.state.nodes.len() {
-            self.build_node(i, &known, grants, &mut built);
-        }
-        self.built.replace(built.clone());
-        built
-    }
-
-    fn build_node(
-        &self,
-        i: usize,
-        known: &Known<'_>,
-        grants: &Grants,
-        built: &mut BTreeMap<NodeName, Arc<Node>>,
-    ) -> Option<Arc<Node>> {
-        let d = &self.state.nodes[i];
-        if let Some(n) = built.get(&d.def.name) {
-            return Some(n.clone());
-        }
-        let driver = d.driver.clone()?;
-        let mut children = Vec::with_capacity(d.children.len());
-        for (k, c) in d.children.iter().enumerate() {
-            let node = self.build_node(known.numbers[&c.node], known, grants, built)?;
-            children.push(ChildEdge { name: c.name, role: c.role, node, claim: grants.children[i][k] });
-        }
-        let same = |old: &&Arc<Node>| {
-            Arc::ptr_eq(&old.state, &d.state)
-                && Arc::ptr_eq(&old.driver, &driver)
-                && old.flags == d.def.flags
-                && old.children.len() == children.len()
-                && old
-                    .children
-                    .iter()
-                    .zip(&children)
-                    .all(|(a, b)| a.name == b.name && a.claim == b.claim && Arc::ptr_eq(&a.node, &b.node))
-        };
-        let earlier = [known.published.get(&d.def.name).copied(), known.last.get(&d.def.name)];
-        let node = match earlier.into_iter().flatten().find(same) {
-            Some(old) => old.clone(),
-            None => Arc::new(Node {
-                name: d.def.name.clone(),
-                anonymous: d.def.anonymous,
-                maps: d.def.kind.maps,
-                hears: Node::hears_through(&*driver, &children),
-                shown: Node::shown_through(&*driver, &d.state, d.def.flags, &children),
-                driver,
-                children: children.into(),
-                flags: d.def.flags,
-                state: d.state.clone(),
-                owner: d.def.owner.clone(),
-                options: d.def.options.clone(),
-            }),
-        };
-        built.insert(d.def.name.clone(), node.clone());
-        Some(node)
-    }
-
-    /// The edges to the children of a node that are there, with what the solver grants.
-    pub(crate) fn edges_of(&self, name: &NodeName) -> Result<Vec<ChildEdge>> {
-        let grants = self.solve()?;
-        let built = self.build(&grants);
-        let i = self.state.index(name);
-        Ok(self.state.nodes[i]
-            .children
-            .iter()
-            .enumerate()
-            .filter_map(|(k, c)| {
-                Some(ChildEdge {
-                    name: c.name,
-                    role: c.role,
-                    node: built.get(&c.node)?.clone(),
-                    claim: grants.children[i][k],
-                })
-            })
-            .collect())
-    }
-
-    /// The same for opening the node. An inactive one holds nothing on its children, but its
-    /// driver may look at the image while it is opened.
-    pub(crate) fn edges_for_opening(&self, name: &NodeName) -> Result<Vec<ChildEdge>> {
-        let mut edges = self.edges_of(name)?;
-        if self.state.nodes[self.state.index(name)].def.flags.inactive {
-            edges.iter_mut().for_each(|e| e.claim.needs |= Actions::D);
-        }
-        Ok(edges)
-    }
-
-    /// The snapshot that publishing the draft would make: to be looked at, not to be used.
-    ///
-    /// # Errors
-    /// The solver's.
-    pub fn preview(&self) -> Result<Graph> {
-        let grants = self.solve()?;
-        let built = self.build(&grants);
-        let user = |u: &DraftUser| {
-            let node = built.get(&u.node)?.clone();
-            Some(UserEdge::new(u.op.clone(), node, u.claim))
-        };
-        Ok(Graph {
-            generation: self.generation + 1,
-            nodes: crate::owner::children_first(&built),
-            users: self.state.users.iter().filter_map(user).collect(),
-        })
-    }
-
-    /// The operations of the candidate.
-    pub fn ops(&self) -> &[OpInfo] {
-        &self.state.ops
-    }
-
-    /// The node as it is in the candidate, to look at its size and limits.
-    ///
-    /// # Errors
-    /// The solver's; `NotFound` also for a node that has no driver yet.
-    pub fn built_node(&self, name: &NodeName) -> Result<Arc<Node>> {
-        let grants = self.solve()?;
-        self.build(&grants).remove(name).ok_or_else(|| no_such_node(name))
-    }
-
-    /// A node value for asking a driver that has just been opened.
-    pub(crate) fn probe_node(&self, name: &NodeName, driver: Arc<dyn Driver>, edges: &[ChildEdge]) -> Node {
-        let d = &self.state.nodes[self.state.index(name)];
-        Node {
-            name: name.clone(),
-            anonymous: d.def.anonymous,
-            maps: false,
-            shown: None,
-            hears: false,
-            driver,
-            children: edges.into(),
-            flags: d.def.flags,
-            state: d.state.clone(),
-            owner: None,
-            options: Value::Null,
-        }
-    }
-
-    /// A text that opens the image of a node again: see [`node_filename`](crate::node_filename).
-    pub fn filename(&self, name: &NodeName) -> Option<String> {
-        self.built_node(name).ok().map(|n| crate::node_filename(&n))
-    }
-
-    /// The file name of the image that a format node keeps its metadata in.
-    pub fn image_filename(&self, name: &NodeName) -> Option<String> {
-        let file = self.child(name, "file")?;
-        let node = self.built_node(file).ok()?;
-        let mut at = &node;
-        while let Some(next) = at.filtered() {
-            at = next;
-        }
-        at.driver.describe(at).filename
-    }
-
     /// Opens again the drivers of nodes whose options have changed, then solves and lets every driver prepare whose parents' needs and allows differ from
     /// what it was told last (leaf drivers take locks). May be called several times while
     /// a draft grows.
@@ -829,19 +629,19 @@ impl Draft {
     /// # Errors
     /// The solver's, or `Locked` when another process holds the image. What was prepared
     /// before stays prepared until the draft is dropped.
-    pub async fn prepare(&mut self, rt: &Rt) -> Result<Grants> {
+    pub async fn prepare(&mut self, rt: &Rt) -> Result<Rc<Grants>> {
         self.reopen_drivers(rt).await?;
-        self.tell(rt).await
+        Ok(self.tell(rt).await?.grants.clone())
     }
 
     /// Tells drivers what their parents need and allow, where that has changed.
-    pub(crate) async fn tell(&mut self, rt: &Rt) -> Result<Grants> {
-        let grants = self.solve()?;
-        let built = self.build(&grants);
+    pub(crate) async fn tell(&mut self, rt: &Rt) -> Result<Rc<Solved>> {
+        let solved = self.solved()?;
+        let grants = &solved.grants;
         for i in 0..self.state.nodes.len() {
             let name = self.state.nodes[i].def.name.clone();
             let total = grants.total[i];
-            let Some(node) = built.get(&name) else { continue };
+            let Some(node) = solved.nodes.get(&name) else { continue };
             let retell = self.state.nodes[i].retell;
             if !retell && self.state.told.get(&name).copied().unwrap_or(Claim::IDLE) == total {
                 continue;
@@ -849,10 +649,12 @@ impl Draft {
             let change = NodeChange::Access { needs: total.needs, allows: total.allows };
             let prepared = node.driver.prepare(Cx { node, rt }, &change).await?;
             self.prepared.push(prepared);
-            self.state.told.insert(name, total);
-            self.state.nodes[i].retell = false;
+            self.state.note_told(name, total);
+            if retell {
+                self.state.nodes[i].retell = false;
+            }
         }
-        Ok(grants)
+        Ok(solved)
     }
 
     /// Makes what was prepared effective, and lets go of nodes that may be gone. Cannot
@@ -867,13 +669,6 @@ impl Draft {
     }
 }
 
-/// Nodes by name, while a draft is built.
-struct Known<'a> {
-    numbers: HashMap<&'a NodeName, usize>,
-    published: HashMap<&'a NodeName, &'a Arc<Node>>,
-    last: BTreeMap<NodeName, Arc<Node>>,
-}
-
 /// The operation id under which a node's driver holds claims.
 pub(crate) fn driver_op(node: &NodeName) -> OpId {
     OpId::internal(format!("driver:{node}"))
@@ -886,6 +681,6 @@ pub(crate) fn no_such_node(name: &str) -> Error {
 
 impl std::fmt::Debug for Draft {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Draft({} nodes, {} users)", self.state.nodes.len(), self.state.users.len())
+        write!(f, "Draft({} nodes, {} users taken in)", self.state.nodes.len(), self.state.users.len())
     }
 }

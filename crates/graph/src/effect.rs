@@ -1,15 +1,16 @@
 //! What publishing a draft does to what is there: whom it stops, and what has to be durable before.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::rc::Rc;
 use std::sync::Arc;
 
 use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, Result};
 
-use crate::{AccessRule, ChildEdge, Draft, Grants, Node, UserEdge, content};
+use crate::{AccessRule, ChildEdge, Draft, Node, NodeState, UserEdge, content};
 
 /// What publishing a draft does to what is there.
 pub(crate) struct Effect {
-    pub(crate) built: BTreeMap<NodeName, Arc<Node>>,
+    pub(crate) built: Rc<BTreeMap<NodeName, Arc<Node>>>,
     /// Users who are gone.
     pub(crate) gone: Vec<Arc<UserEdge>>,
     /// Users whose path changes.
@@ -24,13 +25,14 @@ pub(crate) struct Effect {
 }
 
 impl Effect {
-    pub(crate) fn of(draft: &Draft, grants: &Grants) -> Result<Effect> {
-        draft.check_complete(grants)?;
-        let built = draft.build(grants);
+    pub(crate) fn of(draft: &Draft) -> Result<Effect> {
+        draft.check_complete()?;
+        let built = draft.solved()?.nodes.clone();
         let users = &draft.state.users;
-        let stays =
-            |e: &Arc<UserEdge>| users.iter().any(|u| u.edge.as_ref().is_some_and(|d| Arc::ptr_eq(d, e)));
-        let users_before: Vec<_> = draft.base.users.iter().filter_map(|u| u.edge.clone()).collect();
+        let stay: HashSet<_> = users.iter().filter_map(|u| u.edge.as_ref()).map(Arc::as_ptr).collect();
+        let stays = |e: &Arc<UserEdge>| stay.contains(&Arc::as_ptr(e));
+        let before = draft.taken.values().flat_map(|p| &p.state.users);
+        let users_before: Vec<_> = before.filter_map(|u| u.edge.clone()).collect();
         let gone: Vec<_> = users_before.iter().filter(|e| !stays(e)).cloned().collect();
         let moved: Vec<_> = users
             .iter()
@@ -49,8 +51,8 @@ impl Effect {
         let before = Before { nodes: &draft.published, users: &users_before };
         let left = before.left_behind(&gone, &moved, &built);
         let mut unsettled = before.below_changes(&built);
-        let more: Vec<Arc<Node>> = left.iter().filter(|n| !has(&unsettled, n)).cloned().collect();
-        unsettled.extend(more);
+        unsettled.add(left.iter().cloned());
+        let unsettled = unsettled.nodes;
         Ok(Effect { built, gone, moved, settled, left, unsettled })
     }
 
@@ -62,19 +64,20 @@ impl Effect {
     /// Whether everything that has to be waited for was waited for when `other` was.
     pub(crate) fn is_within(&self, other: &Effect) -> bool {
         let stopped = other.stopped();
+        let (left, unsettled) = (Set::of(other.left.clone()), Set::of(other.unsettled.clone()));
         let same =
             |a: &(Arc<Node>, bool), b: &(Arc<Node>, bool)| Arc::ptr_eq(&a.0.state, &b.0.state) && a.1 == b.1;
         self.stopped().iter().all(|e| stopped.iter().any(|s| Arc::ptr_eq(s, e)))
             && self.settled.iter().all(|n| other.settled.iter().any(|s| same(n, s)))
-            && self.left.iter().all(|n| has(&other.left, n))
-            && self.unsettled.iter().all(|n| has(&other.unsettled, n))
+            && self.left.iter().all(|n| left.has(n))
+            && self.unsettled.iter().all(|n| unsettled.has(n))
     }
 }
 
 impl Draft {
     /// Makes sure that every node can be built.
-    pub(crate) fn check_complete(&self, grants: &Grants) -> Result<()> {
-        let built = self.build(grants);
+    pub(crate) fn check_complete(&self) -> Result<()> {
+        let built = self.solved()?.nodes.clone();
         let Some(n) = self.state.nodes.iter().find(|n| !built.contains_key(&n.def.name)) else {
             return Ok(());
         };
@@ -108,31 +111,30 @@ impl Before<'_> {
         built: &BTreeMap<NodeName, Arc<Node>>,
     ) -> Vec<Arc<Node>> {
         let writes = |e: &Arc<UserEdge>| e.claim().needs.intersects(Actions::V | Actions::M);
-        let mut left: Vec<Arc<Node>> = Vec::new();
-        let mut reached: Vec<Arc<Node>> = Vec::new();
+        let (mut left, mut reached) = (Set::default(), Set::default());
         for edge in self.users.iter().filter(|e| writes(e)) {
             if gone.iter().any(|g| Arc::ptr_eq(g, edge)) {
                 continue;
             }
             match moved.iter().find(|m| Arc::ptr_eq(&m.0, edge)) {
-                None => reached.extend(flushed_with(&edge.node())),
+                None => reached.add(flushed_with(&edge.node()).nodes),
                 Some((_, new, _)) => {
-                    let (old_way, new_way, read) =
-                        (flushed_with(&edge.node()), flushed_with(new), new.subtree());
-                    left.extend(old_way.into_iter().filter(|n| has(&read, n) && !has(&new_way, n)));
-                    reached.extend(new_way);
+                    let (old_way, new_way) = (flushed_with(&edge.node()), flushed_with(new));
+                    let read = Set::of(new.subtree());
+                    left.add(old_way.nodes.into_iter().filter(|n| read.has(n) && !new_way.has(n)));
+                    reached.add(new_way.nodes);
                 }
             }
         }
         let was_below = below_overlays(self.nodes.iter());
-        let becomes = below_overlays(built.values()).into_iter();
-        left.extend(becomes.filter(|n| !has(&was_below, n) && !has(&reached, n)));
+        let becomes = below_overlays(built.values()).nodes.into_iter();
+        left.add(becomes.filter(|n| !was_below.has(n) && !reached.has(n)));
         // Parents first, and nothing twice.
         let mut out: Vec<Arc<Node>> = Vec::new();
-        let mut done: Vec<Arc<Node>> = Vec::new();
-        for node in self.nodes.iter().rev().filter(|n| has(&left, n)) {
-            if !has(&done, node) && !node.flags.read_only && !node.flags.inactive {
-                done.extend(flushed_with(node));
+        let mut done = Set::default();
+        for node in self.nodes.iter().rev().filter(|n| left.has(n)) {
+            if !done.has(node) && !node.flags.read_only && !node.flags.inactive {
+                done.add(flushed_with(node).nodes);
                 out.push(node.clone());
             }
         }
@@ -141,8 +143,8 @@ impl Before<'_> {
 
     /// The nodes that lose or change their driver or a link, and all below them: nothing that was given up may still be
     /// under way there when that happens.
-    fn below_changes(&self, built: &BTreeMap<NodeName, Arc<Node>>) -> Vec<Arc<Node>> {
-        let mut out: Vec<Arc<Node>> = Vec::new();
+    fn below_changes(&self, built: &BTreeMap<NodeName, Arc<Node>>) -> Set {
+        let mut out = Set::default();
         for old in self.nodes {
             let changes = built.get(&old.name).is_none_or(|new| {
                 !Arc::ptr_eq(&old.state, &new.state)
@@ -152,10 +154,9 @@ impl Before<'_> {
             if !changes {
                 continue;
             }
-            for node in old.subtree() {
-                if !out.iter().any(|o| Arc::ptr_eq(&o.state, &node.state)) {
-                    out.push(node);
-                }
+            // What is in the set came with all that is below it.
+            if !out.has(old) {
+                out.add(old.subtree());
             }
         }
         out
@@ -164,29 +165,53 @@ impl Before<'_> {
 
 /// The nodes that a flush of `node` makes durable: those that hold what is written to it. It ends at backing
 /// files, which nobody writes through an overlay, and at targets, whose durability is the business of who copies.
-fn flushed_with(node: &Arc<Node>) -> Vec<Arc<Node>> {
-    let mut out: Vec<Arc<Node>> = Vec::new();
+fn flushed_with(node: &Arc<Node>) -> Set {
+    let mut out = Set::default();
     let mut todo = vec![node.clone()];
     while let Some(n) = todo.pop() {
-        if !has(&out, &n) {
+        if !out.has(&n) {
             // A flush of a view of the past does nothing.
             let ends = n.driver.access_rule() == AccessRule::SnapshotAccess;
             let holds = |c: &&ChildEdge| !ends && !matches!(c.role, ChildRole::Backing | ChildRole::Target);
             todo.extend(n.children.iter().filter(holds).map(|c| c.node.clone()));
-            out.push(n);
+            out.add([n]);
         }
     }
     out
 }
 
 /// The nodes that hold the data of backing files.
-fn below_overlays<'a>(nodes: impl Iterator<Item = &'a Arc<Node>>) -> Vec<Arc<Node>> {
-    nodes.filter_map(|n| n.backing()).flat_map(flushed_with).collect()
+fn below_overlays<'a>(nodes: impl Iterator<Item = &'a Arc<Node>>) -> Set {
+    let mut out = Set::default();
+    nodes.filter_map(|n| n.backing()).for_each(|b| out.add(flushed_with(b).nodes));
+    out
 }
 
-/// Whether the node is among these, whatever its links were then.
-fn has(nodes: &[Arc<Node>], node: &Node) -> bool {
-    nodes.iter().any(|n| Arc::ptr_eq(&n.state, &node.state))
+/// Nodes in the order in which they were added, each once, whatever its links were then.
+#[derive(Default)]
+struct Set {
+    nodes: Vec<Arc<Node>>,
+    states: HashSet<*const NodeState>,
+}
+
+impl Set {
+    fn of(nodes: Vec<Arc<Node>>) -> Set {
+        let mut out = Set::default();
+        out.add(nodes);
+        out
+    }
+
+    fn has(&self, node: &Node) -> bool {
+        self.states.contains(&Arc::as_ptr(&node.state))
+    }
+
+    fn add(&mut self, nodes: impl IntoIterator<Item = Arc<Node>>) {
+        for n in nodes {
+            if self.states.insert(Arc::as_ptr(&n.state)) {
+                self.nodes.push(n);
+            }
+        }
+    }
 }
 
 pub(crate) fn in_flight(edge: &Arc<UserEdge>) -> String {

@@ -91,6 +91,7 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod build;
 mod count;
 mod create;
 mod draft;
@@ -110,6 +111,8 @@ mod open;
 mod overlays;
 mod owner;
 mod place;
+mod published;
+mod query;
 mod range_lock;
 mod ready;
 mod registry;
@@ -133,13 +136,14 @@ pub use epoch::{Epochs, Lease, Stamp};
 pub use filename::{Filenames, header_name, header_name_given, is_use, node_filename, own_file};
 pub use io::{Access, Cx, Io, Read, Resize, Write, WriteUnchanged};
 pub use names::{encode_uri, protocol_name};
-pub use node::{ChildEdge, DetectZeroes, Graph, Node, NodeFlags, NodeState};
+pub use node::{ChildEdge, DetectZeroes, Node, NodeFlags, NodeState};
 pub use notice::{Notice, Notices};
 pub use open::{
     Implicit, MAX_CHAIN, MAX_NODES, OpenPolicy, Opener as NodeOpener, PROBE_BYTES, has_protocol, join,
 };
 pub use owner::{Closing, GraphEvent, GraphOwner, Patience};
 pub use place::{FileId, id_of, path_options};
+pub use published::Graph;
 pub use range_lock::{RangeGuard, RangeLock};
 pub use registry::{
     ChildDef, ChildSpec, Common, CreateCx, CreateFn, Creation, DriverKind, Foreign, ImplicitChild, OpenCx,

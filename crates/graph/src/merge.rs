@@ -14,9 +14,8 @@ use std::sync::Arc;
 
 use dolmen_types::{Error, ErrorKind, NodeName, OpId, Result};
 
-use crate::draft::driver_op;
+use crate::OpInfo;
 use crate::state::{DraftNode, DraftUser, State};
-use crate::{Draft, OpInfo};
 
 /// What a change has touched.
 #[derive(Default)]
@@ -54,16 +53,14 @@ impl Touched {
 
     /// Nodes, and the children that they had or have.
     fn nodes_and_links(&mut self, from: &State, to: &State) {
-        let nodes = |s: &State| -> BTreeMap<NodeName, DraftNode> {
-            s.nodes.iter().map(|n| (n.def.name.clone(), n.clone())).collect()
+        let nodes = |s: &State| -> BTreeMap<NodeName, Arc<DraftNode>> {
+            s.nodes.shared().map(|(name, n)| (name.clone(), n.clone())).collect()
         };
         let (from, to) = (nodes(from), nodes(to));
-        for name in changed(&from, &to, same_node) {
-            let children = |s: &BTreeMap<NodeName, DraftNode>| -> Vec<NodeName> {
-                s.get(&name).map(|n| n.children.iter().map(|c| c.node.clone()).collect()).unwrap_or_default()
-            };
-            self.nodes.extend(children(&from).into_iter().chain(children(&to)));
-            self.ops.extend([&from, &to].into_iter().filter_map(|s| s.get(&name)?.def.owner.clone()));
+        for name in changed(&from, &to, |a, b| Arc::ptr_eq(a, b) || same_node(a, b)) {
+            let both = || [from.get(&name), to.get(&name)].into_iter().flatten();
+            self.nodes.extend(both().flat_map(|n| n.children.iter().map(|c| c.node.clone())));
+            self.ops.extend(both().filter_map(|n| n.def.owner.clone()));
             self.nodes.insert(name);
         }
     }
@@ -155,7 +152,10 @@ pub(crate) fn merge(base: &State, mine: &State, now: &State) -> Result<State> {
     // Everything stays in its place: the order of a user's edges means something.
     let (nodes, ops) =
         (|n: &DraftNode| ours.nodes.contains(&n.def.name), |o: &OpInfo| ours.ops.contains(&o.id));
-    put(&mut out.nodes, &mine.nodes, nodes, |a, b| a.def.name == b.def.name);
+    out.nodes.retain(|n| !nodes(n) || mine.node(&n.def.name).is_some());
+    for (_, node) in mine.nodes.shared().filter(|(_, n)| nodes(n)) {
+        out.nodes.push(node.clone());
+    }
     put(&mut out.ops, &mine.ops, ops, |a, b| a.id == b.id);
     // A user may be touched by way of its node or of its operation, where it was or where it is.
     let at = |u: &DraftUser| ours.nodes.contains(&u.node) || ours.ops.contains(&u.op);
@@ -233,39 +233,5 @@ fn whole(s: &State) -> Result<()> {
         }
         done.iter().for_each(|n| drop(waiting.remove(n)));
         waiting.values_mut().for_each(|c| c.retain(|n| !done.contains(n)));
-    }
-}
-
-impl Draft {
-    /// The names of everything that a change of one of these may have to do with: nodes and operations
-    /// that are linked to them in any way, and the names themselves. Changes whose names have nothing
-    /// in common are independent.
-    pub fn connected<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> BTreeSet<String> {
-        let s = &self.state;
-        let mut links: HashMap<&str, Vec<&str>> = HashMap::new();
-        let mut link = |a, b| {
-            links.entry(a).or_default().push(b);
-            links.entry(b).or_default().push(a);
-        };
-        let own: Vec<OpId> = s.nodes.iter().map(|n| driver_op(&n.def.name)).collect();
-        for (n, own) in s.nodes.iter().zip(&own) {
-            n.children.iter().for_each(|c| link(n.def.name.as_str(), c.node.as_str()));
-            n.def.owner.iter().for_each(|o| link(n.def.name.as_str(), o.as_str()));
-            link(n.def.name.as_str(), own.as_str());
-        }
-        s.users.iter().for_each(|u| link(u.op.as_str(), u.node.as_str()));
-        s.claims.iter().for_each(|c| link(c.op.as_str(), c.node.as_str()));
-        s.kept.iter().for_each(|(o, n)| link(o.as_str(), n.as_str()));
-        for (on, filters) in &s.over {
-            filters.iter().for_each(|f| link(on.as_str(), f.as_str()));
-        }
-        let mut out = BTreeSet::new();
-        let mut todo: Vec<&str> = names.into_iter().collect();
-        while let Some(name) = todo.pop() {
-            if out.insert(name.to_owned()) {
-                todo.extend(links.get(name).into_iter().flatten());
-            }
-        }
-        out
     }
 }

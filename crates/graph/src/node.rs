@@ -1,5 +1,6 @@
 //! The snapshot: nodes and the edges between them, immutable.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use dolmen_types::{ChildRole, Claim, NodeName, OpId, Span, Value, WriteFlags};
 use crate::count::{Place, Threshold};
 use crate::late::Late;
 use crate::notice::NoticeSink;
-use crate::{AccessRule, Counters, Driver, Epochs, Lease, Notice, UserEdge};
+use crate::{AccessRule, Counters, Driver, Epochs, Lease, Notice};
 
 /// Common properties of a node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -276,10 +277,10 @@ impl Node {
 
     /// The nodes below and including this one, each once, parents before children.
     pub fn subtree(self: &Arc<Node>) -> Vec<Arc<Node>> {
-        let mut out: Vec<Arc<Node>> = Vec::new();
+        let (mut out, mut seen) = (Vec::new(), HashSet::new());
         let mut todo = vec![self.clone()];
         while let Some(n) = todo.pop() {
-            if !out.iter().any(|o| Arc::ptr_eq(o, &n)) {
+            if seen.insert(Arc::as_ptr(&n)) {
                 todo.extend(n.children.iter().rev().map(|c| c.node.clone()));
                 out.push(n);
             }
@@ -295,28 +296,5 @@ impl fmt::Debug for Node {
             write!(f, " {}={}", c.name, c.node.name)?;
         }
         write!(f, ")")
-    }
-}
-
-/// An immutable snapshot of all nodes and users.
-#[derive(Debug)]
-pub struct Graph {
-    /// Counts the published snapshots.
-    pub generation: u64,
-    /// All nodes, children before parents.
-    pub nodes: Box<[Arc<Node>]>,
-    /// The users' edges.
-    pub users: Box<[Arc<UserEdge>]>,
-}
-
-impl Graph {
-    /// The graph with nothing in it.
-    pub fn empty() -> Graph {
-        Graph { generation: 0, nodes: Box::new([]), users: Box::new([]) }
-    }
-
-    /// A node by name.
-    pub fn node(&self, name: &str) -> Option<&Arc<Node>> {
-        self.nodes.iter().find(|n| n.name.as_str() == name)
     }
 }

@@ -19,7 +19,7 @@ use crate::{
 pub const MAX_CHAIN: usize = 200;
 
 /// The most nodes that one graph may have.
-pub const MAX_NODES: usize = 4096;
+pub const MAX_NODES: usize = 65_536;
 
 /// How much of a file is looked at to find out its format, in bytes.
 pub const PROBE_BYTES: u64 = 2048;
@@ -115,7 +115,7 @@ impl Opener<'_> {
             return Err(Error::new(ErrorKind::Limit, format!("the chain has more than {MAX_CHAIN} images"))
                 .remedy("look for an image that is its own backing file"));
         }
-        if draft.node_names().count() >= MAX_NODES {
+        if draft.node_count() >= MAX_NODES {
             return Err(Error::new(ErrorKind::Limit, format!("the graph has {MAX_NODES} nodes already")));
         }
         let driver = match options.take_str("driver")? {

@@ -1,25 +1,19 @@
 //! What a draft knows about overlays: which operations keep them right while they write
 //! what the overlays lie over, and what moves when another overlay is put over a node.
 
-use std::collections::HashMap;
+use std::collections::BTreeSet;
 
 use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Result};
 
-use crate::draft::no_such_node;
-use crate::solver::wishes;
 use crate::state::State;
 use crate::{AccessRule, ClaimScope, Draft, OpClaim, Overlays, Stance};
 
 impl State {
     /// How operations stand to overlays, for the solver.
-    pub(crate) fn stances(
-        &self,
-        number: &dyn Fn(&OpId) -> u32,
-        nodes: &HashMap<&NodeName, usize>,
-    ) -> Vec<Stance> {
+    pub(crate) fn stances(&self, number: &dyn Fn(&OpId) -> u32) -> Vec<Stance> {
         let mut out: Vec<Stance> = Vec::new();
         for (op, node) in &self.kept {
-            let (op, node) = (number(op), nodes[node]);
+            let (op, node) = (number(op), self.index(node));
             if !self.nodes[node].children.iter().any(|c| c.role == ChildRole::Backing) {
                 continue;
             }
@@ -39,17 +33,13 @@ impl State {
 }
 
 impl Draft {
-    /// The operation that has put a node into the graph and takes it out again.
-    pub fn owner_of(&self, node: &NodeName) -> Option<&OpId> {
-        self.state.node(node).and_then(|n| n.def.owner.as_ref())
-    }
-
     /// A node stays from now on until it is deleted by name.
     ///
     /// # Errors
     /// `NotFound` without such a node.
     pub fn keep(&mut self, node: &NodeName) -> Result<()> {
-        self.state.node(node).ok_or_else(|| no_such_node(node))?;
+        self.find(node)?;
+        self.take_in([node.as_str()]);
         let i = self.state.index(node);
         self.state.nodes[i].def.monitor = true;
         Ok(())
@@ -64,16 +54,9 @@ impl Draft {
     pub fn keep_right(&mut self, op: &OpId, node: &NodeName) -> Result<()> {
         self.known(op)?;
         let image = self.content(node);
+        self.take_in([image.as_str()]);
         self.state.kept.push((op.clone(), image));
         Ok(())
-    }
-
-    /// Whether somebody else than `op` reads the node.
-    pub fn is_read_without(&self, op: &OpId, node: &NodeName) -> bool {
-        let mut then = self.state.clone();
-        then.users.retain(|u| u.op != *op);
-        let i = then.index(node);
-        wishes(&then.topology()).is_some_and(|w| w.total[i].needs.contains(Actions::D))
     }
 
     /// Has the image `overlay` read from `below` where it has nothing of its own, for as long as its
@@ -110,15 +93,12 @@ impl Draft {
     pub fn put_over(&mut self, node: &str, overlay: &str) -> Result<()> {
         let old = self.resolve(node)?;
         let new = self.resolve(overlay)?;
+        self.take_in([old.as_str(), new.as_str()]);
         let stays = self.staying(&old)?;
-        let moved: Vec<NodeName> =
-            self.state.nodes.iter().map(|n| n.def.name.clone()).filter(|n| !stays.contains(n)).collect();
-        let moved: Vec<NodeName> = moved.into_iter().filter(|n| !self.state.reaches(&new, n)).collect();
-        for n in self.state.nodes.iter_mut().filter(|n| moved.contains(&n.def.name)) {
-            n.children.iter_mut().filter(|c| c.node == old).for_each(|c| c.node = new.clone());
-        }
+        let below: BTreeSet<NodeName> = self.state.below(&new).into_iter().cloned().collect();
+        self.state.nodes.relink(&old, &new, |n| stays.contains(&n.def.name) || below.contains(&n.def.name));
         self.move_users(&old, &new);
-        let image = self.state.node(overlay).ok_or_else(|| no_such_node(overlay))?.def.name.clone();
+        let image = self.find(overlay)?;
         self.set_backing_link(&image, Some(&old))
     }
 
@@ -126,7 +106,7 @@ impl Draft {
     /// filters that are there for overlays only.
     fn staying(&self, node: &NodeName) -> Result<Vec<NodeName>> {
         let mut out = Vec::new();
-        for parent in &self.state.nodes {
+        for parent in self.state.nodes.iter() {
             let name = &parent.def.name;
             for c in parent.children.iter().filter(|c| c.node == *node) {
                 let filter = c.role == ChildRole::Filtered;
@@ -166,7 +146,6 @@ impl Draft {
     /// `AlreadyExists` when it has claimed that already.
     pub fn guard_target(&mut self, node: &NodeName) -> Result<()> {
         let target = self
-            .state
             .node(node)
             .filter(|n| n.def.rule == AccessRule::CopyBeforeWrite && n.def.owner.is_none())
             .and_then(|n| n.children.iter().find(|c| c.role == ChildRole::Target))

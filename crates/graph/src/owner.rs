@@ -14,7 +14,7 @@
 //! The owner is not `Send`: its handles belong to one core.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashSet};
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -28,7 +28,7 @@ use event_listener::Event;
 use futures_lite::FutureExt;
 
 use crate::effect::{Effect, given_up, in_flight};
-use crate::state::{DraftUser, State};
+use crate::state::Setting;
 use crate::{Class, Draft, Grants, Graph, Node, Notices, OpClaim, OpInfo, UserEdge};
 
 /// How long a drain may take before the command that asked for it fails.
@@ -76,7 +76,7 @@ impl Default for Patience {
 
 /// What all handles share. Nothing is borrowed while anybody waits.
 struct Shared {
-    state: RefCell<Arc<State>>,
+    setting: Arc<Setting>,
     current: RefCell<Arc<Graph>>,
     events: RefCell<Vec<GraphEvent>>,
     /// How many [`Closing`]s are not done yet.
@@ -87,19 +87,19 @@ struct Shared {
 impl GraphOwner {
     /// An owner of an empty graph.
     pub fn new(rt: Rt) -> GraphOwner {
-        GraphOwner::of(State::default(), rt)
+        GraphOwner::of(Setting::default(), rt)
     }
 
     /// An owner who lets everybody do everything. Whoever uses it loses data: tests show with it
     /// what a refusal prevents.
     #[doc(hidden)]
     pub fn unchecked(rt: Rt) -> GraphOwner {
-        GraphOwner::of(State { unchecked: true, ..State::default() }, rt)
+        GraphOwner::of(Setting { unchecked: true, ..Setting::default() }, rt)
     }
 
-    fn of(state: State, rt: Rt) -> GraphOwner {
+    fn of(setting: Setting, rt: Rt) -> GraphOwner {
         let shared = Shared {
-            state: RefCell::new(Arc::new(state)),
+            setting: Arc::new(setting),
             current: RefCell::new(Arc::new(Graph::empty())),
             events: RefCell::default(),
             closing: Cell::new(0),
@@ -118,43 +118,40 @@ impl GraphOwner {
         &self.rt
     }
 
-    fn state(&self) -> Arc<State> {
-        self.shared.state.borrow().clone()
-    }
-
     /// The current snapshot.
     pub fn graph(&self) -> Arc<Graph> {
         self.shared.current.borrow().clone()
     }
 
-    /// All operations.
+    /// All operations, the oldest first.
     pub fn ops(&self) -> Vec<OpInfo> {
-        self.state().ops.clone()
+        let mut ops: Vec<OpInfo> = self.graph().parts().flat_map(|(_, p)| p.state.ops.clone()).collect();
+        ops.sort_by_key(|o| o.since);
+        ops
     }
 
     /// Gives an operation other words for messages: its state, for example.
-    pub fn describe_op(&mut self, op: &OpId, detail: String) {
-        let mut state = self.shared.state.borrow_mut();
-        if state.ops.iter().any(|o| o.id == *op && o.detail != detail)
-            && let Some(o) = Arc::make_mut(&mut state).ops.iter_mut().find(|o| o.id == *op)
-        {
-            o.detail = detail;
+    pub fn describe_op(&mut self, op: &OpId, detail: &str) {
+        let mut graph = self.shared.current.borrow_mut();
+        let mut other = Graph::clone(&graph);
+        if other.describe_op(op, detail) {
+            *graph = Arc::new(other);
         }
     }
 
     /// All claims.
     pub fn claims(&self) -> Vec<OpClaim> {
-        self.state().claims.clone()
+        self.graph().parts().flat_map(|(_, p)| p.state.claims.clone()).collect()
     }
 
     /// Whether a node stays until it is deleted by name.
     pub fn is_monitor_owned(&self, node: &str) -> bool {
-        self.state().node(node).is_some_and(|n| n.def.monitor)
+        self.draft().node(node).is_some_and(|n| n.def.monitor)
     }
 
     /// What drivers notice by themselves.
     pub fn notices(&self) -> Arc<Notices> {
-        self.state().notices.clone()
+        self.shared.setting.notices.clone()
     }
 
     /// What has happened since the last call.
@@ -164,15 +161,13 @@ impl GraphOwner {
 
     /// The edges of an operation, in the order in which they were added.
     pub fn edges(&self, op: &OpId) -> impl Iterator<Item = Arc<UserEdge>> + use<> {
-        let of_op = |u: &&DraftUser| u.op == *op;
-        let edges: Vec<_> = self.state().users.iter().filter(of_op).filter_map(|u| u.edge.clone()).collect();
+        let edges: Vec<_> = self.graph().edges(op).cloned().collect();
         edges.into_iter()
     }
 
     /// Starts a change.
     pub fn draft(&self) -> Draft {
-        let graph = self.graph();
-        Draft::new(self.state(), graph.generation, graph.nodes.to_vec(), self.rt.now())
+        Draft::new(self.graph(), self.shared.setting.clone(), self.rt.now())
     }
 
     /// Publishes a draft, and waits until the nodes that have left the graph are closed. If it fails, the old
@@ -217,8 +212,8 @@ impl GraphOwner {
         if !draft.repairs.is_empty() {
             Box::pin(draft.repair_images(&self.rt)).await?;
         }
-        let grants = self.prepare(draft).await?;
-        let effect = Effect::of(draft, &grants)?;
+        self.prepare(draft).await?;
+        let effect = Effect::of(draft)?;
         let gates = Gates::close(effect.stopped());
         self.quiesce_and_settle(&effect).await?;
         let effect = self.as_it_is_now(draft, effect)?;
@@ -226,12 +221,9 @@ impl GraphOwner {
         // Publish. From here on nothing fails, and nothing waits.
         let Effect { built, gone, moved, .. } = effect;
         let before = self.graph();
-        let retired: Vec<Arc<Node>> = before
-            .nodes
-            .iter()
-            .filter(|old| !built.values().any(|n| Arc::ptr_eq(&n.state, &old.state)))
-            .cloned()
-            .collect();
+        let stay: HashSet<_> = built.values().map(|n| Arc::as_ptr(&n.state)).collect();
+        let retired: Vec<Arc<Node>> =
+            draft.published.iter().filter(|old| !stay.contains(&Arc::as_ptr(&old.state))).cloned().collect();
         for u in &mut draft.state.users {
             if u.edge.is_none() {
                 u.edge = Some(UserEdge::new(u.op.clone(), built[&u.node].clone(), u.claim));
@@ -240,19 +232,17 @@ impl GraphOwner {
         for (edge, node, claim) in &moved {
             edge.rebind(node.clone(), *claim);
         }
-        self.shared.current.replace(Arc::new(Graph {
-            generation: before.generation + 1,
-            nodes: children_first(&built),
-            users: draft.state.users.iter().filter_map(|u| u.edge.clone()).collect(),
-        }));
-        self.shared.state.replace(Arc::new(std::mem::take(&mut draft.state)));
+        let next = before.with(draft.taken.keys().copied(), &draft.state, &built, &self.shared.setting);
+        self.shared.current.replace(Arc::new(next));
         let ((), put_off) = put_off(|| draft.commit_prepared());
         gone.iter().for_each(|e| e.detach());
         drop(gates);
         Ok((retired, put_off))
     }
 
-    pub(crate) async fn prepare(&self, draft: &mut Draft) -> Result<Grants> {
+    pub(crate) async fn prepare(&self, draft: &mut Draft) -> Result<Rc<Grants>> {
+        // What drivers say of themselves may have changed while the draft was worked on.
+        draft.state.forget_solved();
         let secs = self.patience.publish.as_secs();
         let late = || format!("what the change needs was not opened and locked within {secs} s");
         self.in_time(draft.prepare(&self.rt), late).await
@@ -260,19 +250,18 @@ impl GraphOwner {
 
     /// Brings a draft up to what is published now.
     pub(crate) fn catch_up(&self, draft: &mut Draft) -> Result<()> {
-        let graph = self.graph();
-        if draft.generation == graph.generation { Ok(()) } else { draft.catch_up(self.state(), &graph) }
+        draft.catch_up(self.graph())
     }
 
     /// What is to be published, after everything that it does was waited for: on top of what others
     /// have published meanwhile.
     fn as_it_is_now(&self, draft: &mut Draft, waited_for: Effect) -> Result<Effect> {
-        if draft.generation == self.graph().generation {
+        if draft.base.generation == self.graph().generation {
             return Ok(waited_for);
         }
         self.catch_up(draft)?;
         let grants = draft.solve()?;
-        let effect = Effect::of(draft, &grants)?;
+        let effect = Effect::of(draft)?;
         if draft.all_told(&grants) && effect.is_within(&waited_for) {
             return Ok(effect);
         }
@@ -381,19 +370,12 @@ impl GraphOwner {
     /// # Errors
     /// The first failure; the rest is closed all the same.
     pub async fn close(&mut self) -> Result<()> {
-        let draft = self.draft();
-        let mut seen = BTreeSet::new();
         let mut parts = Vec::new();
-        let ops = draft.ops().iter().map(|o| o.id.as_str());
-        for name in draft.node_names().map(|n| n.as_str()).chain(ops) {
-            if !seen.contains(name) {
-                let part = draft.connected([name]);
-                seen.extend(part.iter().cloned());
-                let mut owner = self.clone();
-                parts.push(Box::pin(async move { owner.close_part(&part).await }));
-            }
+        for (_, part) in self.graph().parts() {
+            let part = crate::published::names(&part.state);
+            let mut owner = self.clone();
+            parts.push(Box::pin(async move { owner.close_part(&part).await }));
         }
-        drop(draft);
         let closed = all(parts).await.into_iter().collect::<Result<()>>();
         let all_closed = async {
             while self.shared.closing.get() > 0 {
@@ -416,6 +398,7 @@ impl GraphOwner {
 
     async fn close_part(&mut self, part: &BTreeSet<String>) -> Result<()> {
         let mut draft = self.draft();
+        draft.take_in(part.iter().map(String::as_str));
         draft.state.drop_all(part);
         let Err(e) = self.commit(draft).await else { return Ok(()) };
         // Somebody still waits for storage that does not answer. What the others hold in memory must not be lost with
@@ -423,7 +406,7 @@ impl GraphOwner {
         let graph = self.graph();
         let writable =
             |n: &&Arc<Node>| !n.flags.read_only && !n.flags.inactive && part.contains(n.name.as_str());
-        let flushes = graph.nodes.iter().filter(writable).map(|n| {
+        let flushes = graph.each_node().filter(writable).map(|n| {
             Box::pin(async { crate::io::submit(n, &self.rt, crate::Op::Flush, None).await.map(drop) })
         });
         let flushes = flushes.collect();
@@ -527,22 +510,9 @@ impl Drop for Gates {
     }
 }
 
-pub(crate) fn children_first(built: &BTreeMap<NodeName, Arc<Node>>) -> Box<[Arc<Node>]> {
-    fn visit(n: &Arc<Node>, out: &mut Vec<Arc<Node>>) {
-        if out.iter().any(|o| Arc::ptr_eq(o, n)) {
-            return;
-        }
-        n.children.iter().for_each(|c| visit(&c.node, out));
-        out.push(n.clone());
-    }
-    let mut out = Vec::with_capacity(built.len());
-    built.values().for_each(|n| visit(n, &mut out));
-    out.into()
-}
-
 impl std::fmt::Debug for GraphOwner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let graph = self.graph();
-        write!(f, "GraphOwner(generation {}, {} nodes)", graph.generation, graph.nodes.len())
+        write!(f, "GraphOwner(generation {}, {} nodes)", graph.generation, graph.len())
     }
 }

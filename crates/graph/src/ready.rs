@@ -4,11 +4,13 @@
 //! What comes after that point can fail only for reasons that nobody can know before: the disk is full, a
 //! request or a flush does not end.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use dolmen_rt::Rt;
 use dolmen_types::{Claim, NodeName, Result, ResultExt};
 
+use crate::published::Part;
 use crate::registry::Opened;
 use crate::state::State;
 use crate::{ChildEdge, Common, Cx, Draft, Grants, Graph, GraphOwner, NodeChange};
@@ -18,11 +20,32 @@ impl Draft {
     ///
     /// # Errors
     /// `Busy` when the two changes have to do with each other.
-    pub(crate) fn catch_up(&mut self, base: Arc<State>, graph: &Graph) -> Result<()> {
-        self.state = crate::merge::merge(&self.base, &self.state, &base)?;
-        self.base = base;
-        self.generation = graph.generation;
-        self.published = graph.nodes.to_vec();
+    pub(crate) fn catch_up(&mut self, now: Arc<Graph>) -> Result<()> {
+        if self.base.generation == now.generation {
+            return Ok(());
+        }
+        let mut parts: BTreeSet<u64> = BTreeSet::new();
+        let before = self.taken.values().map(|p| &p.state);
+        for state in before.chain([&*self.state]) {
+            parts.extend(state.nodes.iter().filter_map(|n| now.part_of_node(&n.def.name)));
+            parts.extend(state.ops.iter().filter_map(|o| now.part_of_op(&o.id)));
+        }
+        let as_before = |k: &u64| match (self.taken.get(k), now.part(*k)) {
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        };
+        if parts.len() != self.taken.len() || !parts.iter().all(as_before) {
+            let (mut then, mut is) = (State::default(), State::default());
+            self.taken.values().for_each(|p| then.add(&p.state));
+            let parts: Vec<(u64, Arc<Part>)> =
+                parts.into_iter().filter_map(|k| Some((k, now.part(k)?.clone()))).collect();
+            parts.iter().for_each(|(_, p)| is.add(&p.state));
+            *self.state = crate::merge::merge(&then, &self.state, &is)?;
+            self.published.clear();
+            parts.iter().for_each(|(_, p)| self.note_before(p));
+            self.taken = parts.into_iter().collect();
+        }
+        self.base = now;
         Ok(())
     }
 
@@ -103,11 +126,10 @@ impl GraphOwner {
     }
 
     /// Everything that can be refused, with nothing changed.
-    pub(crate) async fn make_ready(&self, draft: &mut Draft) -> Result<Grants> {
+    pub(crate) async fn make_ready(&self, draft: &mut Draft) -> Result<()> {
         self.catch_up(draft)?;
         draft.sweep();
-        let grants = self.prepare(draft).await?;
-        draft.check_complete(&grants)?;
-        Ok(grants)
+        self.prepare(draft).await?;
+        draft.check_complete()
     }
 }

@@ -9,6 +9,7 @@
 //! and V on it and on every node above, because what they read as changes. A link that
 //! leads to the same image, past or through one more filter, needs nothing.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use dolmen_rt::{LocalFuture, Rt};
@@ -16,7 +17,7 @@ use dolmen_types::{
     Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, ResultExt, Value,
 };
 
-use crate::draft::{driver_op, no_such_node};
+use crate::draft::driver_op;
 use crate::open::{Inherited, below, inherit};
 use crate::state::DraftNode;
 use crate::{
@@ -24,81 +25,6 @@ use crate::{
 };
 
 impl Draft {
-    /// The node that shows the same data as `node` and is not a filter.
-    pub fn content(&self, node: &NodeName) -> NodeName {
-        let mut at = node.clone();
-        while let Some(next) =
-            self.state.node(&at).and_then(|n| n.children.iter().find(|c| c.role == ChildRole::Filtered))
-        {
-            at = next.node.clone();
-        }
-        at
-    }
-
-    /// The nodes that `node` only shows: those below it down to [`Draft::content`], none if it is no filter.
-    pub fn shown_by(&self, node: &NodeName) -> Vec<NodeName> {
-        let filtered = |name: &NodeName| {
-            let child = self.state.node(name)?.children.iter().find(|c| c.role == ChildRole::Filtered)?;
-            Some(child.node.clone())
-        };
-        std::iter::successors(filtered(node), filtered).collect()
-    }
-
-    /// The nodes from `node` down through filters and backing links, itself first.
-    pub fn chain(&self, node: &str) -> Vec<NodeName> {
-        let mut out = Vec::new();
-        let mut at = self.state.node(node).map(|n| n.def.name.clone());
-        while let Some(name) = at {
-            let next = self.state.node(&name).and_then(|n| {
-                n.children.iter().find(|c| matches!(c.role, ChildRole::Filtered | ChildRole::Backing))
-            });
-            at = next.map(|c| c.node.clone());
-            out.push(name);
-        }
-        out
-    }
-
-    /// The images of the chain of `node`, filters left out.
-    pub fn images(&self, node: &str) -> Vec<NodeName> {
-        let is_image = |n: &NodeName| self.content(n) == *n;
-        self.chain(node).into_iter().filter(is_image).collect()
-    }
-
-    /// The nodes that have `node` as their backing file, directly or through filters.
-    pub fn overlays(&self, node: &NodeName) -> Vec<NodeName> {
-        let content = self.content(node);
-        let over = |n: &&DraftNode| {
-            n.children.iter().any(|c| c.role == ChildRole::Backing && self.content(&c.node) == content)
-        };
-        self.state.nodes.iter().filter(over).map(|n| n.def.name.clone()).collect()
-    }
-
-    /// Whether the node may be written as far as its own options go.
-    pub fn is_read_only(&self, node: &str) -> bool {
-        self.state.node(node).is_some_and(|n| n.def.flags.read_only || n.forced_read_only)
-    }
-
-    /// The filters that operations have interposed on `node`, innermost first.
-    pub fn interposed(&self, node: &NodeName) -> Vec<NodeName> {
-        self.state.over.get(node).cloned().unwrap_or_default()
-    }
-
-    /// The nodes above `node` whose data change when its data do, itself included.
-    pub fn readers(&self, node: &NodeName) -> Vec<NodeName> {
-        let mut out = vec![node.clone()];
-        let mut next = 0;
-        while let Some(at) = out.get(next).cloned() {
-            next += 1;
-            for n in &self.state.nodes {
-                let reads = n.children.iter().any(|c| c.node == at && c.role != ChildRole::Target);
-                if reads && !out.contains(&n.def.name) {
-                    out.push(n.def.name.clone());
-                }
-            }
-        }
-        out
-    }
-
     /// Moves every parent and user of `old` (or of the outermost filter interposed on it)
     /// to `new`, except nodes that `new` reaches and what is attached below filters on
     /// purpose. For a snapshot, where `new` lies over `old`, and for a pivot.
@@ -111,23 +37,11 @@ impl Draft {
     pub fn replace(&mut self, old: &str, new: &str) -> Result<()> {
         let old = self.resolve(old)?;
         let new = self.resolve(new)?;
-        let spared: Vec<NodeName> = self
-            .state
-            .nodes
-            .iter()
-            .map(|n| n.def.name.clone())
-            .filter(|n| self.state.reaches(&new, n))
-            .collect();
-        for node in &mut self.state.nodes {
-            if !spared.contains(&node.def.name) {
-                for c in node.children.iter_mut().filter(|c| c.node == old) {
-                    c.node = new.clone();
-                    if c.role == ChildRole::Filtered {
-                        self.unflushed.push(node.def.name.clone());
-                    }
-                }
-            }
-        }
+        self.take_in([old.as_str(), new.as_str()]);
+        let below: BTreeSet<NodeName> = self.state.below(&new).into_iter().cloned().collect();
+        let moved = self.state.nodes.relink(&old, &new, |n| below.contains(&n.def.name));
+        let filters = moved.into_iter().filter(|(_, role)| *role == ChildRole::Filtered);
+        self.unflushed.extend(filters.map(|(name, _)| name));
         self.move_users(&old, &new);
         Ok(())
     }
@@ -150,7 +64,7 @@ impl Draft {
     pub fn set_backing_link(&mut self, parent: &NodeName, child: Option<&str>) -> Result<()> {
         match child {
             Some(child) => {
-                let child = self.state.node(child).ok_or_else(|| no_such_node(child))?.def.name.clone();
+                let child = self.find(child)?;
                 self.link_exactly(parent, "backing", ChildRole::Backing, child)
             }
             None => {
@@ -168,7 +82,8 @@ impl Draft {
     /// `NotFound`.
     pub fn set_read_only(&mut self, node: &str, read_only: bool) -> Result<Vec<NodeName>> {
         let mut changed = Vec::new();
-        let mut todo = vec![self.state.node(node).ok_or_else(|| no_such_node(node))?.def.name.clone()];
+        let mut todo = vec![self.find(node)?];
+        self.take_in([node]);
         while let Some(name) = todo.pop() {
             let i = self.state.index(&name);
             let node = &mut self.state.nodes[i];
@@ -187,7 +102,8 @@ impl Draft {
     /// that somebody else has come to write meanwhile.
     pub fn restore_read_only(&mut self, nodes: &[NodeName]) {
         for name in nodes {
-            let Some(i) = self.state.nodes.iter().position(|n| n.def.name == *name) else { continue };
+            self.take_in([name.as_str()]);
+            let Some(i) = self.state.nodes.position(name) else { continue };
             if self.state.nodes[i].def.flags.read_only {
                 continue;
             }
@@ -223,7 +139,7 @@ impl Draft {
     /// # Errors
     /// The solver's.
     pub fn shrunk(&self) -> Result<Vec<NodeName>> {
-        let built = self.build(&self.solve()?);
+        let built = self.solved()?.nodes.clone();
         let is = |old: &&Arc<Node>| {
             built.get(&old.name).is_some_and(|new| {
                 Arc::ptr_eq(&new.state, &old.state)
@@ -270,8 +186,14 @@ impl Draft {
     /// `NotFound`; `Busy` for a node with an active parent.
     pub fn set_active(&mut self, node: Option<&str>, active: bool) -> Result<()> {
         let roots: Vec<NodeName> = match node {
-            Some(name) => vec![self.state.node(name).ok_or_else(|| no_such_node(name))?.def.name.clone()],
-            None => self.state.nodes.iter().map(|n| n.def.name.clone()).collect(),
+            Some(name) => {
+                self.take_in([name]);
+                vec![self.find(name)?]
+            }
+            None => {
+                self.take_in_all();
+                self.state.nodes.iter().map(|n| n.def.name.clone()).collect()
+            }
         };
         if active {
             let mut todo = roots;
@@ -283,7 +205,7 @@ impl Draft {
             return Ok(());
         }
         if node.is_none() {
-            self.state.nodes.iter_mut().for_each(|n| n.mark_active(false));
+            (0..self.state.nodes.len()).for_each(|i| self.state.nodes[i].mark_active(false));
             return Ok(());
         }
         let mut todo = roots;
@@ -316,14 +238,9 @@ impl Draft {
         Ok(())
     }
 
-    /// Whether a node takes part.
-    pub fn is_active(&self, node: &str) -> bool {
-        self.state.node(node).is_some_and(|n| !n.def.flags.inactive)
-    }
-
     /// The published nodes that have another size in the candidate.
     fn resized(&self) -> Result<Vec<NodeName>> {
-        let built = self.build(&self.solve()?);
+        let built = self.solved()?.nodes.clone();
         // Compared as they are now: a file may be growing while its successor is opened.
         let differs =
             |old: &&std::sync::Arc<Node>| built.get(&old.name).is_some_and(|n| n.size() != old.size());
@@ -333,15 +250,12 @@ impl Draft {
     /// The next node to be reopened: one with no such node below it.
     fn next_to_reopen(&self) -> Option<usize> {
         let nodes = &self.state.nodes;
-        (0..nodes.len()).find(|&i| {
-            let me = &nodes[i];
-            me.reopening
-                && nodes.iter().all(|n| {
-                    !n.reopening
-                        || n.def.name == me.def.name
-                        || !self.state.reaches(&me.def.name, &n.def.name)
-                })
-        })
+        let waiting: Vec<&NodeName> = nodes.iter().filter(|n| n.reopening).map(|n| &n.def.name).collect();
+        let next = waiting.iter().find(|name| {
+            let below = self.state.below(name);
+            waiting.iter().all(|n| n == *name || !below.contains(n))
+        });
+        next.map(|name| self.state.index(name))
     }
 }
 
@@ -444,6 +358,7 @@ impl NodeOpener<'_> {
         let Some(name) = options.take_str("node-name")? else {
             return Err(Error::new(ErrorKind::InvalidInput, "node-name not specified"));
         };
+        draft.take_in([name.as_str()]);
         let Some(node) = draft.state.node(&name) else {
             return Err(Error::new(
                 ErrorKind::NotFound,
@@ -584,8 +499,9 @@ impl NodeOpener<'_> {
         from: Inherited,
         out: &mut Vec<Renewal>,
     ) -> Result<()> {
-        let Some(node) = draft.state.node(child) else { return Ok(()) };
-        let parents = draft.state.nodes.iter().filter(|n| n.children.iter().any(|c| c.node == *child));
+        let Some(node) = draft.node(child) else { return Ok(()) };
+        let parents =
+            draft.around(child).nodes.iter().filter(|n| n.children.iter().any(|c| c.node == *child));
         if node.def.monitor || node.def.owner.is_some() || node.inherits.is_empty() || parents.count() != 1 {
             return Ok(());
         }

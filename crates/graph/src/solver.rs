@@ -232,8 +232,10 @@ fn decide(t: &Topology, conflicts: Conflicts) -> Result<Grants, Refusal> {
     }
     let views: Vec<View> = t.stances.iter().map(|s| View::of(t, &order, s)).collect();
     let beneath = Beneath::of(t, &order);
+    let mut claims_on: Vec<Vec<usize>> = vec![Vec::new(); t.nodes.len()];
+    t.claims.iter().enumerate().for_each(|(i, c)| claims_on[c.node].push(i));
     for &n in &order {
-        let claims = t.claims.iter().enumerate().filter(|(_, c)| c.node == n);
+        let claims = claims_on[n].iter().map(|&i| (i, &t.claims[i]));
         let mut scopes: Vec<Option<u32>> = claims.clone().map(|(_, c)| c.scope).collect();
         scopes.push(None);
         scopes.sort_unstable();

@@ -1,10 +1,12 @@
-//! What is published, in the form that drafts are copied from.
+//! What a graph is made of, in the form that drafts change: nodes, links, users, operations and their claims.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ops::{Index, IndexMut};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use dolmen_types::{ChildRole, Claim, NodeName, OpId, Value};
+use indexmap::IndexMap;
 
 use crate::draft::driver_op;
 use crate::notice::Notices;
@@ -75,10 +77,98 @@ pub(crate) struct DraftUser {
     pub(crate) edge: Option<Arc<UserEdge>>,
 }
 
-/// What is published, in the form that drafts are copied from.
+/// Nodes in the order in which they were added, and by name. Copies share what has not changed.
+#[derive(Clone, Default)]
+pub(crate) struct Nodes(IndexMap<NodeName, Arc<DraftNode>>);
+
+impl Nodes {
+    pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = &DraftNode> + Clone {
+        self.0.values().map(|n| &**n)
+    }
+
+    pub(crate) fn shared(&self) -> impl Iterator<Item = (&NodeName, &Arc<DraftNode>)> {
+        self.0.iter()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<&DraftNode> {
+        self.0.get(name).map(|n| &**n)
+    }
+
+    pub(crate) fn get_mut(&mut self, name: &str) -> Option<&mut DraftNode> {
+        self.0.get_mut(name).map(Arc::make_mut)
+    }
+
+    /// The position of a node, which is its number in the solver's topology.
+    pub(crate) fn position(&self, name: &str) -> Option<usize> {
+        self.0.get_index_of(name)
+    }
+
+    pub(crate) fn push(&mut self, node: Arc<DraftNode>) {
+        self.0.insert(node.def.name.clone(), node);
+    }
+
+    pub(crate) fn remove(&mut self, name: &str) -> Option<Arc<DraftNode>> {
+        self.0.shift_remove(name)
+    }
+
+    pub(crate) fn retain(&mut self, keep: impl Fn(&DraftNode) -> bool) {
+        self.0.retain(|_, n| keep(n));
+    }
+
+    /// Leads all links to `from` to `to`, but for those of the nodes of which `stays` is true. Gives those that had one.
+    pub(crate) fn relink(
+        &mut self,
+        from: &NodeName,
+        to: &NodeName,
+        stays: impl Fn(&DraftNode) -> bool,
+    ) -> Vec<(NodeName, ChildRole)> {
+        let mut moved = Vec::new();
+        for (name, node) in &mut self.0 {
+            if node.children.iter().any(|c| c.node == *from) && !stays(node) {
+                for c in Arc::make_mut(node).children.iter_mut().filter(|c| c.node == *from) {
+                    c.node = to.clone();
+                    moved.push((name.clone(), c.role));
+                }
+            }
+        }
+        moved
+    }
+}
+
+impl Index<usize> for Nodes {
+    type Output = DraftNode;
+
+    fn index(&self, i: usize) -> &DraftNode {
+        &self.0[i]
+    }
+}
+
+impl IndexMut<usize> for Nodes {
+    fn index_mut(&mut self, i: usize) -> &mut DraftNode {
+        Arc::make_mut(&mut self.0[i])
+    }
+}
+
+/// What all graphs of one owner share.
+#[derive(Default)]
+pub(crate) struct Setting {
+    /// For names that are made up: drafts that are worked on at the same time must not make up the same.
+    pub(crate) next_name: AtomicU32,
+    /// Numbers the parts of the graph.
+    pub(crate) next_part: AtomicU64,
+    pub(crate) notices: Arc<Notices>,
+    /// Conflicts are ignored: see [`GraphOwner::unchecked`](crate::GraphOwner::unchecked).
+    pub(crate) unchecked: bool,
+}
+
+/// A graph or a part of one: nodes, links, users, operations and their claims.
 #[derive(Clone, Default)]
 pub(crate) struct State {
-    pub(crate) nodes: Vec<DraftNode>,
+    pub(crate) nodes: Nodes,
     pub(crate) users: Vec<DraftUser>,
     pub(crate) ops: Vec<OpInfo>,
     pub(crate) claims: Vec<OpClaim>,
@@ -90,39 +180,33 @@ pub(crate) struct State {
     pub(crate) over: BTreeMap<NodeName, Vec<NodeName>>,
     /// What each leaf was last told that its parents need and allow.
     pub(crate) told: BTreeMap<NodeName, Claim>,
-    /// For names that are made up: drafts that are worked on at the same time must not make up the same.
-    pub(crate) next_name: Arc<AtomicU32>,
-    pub(crate) notices: Arc<Notices>,
-    /// Conflicts are ignored: see [`GraphOwner::unchecked`](crate::GraphOwner::unchecked).
-    pub(crate) unchecked: bool,
 }
 
 impl State {
     pub(crate) fn node(&self, name: &str) -> Option<&DraftNode> {
-        self.nodes.iter().find(|n| n.def.name.as_str() == name)
+        self.nodes.get(name)
     }
 
     pub(crate) fn index(&self, name: &NodeName) -> usize {
-        self.nodes.iter().position(|n| n.def.name == *name).expect("links lead to nodes of the draft")
+        self.nodes.position(name).expect("links lead to nodes of the same part of the graph")
     }
 
-    /// Every node's position.
-    pub(crate) fn numbers(&self) -> HashMap<&NodeName, usize> {
-        self.nodes.iter().enumerate().map(|(i, n)| (&n.def.name, i)).collect()
+    pub(crate) fn op(&self, id: &str) -> Option<&OpInfo> {
+        self.ops.iter().find(|o| o.id.as_str() == id)
     }
 
     /// What the solver gets, and the scopes by number.
     pub(crate) fn topology(&self) -> Topology {
         let ops: HashMap<&OpId, u32> = self.ops.iter().zip(0..).map(|(o, i)| (&o.id, i)).collect();
         let op = |id: &OpId| ops[id];
-        let numbers = self.numbers();
+        let number = |n: &NodeName| self.index(n);
         let mut scopes: Vec<&ClaimScope> = Vec::new();
         let claims = self
             .claims
             .iter()
             .map(|c| TopoClaim {
                 op: op(&c.op),
-                node: numbers[&c.node],
+                node: number(&c.node),
                 claim: c.claim,
                 scope: (!c.scope.is_node()).then(|| {
                     scopes.iter().position(|s| **s == c.scope).unwrap_or_else(|| {
@@ -145,40 +229,52 @@ impl State {
                     aligned: n.is_aligned(),
                     // What a driver claims by itself does not exclude what it does itself.
                     owner: n.def.owner.as_ref().map(op).or_else(|| ops.get(&driver_op(&n.def.name)).copied()),
-                    children: n.children.iter().map(|c| (c.role, numbers[&c.node])).collect(),
+                    children: n.children.iter().map(|c| (c.role, number(&c.node))).collect(),
                 })
                 .collect(),
             users: self
                 .users
                 .iter()
                 .map(|u| {
-                    let node = numbers[&u.node];
+                    let node = number(&u.node);
                     let idle = u.may_be_inactive && self.nodes[node].def.flags.inactive;
                     TopoUser { op: op(&u.op), node, claim: if idle { Claim::IDLE } else { u.claim } }
                 })
                 .collect(),
             claims,
-            stances: self.stances(&op, &numbers),
+            stances: self.stances(&op),
         }
     }
 
-    /// Whether `to` is `from` or below it. Each node is looked at once: a graph may have
-    /// more paths than atoms.
-    pub(crate) fn reaches(&self, from: &NodeName, to: &NodeName) -> bool {
-        let numbers = self.numbers();
-        let mut seen = vec![false; self.nodes.len()];
+    /// The nodes from `from` down, itself included. Each node is looked at once: a graph may have more paths than atoms.
+    pub(crate) fn below(&self, from: &NodeName) -> HashSet<&NodeName> {
+        let mut seen = HashSet::new();
         let mut todo = vec![from];
         while let Some(name) = todo.pop() {
-            if name == to {
-                return true;
-            }
-            if let Some(&i) = numbers.get(name)
-                && !std::mem::replace(&mut seen[i], true)
+            if let Some(node) = self.nodes.get(name)
+                && seen.insert(&node.def.name)
             {
-                todo.extend(self.nodes[i].children.iter().map(|c| &c.node));
+                todo.extend(node.children.iter().map(|c| &c.node));
             }
         }
-        false
+        seen
+    }
+
+    /// Whether `to` is `from` or below it.
+    pub(crate) fn reaches(&self, from: &NodeName, to: &NodeName) -> bool {
+        from == to || self.below(from).contains(to)
+    }
+
+    /// Adds another part of the graph.
+    pub(crate) fn add(&mut self, part: &State) {
+        part.nodes.shared().for_each(|(_, n)| self.nodes.push(n.clone()));
+        self.users.extend_from_slice(&part.users);
+        self.ops.extend_from_slice(&part.ops);
+        self.claims.extend_from_slice(&part.claims);
+        self.kept.extend_from_slice(&part.kept);
+        self.destructive.extend_from_slice(&part.destructive);
+        self.over.extend(part.over.iter().map(|(k, v)| (k.clone(), v.clone())));
+        self.told.extend(part.told.iter().map(|(k, v)| (k.clone(), *v)));
     }
 
     /// Drops the nodes and operations of these names. Whoever calls it names all that hang together.
@@ -196,9 +292,9 @@ impl State {
 
     /// The nodes that a parent, a user, a pinning claim or an interposed filter holds.
     pub(crate) fn held(&self) -> BTreeSet<NodeName> {
-        let parents = self.nodes.iter().flat_map(|n| &n.children).map(|c| &c.node);
+        let links = self.nodes.iter().flat_map(|n| &n.children).map(|c| &c.node);
         let users = self.users.iter().map(|u| &u.node);
         let pins = self.claims.iter().filter(|c| c.pins).map(|c| &c.node);
-        parents.chain(users).chain(pins).chain(self.over.keys()).cloned().collect()
+        links.chain(users).chain(pins).chain(self.over.keys()).cloned().collect()
     }
 }

@@ -177,10 +177,7 @@ impl Backup {
 
     /// The node that a user named, for a message in the established words if there is none.
     fn known(&self, draft: &Draft, name: &str) -> Result<NodeName> {
-        draft.node_names().find(|n| n.as_str() == name).cloned().ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("Cannot find device='{name}' nor node-name='{name}'"))
-                .remedy("query-named-block-nodes lists the nodes there are")
-        })
+        draft.find(name)
     }
 
     fn check(&self, source: &Node, target: &Node) -> Result<()> {

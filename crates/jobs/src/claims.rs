@@ -1,7 +1,7 @@
 //! Words in which jobs claim.
 
 use dolmen_graph::{ClaimScope, Draft, OpClaim};
-use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, OpId, Result};
+use dolmen_types::{Actions, Claim, NodeName, OpId, Result};
 
 /// Claims that `op` needs `needs` on `node` and lets others do everything but `denies`, because it `why`. The
 /// node can't go away meanwhile.
@@ -60,8 +60,5 @@ pub(crate) fn claim_beneath(
 
 /// The node of that name.
 pub(crate) fn known(d: &Draft, name: &str) -> Result<NodeName> {
-    d.node_names().find(|n| n.as_str() == name).cloned().ok_or_else(|| {
-        Error::new(ErrorKind::NotFound, format!("Cannot find device='{name}' nor node-name='{name}'"))
-            .remedy("query-named-block-nodes lists the nodes there are")
-    })
+    d.find(name)
 }

@@ -363,11 +363,8 @@ fn of_raw(d: &Draft, top: &NodeName, image: NodeName) -> NodeName {
 }
 
 fn in_chain(d: &Draft, chain: &[NodeName], name: &str) -> Result<NodeName> {
-    let Some(node) = d.node_names().find(|n| n.as_str() == name) else {
-        return Err(Error::new(ErrorKind::NotFound, format!("Cannot find device='' nor node-name='{name}'"))
-            .remedy("query-named-block-nodes lists the nodes there are"));
-    };
-    let content = d.content(node);
+    let node = crate::stream::known(d, "", name)?;
+    let content = d.content(&node);
     chain
         .iter()
         .find(|n| **n == content)
@@ -377,9 +374,7 @@ fn in_chain(d: &Draft, chain: &[NodeName], name: &str) -> Result<NodeName> {
 
 /// Whether an operation or a node above writes to the node.
 fn has_writer(d: &Draft, node: &NodeName) -> Result<bool> {
-    let grants = d.solve()?;
-    let i = d.node_names().position(|n| n == node);
-    Ok(i.is_some_and(|i| grants.total[i].needs.contains(Actions::V)))
+    Ok(d.total(node)?.needs.contains(Actions::V))
 }
 
 /// Whether a file is meant by a name: as it was opened, or by the end of its path.

@@ -223,7 +223,7 @@ impl Mirror {
 
     /// The node that is to be replaced, which must show the source's data.
     fn replaceable(&self, d: &Draft, name: &str, source: &NodeName) -> Result<NodeName> {
-        let node = d.node_names().find(|n| n.as_str() == name).cloned().ok_or_else(|| {
+        let node = d.find(name).map_err(|_| {
             Error::new(ErrorKind::NotFound, format!("Failed to find node with node-name='{name}'"))
                 .remedy("query-named-block-nodes lists the nodes there are")
         })?;

@@ -97,7 +97,11 @@ fn existing(draft: &Draft, node: &NodeName) -> Option<NodeName> {
     if copies(node) {
         return Some(node.clone());
     }
-    draft.node_names().find(|n| copies(n) && draft.child(n, "file") == Some(node)).cloned()
+    draft
+        .parents(node)
+        .into_iter()
+        .map(|(n, _)| n)
+        .find(|n| copies(n) && draft.child(n, "file") == Some(node))
 }
 
 fn range(value: Value) -> Result<Span> {

@@ -219,7 +219,7 @@ fn above(images: &[NodeName], base: &NodeName) -> Option<NodeName> {
 
 /// The node of this name; messages name what the client gave as its device as well.
 pub(crate) fn known(draft: &Draft, device: &str, name: &str) -> Result<NodeName> {
-    draft.node_names().find(|n| n.as_str() == name).cloned().ok_or_else(|| {
+    draft.find(name).map_err(|_| {
         Error::new(ErrorKind::NotFound, format!("Cannot find device='{device}' nor node-name='{name}'"))
             .remedy("query-named-block-nodes lists the nodes there are")
     })

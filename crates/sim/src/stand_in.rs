@@ -299,10 +299,8 @@ pub fn stream(d: &mut Draft, id: &str, device: &str, bottom: Option<&str>) -> Re
 /// Commit of `top` into `base`: as an active commit if asked, or if `top` has a writer.
 pub fn commit(d: &mut Draft, id: &str, top: &str, base: &str, active: bool) -> Result<()> {
     use Actions as A;
-    let grants = d.solve()?;
-    let written = d.node_names().position(|n| n.as_str() == top).map(|i| grants.total[i].needs);
-    let active = active || written.is_some_and(|n| n.contains(A::V));
-    let overlay = d.node_names().find(|n| d.child(n, "backing").is_some_and(|b| b.as_str() == top)).cloned();
+    let active = active || d.total(top)?.needs.contains(A::V);
+    let overlay = d.parents(top).into_iter().find(|(_, role)| *role == ChildRole::Backing).map(|(n, _)| n);
     let kind = if active { "active commit" } else { "commit" };
     let op = begin_job(d, id, format!("{kind} of '{top}' into '{base}'"))?;
     let rule = if active { AccessRule::CommitActive } else { AccessRule::CommitMid };

@@ -60,7 +60,7 @@ impl Add {
     /// Whether it may be, as far as names and the type are concerned.
     fn check(&self, world: &World, draft: &Draft) -> Result<OpId, QmpError> {
         let id = OpId::parse(&self.id).map_err(|e| QmpError::from(e.context("Invalid block export id")))?;
-        if world.owner.ops().iter().any(|o| o.id == id) {
+        if draft.op(&id).is_some() {
             return Err(QmpError::generic(format!("Block export id '{id}' is already in use")));
         }
         let Common { node, writable, .. } = &self.common;

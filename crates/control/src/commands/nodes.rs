@@ -6,7 +6,7 @@ use dolmen_qmp::model::BlockDeviceInfo;
 use dolmen_qmp::schema::{Field, Reply, Shape, Ty};
 use dolmen_qmp::{QmpError, model};
 use dolmen_rt::LocalFuture;
-use dolmen_types::{Error, ErrorKind, Options, Value};
+use dolmen_types::{ChildRole, Error, ErrorKind, Options, Value};
 use serde_json::json;
 
 use crate::act::{Act, Edit, Proposal, Wait};
@@ -42,10 +42,9 @@ impl Edit for Del {
             if !p.draft().has_node(name) {
                 return Err(no_node(name));
             }
-            let graph = p.world.owner.graph();
-            let over = graph.nodes.iter().find(|n| n.backing().is_some_and(|b| b.name.as_str() == name));
-            if let Some(overlay) = over {
-                let text = format!("Node '{name}' is busy: node is used as backing hd of '{}'", overlay.name);
+            let over = p.draft().parents(name).into_iter().find(|(_, role)| *role == ChildRole::Backing);
+            if let Some((overlay, _)) = over {
+                let text = format!("Node '{name}' is busy: node is used as backing hd of '{overlay}'");
                 return Err(Error::new(ErrorKind::Busy, text)
                     .remedy("remove the overlay first (blockdev-del)")
                     .into());

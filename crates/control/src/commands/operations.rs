@@ -125,7 +125,7 @@ impl Edit for End {
 /// # Errors
 /// `NotFound`, also for operations that end in another way.
 fn end(draft: &mut Draft, id: &str) -> Result<()> {
-    let Some(op) = draft.ops().iter().find(|o| o.id.as_str() == id).cloned() else {
+    let Some(op) = draft.op(id).cloned() else {
         return Err(Error::new(ErrorKind::NotFound, format!("Operation '{id}' is not found"))
             .remedy("query-operations lists them"));
     };
@@ -149,7 +149,7 @@ fn list(graph: &Graph, ops: &[OpInfo], claims: &[OpClaim], now: Instant) -> Json
     let words = |a: Actions| -> Vec<&str> { a.iter().map(|a| a.word()).collect() };
     ops.iter()
         .map(|op| {
-            let edges = graph.users.iter().filter(|u| *u.op() == op.id).map(|u| {
+            let edges = graph.edges(&op.id).map(|u| {
                 let claim = u.claim();
                 json!({
                     "node-name": u.node().name.as_str(),
@@ -165,7 +165,7 @@ fn list(graph: &Graph, ops: &[OpInfo], claims: &[OpClaim], now: Instant) -> Json
                     "why": c.why,
                 })
             });
-            let filters = graph.nodes.iter().filter(|n| n.owner.as_ref() == Some(&op.id));
+            let filters = graph.each_node().filter(|n| n.owner.as_ref() == Some(&op.id));
             let mut out = json!({
                 "id": op.id.as_str(),
                 "kind": op.kind,
@@ -238,7 +238,7 @@ pub(crate) const ROWS: &[CommandRow] = &[
         "x-debug-query-block-graph",
         NOTHING,
         BlockGraph::TY,
-        |world, _| Ok(model::to_json(&query::block_graph(&world.owner.graph(), &world.operations()))),
+        |world, _| Ok(model::to_json(&query::block_graph(&world.owner.graph()))),
         "Nodes, users and edges with what each edge needs and allows.",
     )
     .features(&["unstable"]),

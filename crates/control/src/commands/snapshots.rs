@@ -42,12 +42,9 @@ fn insert_overlay(draft: &mut Draft, node: &str, overlay: &str) -> Result<OpId> 
     }
     // A job's target that nobody reads yet may get what it lies over, if nobody reads that, either: whoever does would see
     // what is being written to the overlay.
-    let grants = draft.solve()?;
-    let is_read = |node: &NodeName| {
-        let at = draft.node_names().position(|n| n == node);
-        at.is_some_and(|i| grants.total[i].needs.contains(Actions::D))
-    };
-    if let Some(user) = draft.used_by(&overlay).filter(|_| is_read(&overlay) || is_read(&node)) {
+    let is_read = |node: &NodeName| Ok::<_, Error>(draft.total(node)?.needs.contains(Actions::D));
+    let is_read = is_read(&overlay)? || is_read(&node)?;
+    if let Some(user) = draft.used_by(&overlay).filter(|_| is_read) {
         return Err(Error::new(ErrorKind::Busy, format!("The overlay is already in use: {user}"))
             .remedy("remove what uses it first"));
     }

@@ -4,7 +4,6 @@
 //! asked for; nodes show what came to them, also of what is no device. Nodes that an operation put
 //! there without a name are stepped over: a client that has not asked for them does not see them.
 
-use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -32,7 +31,7 @@ fn block_stats(
     now: Instant,
 ) -> Vec<BlockStats> {
     if nodes {
-        return graph.nodes.iter().filter(|n| !is_implicit(n)).map(|n| node_stats(n, false)).collect();
+        return graph.nodes().iter().filter(|n| !is_implicit(n)).map(|n| node_stats(n, false)).collect();
     }
     devices(graph, exports)
         .map(|(id, edge)| {
@@ -71,8 +70,7 @@ fn devices<'a>(
     exports: &'a [BlockExportInfo],
 ) -> impl Iterator<Item = (&'a str, &'a Arc<UserEdge>)> {
     // The first edge of an operation is what its export shows.
-    let edges: HashMap<&str, _> = graph.users.iter().rev().map(|u| (u.op().as_str(), u)).collect();
-    exports.iter().filter_map(move |e| Some((e.id.as_str(), *edges.get(e.id.as_str())?)))
+    exports.iter().filter_map(move |e| Some((e.id.as_str(), graph.edges(&e.id).next()?)))
 }
 
 /// What has come to a node and to those below it.

@@ -77,7 +77,7 @@ impl Play {
     pub(crate) async fn hand_over(&mut self) -> Result<(), String> {
         let graph = self.world.control.graph();
         let images: Vec<String> = graph
-            .nodes
+            .nodes()
             .iter()
             .filter(|n| n.driver.kind().name == "qcow2" && !n.anonymous)
             .map(|n| n.name.to_string())
@@ -108,7 +108,7 @@ impl Play {
     pub(crate) async fn resize(&mut self) -> Result<(), String> {
         let graph = self.world.control.graph();
         let images: Vec<_> = graph
-            .nodes
+            .nodes()
             .iter()
             .filter(|n| n.driver.kind().name == "qcow2")
             .map(|n| (n.name.clone(), n.size()))

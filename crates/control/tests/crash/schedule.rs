@@ -565,8 +565,8 @@ impl Play {
     /// Other options for an image, or a filter in or out on one of its sides.
     async fn reopen(&mut self) -> Result<(), String> {
         let graph = self.world.control.graph();
-        let images: Vec<_> = graph.nodes.iter().filter(|n| n.driver.kind().name == "qcow2").collect();
-        let node = (*self.random.pick(&images)).clone();
+        let images: Vec<_> = graph.nodes().into_iter().filter(|n| n.driver.kind().name == "qcow2").collect();
+        let node = self.random.pick(&images).clone();
         let child = |name: &str| node.child(name).map(|c| c.node.clone());
         let (file, backing) = (child("file"), node.backing().cloned());
         let Some(file) = file else { return Ok(()) };
@@ -616,7 +616,7 @@ impl Play {
     async fn delete(&mut self) -> Result<(), String> {
         let graph = self.world.control.graph();
         let named: Vec<String> =
-            graph.nodes.iter().filter(|n| !n.anonymous).map(|n| n.name.to_string()).collect();
+            graph.nodes().iter().filter(|n| !n.anonymous).map(|n| n.name.to_string()).collect();
         drop(graph);
         let name = self.random.pick(&named).clone();
         let result = self.world.ask("blockdev-del", Options::new().with("node-name", name.as_str())).await?;

@@ -278,7 +278,7 @@ impl World {
     /// What must not change when a command is refused.
     async fn shape(&self) -> Shape {
         let mut graph = String::new();
-        for n in &self.control.graph().nodes {
+        for n in self.control.graph().nodes() {
             let children: Vec<_> = n.children.iter().map(|c| format!("{}={}", c.name, c.node.name)).collect();
             graph += &format!("  {} {:?} {:?} {}\n", n.name, n.flags, children, n.options);
         }

@@ -186,7 +186,7 @@ fn fleecing() {
         let graph = world.owner.graph();
         let backing = graph.node("t1").unwrap().backing().unwrap();
         assert_eq!(backing.name.as_str(), "top");
-        assert_eq!(graph.users[0].node().name.as_str(), "j-filter");
+        assert_eq!(graph.users().next().unwrap().node().name.as_str(), "j-filter");
     });
     refused(&[BACKUP, |d| op::export(d, "k", "t1", true)], "t1", Actions::V, "k", "j");
 }

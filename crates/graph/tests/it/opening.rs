@@ -269,7 +269,7 @@ fn open(policy: OpenPolicy, options: Options) -> Result<Vec<String>> {
         owner.commit(draft).await?;
         let chain =
             |n: &Node| n.children.iter().map(|c| format!("{}:{}", n.name, c.name)).collect::<Vec<_>>();
-        Ok(owner.graph().nodes.iter().flat_map(|n| chain(n)).collect())
+        Ok(owner.graph().nodes().iter().flat_map(|n| chain(n)).collect())
     })
 }
 
@@ -538,7 +538,7 @@ impl Shape {
 /// The links of all nodes.
 fn links(graph: &Graph) -> BTreeMap<String, Vec<(&'static str, String)>> {
     let of = |n: &Node| n.children.iter().map(|c| (c.name, c.node.name.to_string())).collect();
-    graph.nodes.iter().map(|n| (n.name.to_string(), of(n))).collect()
+    graph.nodes().iter().map(|n| (n.name.to_string(), of(n))).collect()
 }
 
 /// Some chains, defined in any way and then stacked as snapshots do it; then every node in turn is reopened with
@@ -568,7 +568,7 @@ async fn stack_and_reopen(rt: &Rt, chains: Vec<Shape>, order: Vec<(usize, bool, 
 
     for (which, read_only, direct) in order {
         let graph = owner.graph().clone();
-        let node = &graph.nodes[which % graph.nodes.len()];
+        let node = &graph.nodes()[which % graph.len()];
         if node.children.is_empty() {
             continue;
         }

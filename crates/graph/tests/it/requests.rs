@@ -379,7 +379,7 @@ fn random_stacks_move_the_right_bytes() {
 /// counted what its child has.
 fn count_as(owner: &GraphOwner, top: &Arc<Node>, expected: Counts, seed: u64) {
     assert_eq!(top.state.counters.read(), expected, "seed {seed}: {top:?}");
-    for parent in owner.graph().nodes.iter().filter(|n| n.children.len() == 1) {
+    for parent in owner.graph().nodes().iter().filter(|n| n.children.len() == 1) {
         let own = parent.state.counters.read();
         let child = parent.children[0].node.state.counters.read();
         match parent.driver.access_rule() {

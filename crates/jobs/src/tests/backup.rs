@@ -140,7 +140,7 @@ fn the_copy_is_what_was_there_at_the_start() {
             let mut random = Random::new(seed);
             let size = random.between(1, 30) * 50_176;
             let w = World::new(&mut rig, &mut random, size, 500_000).await;
-            let nodes = rig.owner.graph().nodes.len();
+            let nodes = rig.owner.graph().len();
             let mut o = options("t").with("on-target-error", *random.pick(&["ignore", "stop"]));
             if random.percent(50) {
                 o.set("fleecing", "f");
@@ -176,7 +176,7 @@ fn the_copy_is_what_was_there_at_the_start() {
             w.assert_copied(seed);
             let progress = job.progress();
             assert_eq!((progress.current, progress.total), (size, size), "seed {seed}");
-            assert_eq!(rig.owner.graph().nodes.len(), nodes, "the filters are gone");
+            assert_eq!(rig.owner.graph().len(), nodes, "the filters are gone");
             assert!(rig.owner.claims().is_empty());
             while writing.get() > 0 {
                 rig.rt.sleep(Duration::from_millis(1)).await;
