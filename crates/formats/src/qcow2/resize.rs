@@ -1,8 +1,9 @@
 //! Resizing and preallocating.
 //!
-//! Each step leaves a valid image: the longer L1 table is complete before the header names it, what could shine
-//! through behind the old end is cleared before the header says that it is there, and what is cut off is unmapped
-//! before the header forgets it.
+//! Each step leaves a valid image: the longer L1 table is complete before the header names it, and what could show up
+//! behind the old end is cleared before the header says that it is there. What is cut off is unmapped only when the
+//! header does not speak of it any more: a shrink that fails has taken nothing away. If that is interrupted, clusters stay
+//! mapped behind the end until the image grows again.
 
 use dolmen_graph::Prealloc;
 use dolmen_rt::carry;
@@ -39,9 +40,13 @@ impl Core {
             }
             let cluster = geo.cluster_size();
             let gone = Span::from_range(size.next_multiple_of(cluster), old.next_multiple_of(cluster));
-            self.unmap_allocated(env, gone).await?;
+            self.set_size(env, size).await?;
             self.shrunk.store(true, SeqCst);
-            return self.set_size(env, size).await;
+            // The image has its new size, whatever becomes of this: what is not unmapped now keeps its space.
+            if self.unmap_allocated(env, gone).await.is_ok() {
+                let _ = self.round(env).await;
+            }
+            return Ok(());
         }
         self.grow_l1(env, geo.l1_entries_for(size)).await?;
         self.clear_behind(env, old, size).await?;
@@ -83,12 +88,15 @@ impl Core {
         let cluster_end = old.next_multiple_of(cluster).min(size);
         let rest = Span::from_range(old, cluster_end);
         if self.nothing_below(env) {
+            // A shrink that was interrupted has left clusters there.
+            self.unmap_allocated(env, Span::from_range(cluster_end, size).align_out(cluster)).await?;
             return self.zero_locked(env, rest, WriteFlags::NONE).await;
         }
         if !rest.is_empty() {
             self.zero_part_locked(env, rest, WriteFlags::NONE).await?;
         }
         let mut whole = Span::from_range(cluster_end, size).align_out(cluster);
+        self.unmap_allocated(env, whole).await?;
         while !whole.is_empty() {
             if self.meta().crowded() {
                 self.round(env).await?;

@@ -183,6 +183,53 @@ fn a_full_disk_is_an_error_and_not_the_end() {
     });
 }
 
+/// A shrink that failed in the middle (no space for a table, a flush that fails) had unmapped what it was to cut off, and
+/// left the size as it was: the disk read zeroes there. Now the header comes first, and what an interrupted shrink leaves
+/// mapped behind the end does not show up when the image grows again.
+#[test]
+fn a_shrink_that_fails_takes_nothing_away() {
+    let (size, cluster) = (256 << 10, 4096);
+    let base = MemoryDisk::new(Image::from_bytes(&vec![7; size]));
+    let mut failed = 0;
+    for (kind, skip, below) in [OpKind::Write, OpKind::Flush, OpKind::Read]
+        .into_iter()
+        .flat_map(|k| (0..8).flat_map(move |s| [(k, s, false), (k, s, true)]))
+    {
+        failed += Sim::run(skip + 1, |rt| {
+            let base = base.clone();
+            async move {
+                let base = below.then_some(&base);
+                let disk = slow_image(&rt, size as u64, cluster).await;
+                let h = open_slow(&rt, &disk, base).await;
+                h.user().write(0, &vec![3; size], WriteFlags::NONE).await.unwrap();
+                h.close().await.unwrap();
+                // The tables have to be read again.
+                let h = open_slow(&rt, &disk, base).await;
+                disk.inject(Fault { kind, skip, times: 1, action: FaultAction::Fail(ErrorKind::NoSpace) });
+                let half = size / 2 + 512;
+                let result = h.user().resize(half as u64).await;
+                disk.heal();
+                let what = format!("{kind:?} {skip} {below} {result:?}");
+                let now = if result.is_ok() { half } else { size };
+                assert_eq!(h.user().size(), now as u64, "{what}");
+                assert!(h.user().read(0, now).await.unwrap().iter().all(|b| *b == 3), "{what}");
+                h.user().resize(half as u64).await.unwrap();
+                h.user().resize(size as u64).await.unwrap();
+                let bytes = h.user().read(0, size).await.unwrap();
+                assert!(bytes[..half].iter().all(|b| *b == 3), "{what}");
+                assert!(bytes[half..].iter().all(|b| *b == 0), "{what}");
+                h.close().await.unwrap();
+                let check = own_check(&rt, &still(&disk)).await;
+                // What a refcount is that can't be read stays.
+                let leaks = if kind == OpKind::Read { check.leaks } else { 0 };
+                assert_eq!((check.corruptions, check.leaks), (0, leaks), "{what}: {:?}", check.messages);
+                u32::from(result.is_err())
+            }
+        });
+    }
+    assert!(failed > 4, "{failed}");
+}
+
 // ---- copy-on-read -----------------------------------------------------------------------------------------
 
 #[test]
