@@ -213,6 +213,8 @@ impl Commit {
         d.link(&filter, "target", ChildRole::Target, &b.base)?;
         d.interpose(&filter, "file", &b.top)?;
         d.add_user_below_filters(op, &filter, Claim { needs: A::D, allows: A::EVERY })?;
+        // Whoever writes through the filter keeps the size that the base will have, as a format does not do with its file.
+        claim(d, op, &filter, A::NONE, A::S, "commits it and replaces it at the end")?;
         claim(d, op, &beneath, A::D, A::V, "commits it and replaces it at the end")?;
         let denies = A::S | A::G | A::P;
         claim(d, op, &b.top, A::D | A::P, denies, "commits it and replaces it at the end")?;

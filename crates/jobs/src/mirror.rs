@@ -115,6 +115,9 @@ impl Mirror {
         d.link(&filter, "target", ChildRole::Target, &target)?;
         d.interpose(&filter, "file", &source)?;
         d.add_user_below_filters(op, &filter, Claim { needs: A::D, allows: A::EVERY })?;
+        // What lies over the filter may not change the size, either, as the format of an image does with its file: what is
+        // written behind the end that the copy knows would be missing in it.
+        claim(d, op, &filter, A::NONE, A::S, "reads it as its source")?;
         claim(d, op, &beneath, A::D, A::V | A::S | A::P, "reads it as its source")?;
         if beneath != source {
             claim(d, op, &source, A::D, A::S | A::P, "reads it as its source")?;

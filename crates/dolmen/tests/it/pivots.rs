@@ -403,3 +403,41 @@ fn a_pivot_to_what_lies_over_the_source_makes_no_loop() {
         w.b.ok("dolmen", &[&["io", "-r", "-f", "qcow2"], &read[..], &["over"]].concat());
     }
 }
+
+/// A mirror, or a commit, of the file of an image that was in use copied as much as the file had in the beginning. What the image wrote
+/// behind that went on to the source only, so that all of it was lost when the target took the file's place. Found by the storm.
+#[test]
+fn the_file_of_an_image_that_grows_is_not_replaced() {
+    let mut w = World::new();
+    w.m.ok("block-export-del", json!({"id": "e"}));
+    w.m.ok("blockdev-del", json!({"node-name": "top"}));
+    let (file, over, to) = (w.b.path("top"), w.b.path("over"), w.b.path("to"));
+    w.m.ok("blockdev-add", json!({"driver": "file", "node-name": "file", "filename": file}));
+    w.m.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "top", "backing": "base", "file": "file"}));
+    let size = std::fs::metadata(w.b.path("top")).expect("a file").len().to_string();
+    w.image("to", None, &size, None);
+    w.m.ok(
+        "blockdev-add",
+        json!({"driver": "qcow2", "node-name": "to", "file": {"driver": "file", "filename": to}}),
+    );
+    let job = |id: &str, more: Json| {
+        let mut all = json!({"job-id": id});
+        all.as_object_mut().expect("a map").extend(more.as_object().expect("a map").clone());
+        all
+    };
+    let mirror = job("m", json!({"device": "file", "target": "to", "sync": "full"}));
+    w.denied("blockdev-mirror", mirror, "needs to resize");
+    w.m.ok(
+        "blockdev-snapshot-sync",
+        json!({"node-name": "file", "snapshot-file": over, "snapshot-node-name": "over", "format": "qcow2"}),
+    );
+    let commit = job("c", json!({"device": "over", "base-node": "file"}));
+    w.denied("block-commit", commit.clone(), "needs to resize");
+    // Nothing grows while nobody may write.
+    w.m.ok("blockdev-del", json!({"node-name": "top"}));
+    w.add("over", "over", json!("file"), false);
+    w.m.ok("block-commit", commit);
+    w.until("c", "ready");
+    let user = json!({"driver": "qcow2", "node-name": "top", "backing": "base", "file": "over"});
+    w.denied("blockdev-add", user, "needs to resize");
+}
