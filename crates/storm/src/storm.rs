@@ -433,6 +433,10 @@ impl Storm<'_> {
                 out.insert(name, (!busy).then_some(state));
             }
         }
+        // What a job is making may come at any time.
+        for name in self.world.making.values() {
+            out.insert(name.clone(), None);
+        }
         out
     }
 
@@ -733,7 +737,8 @@ impl Storm<'_> {
 fn touched(before: &Traces, after: &Traces) -> Option<(String, String)> {
     for (name, was) in before {
         match (was, after.get(name)) {
-            (_, None) => return Some((name.clone(), "which is gone".into())),
+            (None, None) => {}
+            (Some(_), None) => return Some((name.clone(), "which is gone".into())),
             (Some(was), Some(Some(is))) if is != was => {
                 return Some((name.clone(), format!("whose size was {} and is {}", was.1, is.1)));
             }
