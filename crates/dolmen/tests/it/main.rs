@@ -32,6 +32,7 @@ mod new_images;
 mod options;
 mod overlays;
 mod pivots;
+mod readme;
 mod reopen;
 mod repair;
 mod resize;
