@@ -38,7 +38,7 @@ pub(crate) fn run() -> Result<(), String> {
             .env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links"),
     )?;
     let nextest = has_nextest();
-    step("tests", &mut tests(nextest, &["--workspace"]))?;
+    test_step("tests", &mut tests(nextest, &["--workspace"]))?;
     if nextest {
         // nextest has no documentation tests.
         step(
@@ -53,7 +53,7 @@ pub(crate) fn run() -> Result<(), String> {
         // The pair table is about access control, and takes the longest.
         again.args(["-E", "not binary(pairs)"]);
     }
-    step("tests without io_uring", again.env("DOLMEN_IO", "threads"))?;
+    test_step("tests without io_uring", again.env("DOLMEN_IO", "threads"))?;
     println!("\n=== storm");
     crate::storm::short()?;
     println!("\nall steps passed in {} s", started.elapsed().as_secs());
@@ -86,6 +86,45 @@ fn step(name: &str, command: &mut Command) -> Result<(), String> {
     }
     println!("=== {name}: {} s", started.elapsed().as_secs());
     Ok(())
+}
+
+/// A step that runs tests: what it prints is passed on, and the names of those that fail are what is said last.
+fn test_step(name: &str, command: &mut Command) -> Result<(), String> {
+    println!("\n=== {name}");
+    let started = Instant::now();
+    let spawned = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let mut child = spawned.map_err(|e| format!("{name}: {e}"))?;
+    let (out, err) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+    let errors = std::thread::spawn(move || pass_on(err, |l| eprintln!("{l}")));
+    let mut failed = pass_on(out, |l| println!("{l}"));
+    failed.extend(errors.join().map_err(|_| format!("{name}: its output can't be read"))?);
+    let status = child.wait().map_err(|e| format!("{name}: {e}"))?;
+    if !status.success() {
+        failed.sort();
+        failed.dedup();
+        let names = if failed.is_empty() { status.to_string() } else { failed.join(", ") };
+        return Err(format!("{name} failed: {names}"));
+    }
+    println!("=== {name}: {} s", started.elapsed().as_secs());
+    Ok(())
+}
+
+fn pass_on(from: impl std::io::Read, say: impl Fn(&str)) -> Vec<String> {
+    let lines = std::io::BufRead::lines(std::io::BufReader::new(from)).map_while(Result::ok);
+    lines.inspect(|l| say(l)).filter_map(|l| failed_test(&l)).collect()
+}
+
+/// The test that a line of cargo's or of nextest's reports as failed.
+fn failed_test(line: &str) -> Option<String> {
+    if let Some(name) = line.strip_prefix("test ").and_then(|l| l.strip_suffix(" ... FAILED")) {
+        return Some(name.to_owned());
+    }
+    let words: Vec<&str> = line.split_whitespace().collect();
+    match words[..] {
+        // `FAIL [   1.2s] (3/9) dolmen::it serve::name`
+        ["FAIL" | "TIMEOUT" | "SIGABRT" | "SIGSEGV", .., krate, name] => Some(format!("{krate} {name}")),
+        _ => None,
+    }
 }
 
 /// Installs what is missing, where that is possible. Tests that need a tool that is still
@@ -137,4 +176,25 @@ fn venv_works() -> bool {
         .stderr(Stdio::null())
         .status()
         .is_ok_and(|s| s.success())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failed_tests_are_found_in_both_outputs() {
+        assert_eq!(failed_test("test serve::a_name ... FAILED").as_deref(), Some("serve::a_name"));
+        assert_eq!(
+            failed_test("        FAIL [   1.234s] (12/99) dolmen::it serve::a_name").as_deref(),
+            Some("dolmen::it serve::a_name")
+        );
+        for fine in ["test serve::a_name ... ok", "PASS [ 1s] dolmen::it x", "failures:", "a test FAILED"] {
+            assert_eq!(failed_test(fine), None, "{fine}");
+        }
+        let seen = std::cell::Cell::new(0);
+        let text = &b"test a ... ok\ntest b ... FAILED\n"[..];
+        assert_eq!(pass_on(text, |_| seen.set(seen.get() + 1)), ["b"]);
+        assert_eq!(seen.get(), 2);
+    }
 }

@@ -117,6 +117,9 @@ fn run(options: &Options) -> Result<bool, String> {
         Some((a, b)) => (number(a)?, number(b)?),
         None => (number(&options.seed)?, number(&options.seed)?),
     };
+    if first > last {
+        return Err(format!("--seed {}: there is no seed in this range", options.seed));
+    }
     let until = options.minutes.map(|m| Instant::now() + Duration::from_secs_f64(m * 60.0));
     let started = Instant::now();
     let (next, done, found) = (AtomicU64::new(first), AtomicU64::new(0), AtomicU64::new(0));
@@ -144,7 +147,11 @@ fn run(options: &Options) -> Result<bool, String> {
             });
         }
     });
-    report(&numbers, done.into_inner(), started, options);
+    let done = done.into_inner();
+    report(&numbers, done, started, options);
+    if done == 0 {
+        return Err("no seed was done: nothing is known".into());
+    }
     let found = found.into_inner();
     println!("{found} seeds with findings");
     Ok(found == 0)

@@ -70,13 +70,15 @@ pub(crate) fn print(seed: u64, outcome: &Outcome) {
     for (i, s) in outcome.steps.iter().enumerate() {
         out += &format!("    {:3} {s}\n", i + 1);
     }
-    if std::fs::write(&file, format!("{text:#}\n")).is_ok() {
+    // The directory is gone when anyone reads this; programs are started in theirs.
+    let relative = |text: String| text.replace(&format!("{}/", outcome.dir.display()), "");
+    if std::fs::write(&file, relative(format!("{text:#}\n"))).is_ok() {
         out += &format!("  again: cargo xtask storm --replay {}\n", file.display());
     }
     let found = format!("{}: {}", finding.kind, finding.text);
     if let Some(test) = testcase::rust(seed, &found, &outcome.script, &outcome.opened, &outcome.steps) {
         let file = file.with_extension("rs");
-        if std::fs::write(&file, test).is_ok() {
+        if std::fs::write(&file, relative(test)).is_ok() {
             out += &format!("  as a test for crates/dolmen/tests/it/story.rs: {}\n", file.display());
         }
     }

@@ -91,6 +91,8 @@ pub(crate) struct Outcome {
     pub(crate) script: Vec<Made>,
     /// The commands with which each round began.
     pub(crate) opened: Vec<Vec<Command>>,
+    /// Where it was done.
+    pub(crate) dir: PathBuf,
     /// The directory, if it is kept.
     pub(crate) kept: Option<PathBuf>,
 }
@@ -188,6 +190,7 @@ pub(crate) fn run(
         w.end();
     }
     take_down(dir.path(), &storm.files);
+    outcome.dir = dir.path().to_owned();
     outcome.script = std::mem::take(&mut storm.files.script);
     outcome.opened = std::mem::take(&mut storm.opened);
     outcome.finding = storm.findings.first().cloned();

@@ -14,14 +14,26 @@ use tempfile::TempDir;
 /// Nothing here takes longer than this unless it hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long QEMU's daemon may take. It is not what is tested, and took more than a minute on a busy machine once.
+const PEER_PATIENCE: Duration = Duration::from_secs(600);
+
+/// The test that runs, for messages.
+fn test_name() -> String {
+    std::thread::current().name().unwrap_or("a test").to_owned()
+}
+
 /// Waits until `ready` gives something: asks again and again, and leaves the processor to what it waits for.
-pub(crate) fn eventually<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+pub(crate) fn eventually<T>(what: &str, ready: impl FnMut() -> Option<T>) -> T {
+    within(PATIENCE, what, ready)
+}
+
+fn within<T>(patience: Duration, what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + patience;
     loop {
         if let Some(v) = ready() {
             return v;
         }
-        assert!(Instant::now() < deadline, "waited too long: {what}");
+        assert!(Instant::now() < deadline, "{}: waited {patience:?} for: {what}", test_name());
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -67,9 +79,20 @@ pub(crate) struct Daemon {
     pub(crate) dir: TempDir,
     /// Its process identifier is written here at the end of its start.
     started: Option<PathBuf>,
+    /// Its program and process, for messages.
+    who: String,
+    patience: Duration,
 }
 
 impl Daemon {
+    fn of(child: Child, dir: TempDir, started: Option<PathBuf>, command: &Command) -> Daemon {
+        let program = Path::new(command.get_program());
+        let who = format!("{} (pid {})", program.display(), child.id());
+        // Ours are called by a path.
+        let patience = if program.is_absolute() { PATIENCE } else { PEER_PATIENCE };
+        Daemon { child, dir, started, who, patience }
+    }
+
     /// Starts it with a monitor and more arguments, in which `DIR` stands for its directory.
     pub(crate) fn start(command: impl FnOnce(&Path) -> Command, args: &[&str]) -> Daemon {
         let dir = tempfile::tempdir().expect("a directory");
@@ -88,13 +111,13 @@ impl Daemon {
             c.arg("--pidfile").arg(path);
         }
         let child = c.current_dir(dir.path()).stdin(Stdio::null()).spawn().expect("starts");
-        Daemon { child, dir, started }
+        Daemon::of(child, dir, started, &c)
     }
 
     /// Another program in a directory, which ends with this.
     pub(crate) fn other(dir: TempDir, mut command: Command) -> Daemon {
         let child = command.current_dir(dir.path()).stdin(Stdio::null()).spawn().expect("starts");
-        Daemon { child, dir, started: None }
+        Daemon::of(child, dir, None, &command)
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -109,18 +132,18 @@ impl Daemon {
     pub(crate) fn monitor(&mut self) -> Monitor {
         let path = self.path("m.sock");
         if let Some(started) = &self.started {
-            eventually("start of the daemon", || {
+            within(self.patience, &format!("the start of {}", self.who), || {
                 if let Some(status) = self.child.try_wait().expect("a child") {
-                    panic!("the daemon ended with {status}");
+                    panic!("{}: {} ended with {status}", test_name(), self.who);
                 }
                 std::fs::read(started).ok().filter(|text| text.ends_with(b"\n"))
             });
         }
-        eventually("monitor socket", || {
+        within(self.patience, &format!("the monitor of {}", self.who), || {
             if let Some(status) = self.child.try_wait().expect("a child") {
-                panic!("the daemon ended with {status}");
+                panic!("{}: {} ended with {status}", test_name(), self.who);
             }
-            Monitor::new(UnixStream::connect(&path).ok()?)
+            Monitor::new(UnixStream::connect(&path).ok()?, &self.who, self.patience)
         })
     }
 
@@ -131,7 +154,8 @@ impl Daemon {
 
     /// Waits for its end.
     pub(crate) fn wait(&mut self) -> ExitStatus {
-        eventually("end of the daemon", || self.child.try_wait().expect("a child"))
+        let what = format!("the end of {}", self.who);
+        within(self.patience, &what, || self.child.try_wait().expect("a child"))
     }
 }
 
@@ -147,14 +171,19 @@ pub(crate) struct Monitor {
     lines: BufReader<UnixStream>,
     /// Events met on the way.
     pub(crate) events: Vec<Json>,
+    /// The daemon, for messages.
+    who: String,
+    /// The command that was sent last.
+    asked: String,
 }
 
 impl Monitor {
     /// `None` when there is no greeting: the socket of a daemon that was killed may accept
     /// connections for a moment longer.
-    fn new(stream: UnixStream) -> Option<Monitor> {
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        let mut m = Monitor { lines: BufReader::new(stream), events: Vec::new() };
+    fn new(stream: UnixStream, who: &str, patience: Duration) -> Option<Monitor> {
+        stream.set_read_timeout(Some(patience)).expect("a timeout");
+        let (lines, who) = (BufReader::new(stream), who.to_owned());
+        let mut m = Monitor { lines, events: Vec::new(), who, asked: "(the greeting)".into() };
         assert!(m.receive()?["QMP"].is_object());
         let reply = m.ask(&json!({"execute": "qmp_capabilities"}));
         assert_eq!(reply, json!({"return": {}}));
@@ -168,11 +197,12 @@ impl Monitor {
             Ok(0) => None,
             Ok(_) => Some(serde_json::from_str(&line).expect("JSON")),
             Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => None,
-            Err(e) => panic!("{e}"),
+            Err(e) => panic!("{}: {} does not answer to {}: {e}", test_name(), self.who, self.asked),
         }
     }
 
     pub(crate) fn send(&mut self, command: &Json) {
+        self.asked = command.to_string();
         self.send_bytes(command.to_string().as_bytes());
     }
 
@@ -183,7 +213,8 @@ impl Monitor {
     pub(crate) fn ask(&mut self, command: &Json) -> Json {
         self.send(command);
         loop {
-            let v = self.receive().expect("a reply");
+            let reply = self.receive();
+            let v = reply.unwrap_or_else(|| panic!("{}: {} hung up at {command}", test_name(), self.who));
             if v.get("event").is_none() {
                 return v;
             }
@@ -193,7 +224,7 @@ impl Monitor {
 
     pub(crate) fn ok(&mut self, name: &str, arguments: Json) -> Json {
         let reply = self.ask(&json!({"execute": name, "arguments": arguments}));
-        assert!(reply.get("error").is_none(), "{name} {arguments}: {reply}");
+        assert!(reply.get("error").is_none(), "{}: {}: {name} {arguments}: {reply}", test_name(), self.who);
         reply["return"].clone()
     }
 
