@@ -120,7 +120,7 @@ pub(crate) fn explain(state: &State, known: &BTreeSet<OpId>, refusal: Refusal, n
                 ));
             }
             if remedies.is_empty() {
-                remedies.push(format!("end {} '{}' first", deny_party.kind, deny_party.id));
+                remedies.push(end_of(&deny_party));
             }
             Error::refused(Conflict {
                 node: scene.shown(node).into(),
@@ -131,6 +131,14 @@ pub(crate) fn explain(state: &State, known: &BTreeSet<OpId>, refusal: Refusal, n
                 remedies,
             })
         }
+    }
+}
+
+/// The last way out. A driver's own claim ends with its node.
+fn end_of(party: &Party) -> String {
+    match party.kind.as_str() {
+        "node" => format!("remove node '{}' first (blockdev-del)", party.id),
+        kind => format!("end {kind} '{}' first", party.id),
     }
 }
 

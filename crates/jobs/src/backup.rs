@@ -120,7 +120,10 @@ impl Backup {
                 )
                 .remedy("use sync=full or sync=top"));
             }
-            word => return Err(invalid(format!("Parameter 'sync' does not accept value '{word}'"))),
+            word => {
+                return Err(invalid(format!("Parameter 'sync' does not accept value '{word}'"))
+                    .remedy("use one of: full, top, none"));
+            }
         };
         for name in ["bitmap", "bitmap-mode"] {
             if o.has(name) {

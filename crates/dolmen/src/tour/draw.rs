@@ -15,7 +15,8 @@ struct Edge {
 }
 
 /// Draws the answer to `x-debug-query-block-graph`.
-pub(super) fn graph(reply: &Json) -> Result<()> {
+/// Nodes have their drivers from that to `query-named-block-nodes`.
+pub(super) fn graph(reply: &Json, named: &Json) -> Result<()> {
     let bad = || Error::new(ErrorKind::Corrupt, format!("not a block graph: {reply}"));
     let nodes = reply["nodes"].as_array().ok_or_else(bad)?;
     let edges: Vec<Edge> = reply["edges"]
@@ -36,10 +37,15 @@ pub(super) fn graph(reply: &Json) -> Result<()> {
     let name = |id: u64| {
         let node = nodes.iter().find(|n| n["id"].as_u64() == Some(id));
         node.map_or(String::from("?"), |n| {
-            format!("{} ({})", n["name"].as_str().unwrap_or("-"), n["type"].as_str().unwrap_or("-"))
+            let name = n["name"].as_str().unwrap_or("-");
+            let info = named.as_array().into_iter().flatten().find(|i| i["node-name"] == name);
+            let kind = info.map_or(&n["type"], |i| &i["drv"]);
+            format!("{name} ({})", kind.as_str().unwrap_or("-"))
         })
     };
-    out!("  D read data, V write data, M write metadata, S resize; on each edge: needs / allows others");
+    out!(
+        "  r CONSISTENT_READ, w WRITE, u WRITE_UNCHANGED, s RESIZE; on each edge: what it needs / what it shares"
+    );
     let children: HashSet<u64> = edges.iter().map(|e| e.child).collect();
     for root in nodes.iter().filter_map(|n| n["id"].as_u64()).filter(|id| !children.contains(id)) {
         out!("  {}", name(root));
@@ -61,7 +67,7 @@ fn below(parent: u64, indent: &str, edges: &[Edge], name: &dyn Fn(u64) -> String
 /// Permission words as letters.
 fn letters(words: &Json) -> Option<String> {
     let words: Vec<&str> = words.as_array()?.iter().filter_map(Json::as_str).collect();
-    let text: String = [("consistent-read", 'D'), ("write", 'V'), ("write-unchanged", 'M'), ("resize", 'S')]
+    let text: String = [("consistent-read", 'r'), ("write", 'w'), ("write-unchanged", 'u'), ("resize", 's')]
         .into_iter()
         .filter(|(w, _)| words.contains(w))
         .map(|(_, c)| c)

@@ -112,7 +112,13 @@ impl Tour<'_> {
             self.dir,
             &[
                 "--blockdev",
-                "qcow2,node-name=overlay,file.driver=file,file.filename=overlay.qcow2,file.node-name=overlay-file",
+                "file,node-name=overlay-file,filename=overlay.qcow2",
+                "--blockdev",
+                "file,node-name=base-file,filename=base.qcow2,read-only=on",
+                "--blockdev",
+                "qcow2,node-name=base,file=base-file,read-only=on",
+                "--blockdev",
+                "qcow2,node-name=overlay,file=overlay-file,backing=base",
                 "--blockdev",
                 "copy-on-read,node-name=cor,file=overlay",
                 "--nbd-server",
@@ -123,7 +129,7 @@ impl Tour<'_> {
         )?;
 
         heading(3, "The graph: what each edge needs, and what it allows others to do");
-        draw::graph(&daemon.command("x-debug-query-block-graph", "{}")?)?;
+        draw_graph(&mut daemon)?;
 
         heading(4, "A client reads three ranges; they are copied into the overlay on the way");
         self.client(Job::Verify(disk.clone(), TOUCHED.to_vec()))?;
@@ -243,6 +249,11 @@ impl Tour<'_> {
     fn path(&self, name: &str) -> String {
         self.dir.join(name).to_string_lossy().into_owned()
     }
+}
+
+fn draw_graph(daemon: &mut Daemon) -> Result<()> {
+    let graph = daemon.command("x-debug-query-block-graph", "{}")?;
+    draw::graph(&graph, &daemon.command("query-named-block-nodes", "{}")?)
 }
 
 fn heading(n: u32, text: &str) {

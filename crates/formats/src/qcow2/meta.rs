@@ -468,16 +468,16 @@ impl Meta {
     /// The file offset to load a table from.
     pub(super) fn table_offset(&self, need: Need) -> Result<HostOffset> {
         let geo = self.geo;
-        let (what, found) = match need {
-            Need::L2(i) => ("L2 table", L1Entry(self.l1[i]).table(geo).ok().flatten()),
+        let (what, number, found) = match need {
+            Need::L2(i) => ("L2 table", i, L1Entry(self.l1[i]).table(geo).ok().flatten()),
             Need::Refblock(i) => {
                 let h = HostOffset(self.reftable[i] & !511);
-                ("refcount block", (h.0 != 0 && geo.in_cluster(h.0) == 0).then_some(h))
+                ("refcount block", i, (h.0 != 0 && geo.in_cluster(h.0) == 0).then_some(h))
             }
         };
         // Tables are written back where they are: one far behind the end would grow the file to there.
         found.filter(|h| geo.cluster_of(*h).0 < self.high).ok_or_else(|| {
-            corrupt(format!("{what} {need:?} has a bad offset, or lies beyond the end of the file"))
+            corrupt(format!("{what} {number} has a bad offset, or lies beyond the end of the file"))
         })
     }
 

@@ -322,9 +322,9 @@ impl Locks {
         });
         let (them, mut remedies) = match holder {
             Some(h) => {
-                let command: String = h.command.chars().take(200).collect();
+                let command = shortened(&h.command, 200);
                 let them = party(h.pid.to_string(), "process", command, stance_of(h));
-                (them, vec![format!("Stop process {} first", h.pid)])
+                (them, vec![format!("close the image in process {} (end its export, job or monitor command, or the process)", h.pid)])
             }
             None => (
                 party(
@@ -334,7 +334,7 @@ impl Locks {
                     Stance::default(),
                 ),
                 vec![
-                    "Look for the holder as root if it may be another user's, and in the containers and on the other \
+                    "look for the holder as root if it may be another user's, and in the containers and on the other \
                      hosts that use the file"
                         .to_owned(),
                 ],
@@ -347,6 +347,14 @@ impl Locks {
             "open it read-only".to_owned()
         });
         conflict(&self.filename, action, needed, me, them, remedies)
+    }
+}
+
+/// At most so many characters; what is cut off shows as an ellipsis.
+fn shortened(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::fmt::Write as _;
 
-use dolmen_types::Value;
+use dolmen_types::{Error, ErrorKind, Value};
 use serde_json::Value as Json;
 
 use super::{Builtin, ObjectDef, Schema, TypeDef, TypeId};
@@ -114,7 +114,9 @@ impl Walk<'_> {
                 if words.iter().any(|w| *w == s) {
                     return Ok(Value::Str(s));
                 }
-                Err(QmpError::generic(format!("Parameter '{}' does not accept value '{s}'", self.last())))
+                let text = format!("Parameter '{}' does not accept value '{s}'", self.last());
+                let accepted = format!("use one of: {}", words.join(", "));
+                Err(Error::new(ErrorKind::InvalidInput, text).remedy(accepted).into())
             }
             TypeDef::Array(of) => {
                 let Json::Array(items) = value else { return Err(self.wrong_type("array")) };
