@@ -6,12 +6,15 @@ use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use dolmen_types::{Actions, Claim, NodeName, Result, Value};
+use dolmen_types::{Actions, Claim, Error, ErrorKind, NodeName, Result, Value};
 
 use crate::draft::no_such_node;
 use crate::solver::solve_unchecked;
 use crate::state::State;
 use crate::{ChildEdge, Draft, Driver, Grants, Graph, Node, UserEdge, solve};
+
+/// The most nodes from a root down to a leaf: whoever walks a chain may do it by recursion.
+const MAX_DEPTH: usize = 4096;
 
 /// What the solver grants for one state of a draft, and the nodes built with that.
 pub(crate) struct Solved {
@@ -92,6 +95,12 @@ impl Draft {
     }
 
     fn decide(&self, part: &State) -> Result<Grants> {
+        if part.is_deeper_than(MAX_DEPTH) {
+            let text = format!("nodes would be stacked more than {MAX_DEPTH} high");
+            return Err(
+                Error::new(ErrorKind::Limit, text).remedy("merge images of the chain first (block-commit)")
+            );
+        }
         let decide = if self.setting.unchecked { solve_unchecked } else { solve };
         decide(&part.topology()).map_err(|r| crate::explain::explain(part, &self.ops_before, r, self.now))
     }

@@ -12,6 +12,7 @@
 //! empty or holds the new image.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use dolmen_rt::Rt;
 use dolmen_types::{
@@ -22,8 +23,8 @@ use dolmen_types::{
 use crate::place::{self, FileId, Place};
 use crate::stand_in::StandIn;
 use crate::{
-    ChildEdge, Common, CreateCx, Creation, Description, Draft, DriverKind, GraphOwner, Implicit, Io, NodeDef,
-    NodeOpener, OpInfo, OpenCx, OpenPolicy, Prealloc, Registry, Resize, join,
+    ChildEdge, Common, CreateCx, Creation, Description, Draft, DriverKind, GraphOwner, Implicit, Io, Node,
+    NodeDef, NodeOpener, OpInfo, OpenCx, OpenPolicy, Prealloc, Registry, Resize, join,
 };
 
 /// Nothing that the old content may name is looked at.
@@ -39,6 +40,8 @@ pub struct NewImage {
     pub format: Option<String>,
     /// Options for making it, of the format and of the protocol; `size` in bytes.
     pub options: Options,
+    /// The open node that its backing file option names, if there is one: its chain need not be opened again.
+    pub beneath: Option<Arc<Node>>,
 }
 
 /// The file that it goes into.
@@ -85,7 +88,7 @@ impl ImageMaker {
     /// `Unsupported` when the format can't be made; `InvalidInput` and `Limit` for its options; `Locked`, `NotFound`,
     /// `PermissionDenied` for its file; `InvalidInput` for an image that would be its own backing file.
     pub async fn check(opener: &NodeOpener<'_>, image: NewImage) -> Result<ImageMaker> {
-        let NewImage { file, format, mut options } = image;
+        let NewImage { file, format, mut options, beneath } = image;
         let rt = opener.rt;
         let format = format.map(|f| opener.registry.find(&f)).transpose()?;
         let parse = format.map(|k| k.create.ok_or_else(|| unsupported("Format", k.name))).transpose()?;
@@ -141,7 +144,7 @@ impl ImageMaker {
         let maker =
             ImageMaker { name, registry, format, protocol, creation, file, target: Some(target), made: None };
         maker.check_room()?;
-        maker.check_loop(opener).await?;
+        maker.check_loop(opener, beneath.as_ref()).await?;
         Ok(maker)
     }
 
@@ -155,13 +158,19 @@ impl ImageMaker {
         check_room(has, needs).context(|| format!("Could not create '{}'", self.name))
     }
 
-    async fn check_loop(&self, opener: &NodeOpener<'_>) -> Result<()> {
+    async fn check_loop(&self, opener: &NodeOpener<'_>, beneath: Option<&Arc<Node>>) -> Result<()> {
         let (Some(backing), Some(own)) = (self.creation.backing(), self.place()) else { return Ok(()) };
-        let full = join(&self.name, backing.name);
-        if !opener.chain_has(&full, backing.format, &own).await {
-            return Ok(());
+        let found = match beneath {
+            Some(node) => opener.open_chain_has(node, &own).await,
+            None => {
+                let full = join(&self.name, backing.name);
+                opener.chain_has(&full, backing.format, &own).await
+            }
+        };
+        match found {
+            true => Err(loops(&self.name, backing.name)),
+            false => Ok(()),
         }
-        Err(loops(&self.name, backing.name))
     }
 
     /// Where it goes, if that is a file of this host.
@@ -444,7 +453,7 @@ impl Draft {
             return Ok(Some(p.leaf.clone()));
         }
         let Place::Present(id) = place else { return Ok(None) };
-        let holds = |node: &std::sync::Arc<crate::Node>| node.driver.describe(node).file == Some(id);
+        let holds = |node: &Arc<Node>| node.driver.describe(node).file == Some(id);
         let mine = self.solved()?.nodes.values().find(|n| holds(n)).map(|n| n.name.clone());
         Ok(mine.or_else(|| self.base.holder_of(id, |part| self.taken.contains_key(&part)).cloned()))
     }

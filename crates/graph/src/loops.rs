@@ -11,7 +11,7 @@ use dolmen_types::{ChildRole, Options, Result, Value};
 use crate::place::{Place, place_in};
 use crate::{
     BackingName, Class, GraphOwner, Implicit, ImplicitChild, MAX_CHAIN, Node, NodeOpener, OpenPolicy,
-    own_file,
+    content, own_file,
 };
 
 /// The children of a filter that show its data.
@@ -59,6 +59,27 @@ impl NodeOpener<'_> {
                     Some((image, child)) => next = self.permit(&image, &child).await,
                     None => return false,
                 },
+            }
+        }
+        false
+    }
+
+    /// The same for a chain that is open, as far as its images name what they are linked to.
+    pub(crate) async fn open_chain_has(&self, node: &Arc<Node>, own: &Place) -> bool {
+        let mut at = Some(node);
+        while let Some(image) = at.map(content) {
+            let mut leaf = image;
+            while let Some(c) = leaf.child("file").or_else(|| leaf.children.first()) {
+                leaf = &c.node;
+            }
+            if leaf.driver.describe(leaf).file.map(Place::Present).as_ref() == Some(own) {
+                return true;
+            }
+            let Some((named, format)) = image.driver.describe(image).backing else { return false };
+            let named = crate::join(&own_file(image), &named);
+            at = image.backing();
+            if at.is_none_or(|below| own_file(content(below)) != named) {
+                return self.chain_has(&named, format.as_deref(), own).await;
             }
         }
         false

@@ -250,12 +250,23 @@ impl Draft {
     /// The next node to be reopened: one with no such node below it.
     fn next_to_reopen(&self) -> Option<usize> {
         let nodes = &self.state.nodes;
-        let waiting: Vec<&NodeName> = nodes.iter().filter(|n| n.reopening).map(|n| &n.def.name).collect();
-        let next = waiting.iter().find(|name| {
-            let below = self.state.below(name);
-            waiting.iter().all(|n| n == *name || !below.contains(n))
-        });
-        next.map(|name| self.state.index(name))
+        let mut next = (0..nodes.len()).find(|&i| nodes[i].reopening)?;
+        // Down to the last one. What was passed has none but those that were passed as well, and there are no cycles.
+        let mut todo: Vec<&NodeName> = nodes[next].children.iter().map(|c| &c.node).collect();
+        let mut seen = BTreeSet::new();
+        while let Some(name) = todo.pop() {
+            if !seen.insert(name) {
+                continue;
+            }
+            let i = self.state.index(name);
+            if nodes[i].reopening {
+                next = i;
+                todo.clear();
+                seen.clear();
+            }
+            todo.extend(nodes[i].children.iter().map(|c| &c.node));
+        }
+        Some(next)
     }
 }
 

@@ -260,9 +260,33 @@ impl State {
         seen
     }
 
+    /// Whether there is a way of more than `most` nodes from a root to a leaf. Cycles have an end here.
+    pub(crate) fn is_deeper_than(&self, most: usize) -> bool {
+        let n = self.nodes.len();
+        if n <= most {
+            return false;
+        }
+        let children = |i: usize| self.nodes[i].children.iter().map(|c| self.index(&c.node));
+        let mut parents = vec![0usize; n];
+        (0..n).flat_map(children).for_each(|c| parents[c] += 1);
+        let mut depth = vec![1usize; n];
+        let mut todo: Vec<usize> = (0..n).filter(|&i| parents[i] == 0).collect();
+        while let Some(i) = todo.pop() {
+            for c in children(i) {
+                depth[c] = depth[c].max(depth[i] + 1);
+                parents[c] -= 1;
+                if parents[c] == 0 {
+                    todo.push(c);
+                }
+            }
+        }
+        depth.into_iter().any(|d| d > most)
+    }
+
     /// Whether `to` is `from` or below it.
     pub(crate) fn reaches(&self, from: &NodeName, to: &NodeName) -> bool {
-        from == to || self.below(from).contains(to)
+        let has_parent = || self.nodes.iter().any(|n| n.children.iter().any(|c| c.node == *to));
+        from == to || (has_parent() && self.below(from).contains(to))
     }
 
     /// Adds another part of the graph.

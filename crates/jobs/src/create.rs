@@ -96,7 +96,7 @@ impl Create {
             if let Some(name) = options.get("filename") {
                 node.set("filename", name.clone());
             }
-            let image = NewImage { file: node, format: None, options };
+            let image = NewImage { file: node, format: None, options, beneath: None };
             ImageMaker::check(cx.opener, image.clone()).await?;
             let names = (cx.opener.registry, cx.opener.policy, cx.opener.names);
             self.plan.set(Some(Plan::File(image, names)));

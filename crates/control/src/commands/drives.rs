@@ -127,7 +127,8 @@ async fn with_target(
                 .into());
             }
             let options = made_over(draft, size, below.as_ref().filter(|_| names), &file)?;
-            let image = NewImage { file, format: Some(format), options };
+            let beneath = below.as_ref().filter(|_| names).map(|n| draft.built_node(n)).transpose()?;
+            let image = NewImage { file, format: Some(format), options, beneath };
             opener.open_new(draft, image, node).await?
         }
         format => {

@@ -132,7 +132,8 @@ async fn propose_sync(opener: &NodeOpener<'_>, draft: &mut Draft, sync: Snapshot
     } else {
         let size = draft.built_node(&node)?.size();
         let made = made_over(draft, size, Some(&node), &file)?;
-        let image = NewImage { file, format: Some(sync.format), options: made };
+        let beneath = Some(draft.built_node(&node)?);
+        let image = NewImage { file, format: Some(sync.format), options: made, beneath };
         opener.open_new(draft, image, options).await?
     };
     let op = insert_overlay(draft, &node, &overlay)?;
