@@ -137,7 +137,7 @@ fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
             ChildSpec { name: "file", role: ChildRole::Filtered, def: file },
             ChildSpec { name: "target", role: ChildRole::Target, def: target },
         ],
-        rule: AccessRule::CopyBeforeWrite,
+        rule: AccessRule::SAVES_OLD_DATA,
         relies_down_to: None,
         open: Box::new(Open { on_error, timeout: to_timeout(timeout_sec), min_chunk }),
     })
@@ -196,7 +196,7 @@ impl Opener for Open {
             };
             Ok(Opened::of(Arc::new(CopyBeforeWrite {
                 point,
-                rule: AccessRule::CopyBeforeWrite,
+                rule: AccessRule::SAVES_OLD_DATA,
                 on_error: self.on_error,
                 timeout: self.timeout,
                 target_name: target.name.as_str().to_owned(),
@@ -247,7 +247,7 @@ impl CopyBeforeWrite {
     pub fn for_job(point: Arc<PointInTime>, target: &str, on_error: OnCbwError) -> CopyBeforeWrite {
         CopyBeforeWrite {
             point,
-            rule: AccessRule::Backup,
+            rule: AccessRule::SAVES_OLD_DATA_FOR_JOB,
             on_error,
             timeout: None,
             target_name: target.to_owned(),

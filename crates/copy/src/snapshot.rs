@@ -37,7 +37,7 @@ fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
     let file = ChildDef::take(options, "file")?;
     Ok(Parsed {
         children: vec![ChildSpec { name: "file", role: ChildRole::Data, def: file }],
-        rule: AccessRule::SnapshotAccess,
+        rule: AccessRule::POINT_IN_TIME,
         relies_down_to: None,
         open: Box::new(Open),
     })
@@ -114,7 +114,7 @@ impl Driver for SnapshotAccess {
     }
 
     fn access_rule(&self) -> AccessRule {
-        AccessRule::SnapshotAccess
+        AccessRule::POINT_IN_TIME
     }
 
     fn plan(&self, node: &Node, request: Request, span: Span) -> Plan {

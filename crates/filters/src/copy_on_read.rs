@@ -56,7 +56,7 @@ fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
     let bottom = options.take_str("bottom")?.map(NodeName::internal);
     Ok(Parsed {
         children: vec![ChildSpec { name: "file", role: ChildRole::Filtered, def: file }],
-        rule: AccessRule::CopyOnRead,
+        rule: AccessRule::POPULATES,
         relies_down_to: bottom.clone(),
         open: Box::new(Open { bottom }),
     })
@@ -203,7 +203,7 @@ impl Driver for CopyOnRead {
     }
 
     fn access_rule(&self) -> AccessRule {
-        AccessRule::CopyOnRead
+        AccessRule::POPULATES
     }
 
     fn plan(&self, node: &Node, request: Request, span: Span) -> Plan {

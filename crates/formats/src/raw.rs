@@ -92,9 +92,9 @@ fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
 /// looked at.
 fn rule(window: bool, probed: bool) -> AccessRule {
     match (window, probed) {
-        (true, _) => AccessRule::Slice,
-        (false, true) => AccessRule::Filter,
-        (false, false) => AccessRule::Transparent,
+        (true, _) => AccessRule::WINDOW,
+        (false, true) => AccessRule::FILTER,
+        (false, false) => AccessRule::TRANSPARENT,
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! A request is counted where it enters a node, with the size it has there: once, however many pieces its way further
 //! down is cut into. Every node that it visits counts it, also those that only pass it on and those that are stepped
-//! over ([`AccessRule::Transparent`](crate::AccessRule)); that is why counting has to be cheap. Each core adds to words of
+//! over ([`RuleTable::transparent`](crate::RuleTable)); that is why counting has to be cheap. Each core adds to words of
 //! its own with a plain load and store (see [`Lane`](dolmen_rt::Lane)); a reader adds them up. A reading is therefore not a
 //! point in time: a request that is counted while it is made may be seen or not.
 //!

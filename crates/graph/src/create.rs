@@ -266,7 +266,7 @@ impl ImageMaker {
             name: name.clone(),
             anonymous: true,
             kind: self.protocol,
-            rule: crate::AccessRule::Leaf,
+            rule: crate::AccessRule::LEAF,
             flags: crate::NodeFlags::default(),
             owner: None,
             monitor: true,
@@ -422,7 +422,7 @@ impl NodeOpener<'_> {
         let mut leaf_options = maker.file.clone();
         let mut peek = options.clone();
         let above = Common::take(&mut peek)?;
-        let inherited = crate::open::below(&above, crate::AccessRule::Format, ChildRole::Metadata, 0);
+        let inherited = crate::open::below(&above, crate::AccessRule::FORMAT, ChildRole::Metadata, 0);
         let inherits = crate::open::inherit(&mut leaf_options, inherited);
         let described = leaf_options.clone().into_value();
         let common = Common::take(&mut leaf_options)?;
@@ -431,7 +431,7 @@ impl NodeOpener<'_> {
             name: leaf.clone(),
             anonymous: common.node_name.is_none(),
             kind: maker.protocol,
-            rule: crate::AccessRule::Leaf,
+            rule: crate::AccessRule::LEAF,
             flags: common.flags,
             owner: None,
             monitor: false,

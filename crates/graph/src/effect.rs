@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, Result};
 
-use crate::{AccessRule, ChildEdge, Draft, Node, NodeState, UserEdge, content};
+use crate::{ChildEdge, Draft, Node, NodeState, UserEdge, content};
 
 /// What publishing a draft does to what is there.
 pub(crate) struct Effect {
@@ -171,7 +171,7 @@ fn flushed_with(node: &Arc<Node>) -> Set {
     while let Some(n) = todo.pop() {
         if !out.has(&n) {
             // A flush of a view of the past does nothing.
-            let ends = n.driver.access_rule() == AccessRule::SnapshotAccess;
+            let ends = n.driver.access_rule().table.ends_flushes;
             let holds = |c: &&ChildEdge| !ends && !matches!(c.role, ChildRole::Backing | ChildRole::Target);
             todo.extend(n.children.iter().filter(holds).map(|c| c.node.clone()));
             out.add([n]);

@@ -8,7 +8,7 @@ use dolmen_types::{Actions, ChildRole, Claim, Conflict, Error, ErrorKind, OpId, 
 
 use crate::solver::wishes;
 use crate::state::State;
-use crate::{AccessRule, EdgeRef, Grants, OpInfo, Refusal, Topology};
+use crate::{EdgeRef, Grants, OpInfo, Refusal, Topology};
 
 /// The error for a refusal on this candidate.
 #[cold]
@@ -174,11 +174,7 @@ impl<'a> Scene<'a> {
     fn sees_all_writes(&self, at: EdgeRef) -> bool {
         let EdgeRef::Child { parent, child } = at else { return false };
         let node = &self.state.nodes[parent];
-        matches!(
-            (node.def.rule, node.children[child].role),
-            (AccessRule::Format | AccessRule::FormatOverChanging, ChildRole::Metadata | ChildRole::Data)
-                | (AccessRule::CopyBeforeWrite, ChildRole::Filtered)
-        )
+        node.def.rule.role(node.children[child].role).sees_all_writes
     }
 
     /// The overlay whose backing child an edge leads to.
@@ -303,22 +299,7 @@ impl<'a> Scene<'a> {
             }
             EdgeRef::Child { parent, child } => {
                 let node = &self.state.nodes[parent];
-                match (node.def.rule, node.children[child].role) {
-                    (AccessRule::Format | AccessRule::FormatOverChanging, ChildRole::Metadata) => {
-                        "keeps its metadata there, which would be destroyed".into()
-                    }
-                    (AccessRule::Format | AccessRule::FormatOverChanging, ChildRole::Backing) => {
-                        "shows what it holds where it has no data of its own".into()
-                    }
-                    (AccessRule::CopyBeforeWrite | AccessRule::Backup, ChildRole::Filtered) => {
-                        "must see every write first, to save what it overwrites".into()
-                    }
-                    (AccessRule::Mirror, ChildRole::Filtered) => {
-                        "must see every write, to copy it to its target".into()
-                    }
-                    (_, ChildRole::Target) => "writes a copy to it, which has to keep its size".into(),
-                    _ => "passes on what those above it do not allow".into(),
-                }
+                node.def.rule.role(node.children[child].role).why.into()
             }
         }
     }

@@ -54,7 +54,7 @@
 //!         name: name.clone(),
 //!         anonymous: false,
 //!         kind: &MEMORY,
-//!         rule: AccessRule::Leaf,
+//!         rule: AccessRule::LEAF,
 //!         flags: NodeFlags::default(),
 //!         owner: None,
 //!         monitor: true,
@@ -124,7 +124,7 @@ mod state;
 mod status;
 mod user;
 
-pub use access::{AccessRule, NodeFacts};
+pub use access::{AccessRule, NodeFacts, RoleRule, RuleTable};
 pub use count::{Counters, Counts, Tally};
 pub use create::{ImageMaker, NewImage, check_room, create_image};
 pub use draft::{ClaimScope, Draft, NodeDef, OpClaim, OpInfo};

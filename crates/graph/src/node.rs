@@ -9,7 +9,7 @@ use dolmen_types::{ChildRole, Claim, NodeName, OpId, Span, Value, WriteFlags};
 use crate::count::{Place, Threshold};
 use crate::late::Late;
 use crate::notice::NoticeSink;
-use crate::{AccessRule, Counters, Driver, Epochs, Lease, Notice};
+use crate::{Counters, Driver, Epochs, Lease, Notice};
 
 /// Common properties of a node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -212,7 +212,7 @@ impl Node {
         flags: NodeFlags,
         children: &[ChildEdge],
     ) -> Option<Shown> {
-        let (AccessRule::Transparent, [only]) = (driver.access_rule(), children) else { return None };
+        let (true, [only]) = (driver.access_rule().table.transparent, children) else { return None };
         // A node that looks at what is written must be asked.
         if only.node.hears || flags.detect_zeroes != DetectZeroes::Off {
             return None;
@@ -233,26 +233,8 @@ impl Node {
 
     /// What [`Node::hears_events`] has to be for a driver with these children. Filters pass events on.
     pub(crate) fn hears_through(driver: &dyn Driver, children: &[ChildEdge]) -> bool {
-        match driver.access_rule() {
-            AccessRule::Debug { .. } => true,
-            AccessRule::Leaf
-            | AccessRule::Format
-            | AccessRule::FormatOverChanging
-            | AccessRule::Quorum { .. }
-            | AccessRule::SnapshotAccess => false,
-            AccessRule::Filter
-            | AccessRule::Transparent
-            | AccessRule::Slice
-            | AccessRule::CopyOnRead
-            | AccessRule::CopyBeforeWrite
-            | AccessRule::Mirror
-            | AccessRule::Backup
-            | AccessRule::CommitActive
-            | AccessRule::CommitMid => {
-                let below = |c: &ChildEdge| matches!(c.role, ChildRole::Filtered | ChildRole::Data);
-                children.iter().any(|c| below(c) && c.node.hears)
-            }
-        }
+        let rule = driver.access_rule();
+        rule.table.receives_events || children.iter().any(|c| c.node.hears && rule.role(c.role).events)
     }
 
     /// A child by the option's name.

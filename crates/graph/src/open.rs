@@ -229,7 +229,7 @@ impl Opener<'_> {
         if !options.has("read-only") {
             options.set("read-only", child.role == ChildRole::Backing || common.flags.read_only);
         }
-        let below = Inherited { depth: depth + 1, ..below(common, AccessRule::Format, child.role, depth) };
+        let below = Inherited { depth: depth + 1, ..below(common, AccessRule::FORMAT, child.role, depth) };
         let node = self
             .node(draft, options, false, None, below)
             .await
@@ -363,7 +363,7 @@ impl Opener<'_> {
                 let inline = Options::from_value(Value::Map(m))?;
                 let mut peek = options.clone();
                 let common = Common::take(&mut peek)?;
-                let mut merged = below(&common, AccessRule::Format, ChildRole::Metadata, inherited.depth);
+                let mut merged = below(&common, AccessRule::FORMAT, ChildRole::Metadata, inherited.depth);
                 merged.flags.read_only |= inherited.flags.read_only;
                 merged.flags.force_share |= inherited.flags.force_share;
                 self.node(draft, inline, false, None, merged).await?
@@ -420,12 +420,8 @@ pub(crate) fn below(common: &Common, parent: AccessRule, role: ChildRole, depth:
             direct: f.direct,
             no_flush: f.no_flush,
             force_share: f.force_share,
-            // The parent decides about discards, so its file always passes them on.
-            unmap: if matches!(parent, AccessRule::Filter | AccessRule::Transparent) || backing {
-                f.unmap
-            } else {
-                true
-            },
+            // A parent that decides about discards has a file that always passes them on.
+            unmap: !(parent.table.leaves_discards || backing) || f.unmap,
             // Each node says so for itself.
             inactive: false,
             detect_zeroes: DetectZeroes::Off,

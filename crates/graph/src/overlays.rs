@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use dolmen_types::{Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Result};
 
 use crate::state::State;
-use crate::{AccessRule, ClaimScope, Draft, OpClaim, Overlays, Stance};
+use crate::{ClaimScope, Draft, OpClaim, Overlays, Stance};
 
 impl State {
     /// How operations stand to overlays, for the solver.
@@ -147,7 +147,7 @@ impl Draft {
     pub fn guard_target(&mut self, node: &NodeName) -> Result<()> {
         let target = self
             .node(node)
-            .filter(|n| n.def.rule == AccessRule::CopyBeforeWrite && n.def.owner.is_none())
+            .filter(|n| n.def.rule.table.guards_target && n.def.owner.is_none())
             .and_then(|n| n.children.iter().find(|c| c.role == ChildRole::Target))
             .map(|c| c.node.clone());
         let Some(target) = target else { return Ok(()) };

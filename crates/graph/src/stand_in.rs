@@ -125,7 +125,7 @@ impl Driver for StandIn {
     }
 
     fn access_rule(&self) -> AccessRule {
-        AccessRule::Leaf
+        AccessRule::LEAF
     }
 
     fn plan(&self, _: &Node, _: Request, _: Span) -> Plan {

@@ -208,7 +208,7 @@ impl Commit {
         let between = between(d, b);
         let beneath = d.resolve(&b.top)?;
         self.core.only_above(&b.base);
-        let driver = self.core.make_filter(AccessRule::CommitActive, size, cluster);
+        let driver = self.core.make_filter(AccessRule::COPIES_WRITES_DOWN, size, cluster);
         let filter = add_filter(d, op, self.filter_name.as_ref(), driver)?;
         d.link(&filter, "target", ChildRole::Target, &b.base)?;
         d.interpose(&filter, "file", &b.top)?;
@@ -234,7 +234,7 @@ impl Commit {
             name: filter.clone(),
             anonymous: self.filter_name.is_none(),
             kind: &COMMIT_TOP,
-            rule: AccessRule::CommitMid,
+            rule: AccessRule::LETS_CHANGE,
             flags: NodeFlags { unmap: true, ..NodeFlags::default() },
             owner: Some(op.clone()),
             monitor: false,

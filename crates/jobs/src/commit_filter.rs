@@ -42,7 +42,7 @@ impl Driver for CommitFilter {
     }
 
     fn access_rule(&self) -> AccessRule {
-        AccessRule::CommitMid
+        AccessRule::LETS_CHANGE
     }
 
     fn plan(&self, _: &Node, request: Request, span: Span) -> Plan {

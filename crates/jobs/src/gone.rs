@@ -42,7 +42,7 @@ pub(crate) fn end_of_point(d: &mut Draft, op: &OpId, source: &NodeName, saved_in
         name: name.clone(),
         anonymous: true,
         kind: &GONE,
-        rule: AccessRule::Leaf,
+        rule: AccessRule::LEAF,
         flags: NodeFlags { read_only: true, ..NodeFlags::default() },
         owner: None,
         monitor: false,
@@ -86,7 +86,7 @@ impl Driver for Gone {
     }
 
     fn access_rule(&self) -> AccessRule {
-        AccessRule::Leaf
+        AccessRule::LEAF
     }
 
     fn plan(&self, _: &Node, _: Request, _: Span) -> Plan {

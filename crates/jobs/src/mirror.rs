@@ -109,7 +109,7 @@ impl Mirror {
         let low: Vec<NodeName> = d.images(&source).into_iter().skip(1).collect();
         // What the filter will stand on: the source itself, or what others have put on it.
         let beneath = d.resolve(&source)?;
-        let driver = self.core.make_filter(AccessRule::Mirror, probe.size(), limits.cluster_size);
+        let driver = self.core.make_filter(AccessRule::COPIES_WRITES, probe.size(), limits.cluster_size);
         drop(probe);
         let filter = add_filter(d, op, self.filter_name.as_ref(), driver)?;
         d.link(&filter, "target", ChildRole::Target, &target)?;

@@ -67,7 +67,7 @@ fn parse(options: &mut Options, kind: &'static DriverKind) -> Result<Parsed> {
     };
     Ok(Parsed {
         children: Vec::new(),
-        rule: AccessRule::Leaf,
+        rule: AccessRule::LEAF,
         relies_down_to: None,
         open: Box::new(OpenNull(null)),
     })
@@ -105,7 +105,7 @@ impl Driver for Null {
     }
 
     fn access_rule(&self) -> AccessRule {
-        AccessRule::Leaf
+        AccessRule::LEAF
     }
 
     fn plan(&self, _: &Node, request: Request, span: Span) -> Plan {

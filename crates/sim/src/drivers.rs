@@ -46,7 +46,7 @@ pub static MEMORY: DriverKind = DriverKind {
 fn parse_memory(options: &mut Options, _: &Common) -> Result<Parsed> {
     let size = options.take_size("size")?.unwrap_or(0);
     let open = Box::new(OpenMemory { size });
-    Ok(Parsed { children: Vec::new(), rule: AccessRule::Leaf, relies_down_to: None, open })
+    Ok(Parsed { children: Vec::new(), rule: AccessRule::LEAF, relies_down_to: None, open })
 }
 
 struct OpenMemory {
@@ -137,7 +137,7 @@ fn extent(image: &Image, span: Span) -> Extent {
 macro_rules! leaf_methods {
     () => {
         fn access_rule(&self) -> AccessRule {
-            AccessRule::Leaf
+            AccessRule::LEAF
         }
 
         fn plan(&self, _: &Node, _: Request, _: Span) -> Plan {

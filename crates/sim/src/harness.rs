@@ -45,7 +45,7 @@ fn with_leaves(rt: &Rt, leaves: Vec<Leaf>) -> Result<(GraphOwner, Draft)> {
             name: name.clone(),
             anonymous: false,
             kind: leaf.driver.kind(),
-            rule: AccessRule::Leaf,
+            rule: AccessRule::LEAF,
             flags: NodeFlags { read_only: leaf.read_only, unmap: true, ..NodeFlags::default() },
             owner: None,
             monitor: true,

@@ -182,7 +182,7 @@ pub fn add_image(d: &mut Draft, name: &str, size: u64, backing: Option<&str>) ->
     add(d, &file, MemoryDisk::new(Image::new(size)), None, &[])?;
     let mut children = vec![("file", ChildRole::Metadata, file.as_str())];
     children.extend(backing.map(|b| ("backing", ChildRole::Backing, b)));
-    add(d, name, StandIn::new(&FORMAT, AccessRule::Format), None, &children)
+    add(d, name, StandIn::new(&FORMAT, AccessRule::FORMAT), None, &children)
 }
 
 /// The chain of the module's head, published, and the operations on it.
@@ -282,7 +282,7 @@ pub fn stream(d: &mut Draft, id: &str, device: &str, bottom: Option<&str>) -> Re
     use Actions as A;
     let op = begin_job(d, id, format!("stream of '{device}'"))?;
     let filter =
-        add(d, &format!("{id}-filter"), StandIn::new(&COPY_ON_READ, AccessRule::CopyOnRead), Some(&op), &[])?;
+        add(d, &format!("{id}-filter"), StandIn::new(&COPY_ON_READ, AccessRule::POPULATES), Some(&op), &[])?;
     d.interpose(&filter, "file", device)?;
     d.add_user(&op, &filter, Claim { needs: A::D, allows: ALL })?;
     let mut low = below(d, device);
@@ -303,7 +303,7 @@ pub fn commit(d: &mut Draft, id: &str, top: &str, base: &str, active: bool) -> R
     let overlay = d.parents(top).into_iter().find(|(_, role)| *role == ChildRole::Backing).map(|(n, _)| n);
     let kind = if active { "active commit" } else { "commit" };
     let op = begin_job(d, id, format!("{kind} of '{top}' into '{base}'"))?;
-    let rule = if active { AccessRule::CommitActive } else { AccessRule::CommitMid };
+    let rule = if active { AccessRule::COPIES_WRITES_DOWN } else { AccessRule::LETS_CHANGE };
     let filter = add(d, &format!("{id}-filter"), StandIn::new(&COMMIT, rule), Some(&op), &[])?;
     let between: Vec<NodeName> = below(d, top).into_iter().take_while(|n| n.as_str() != base).collect();
     if active {
@@ -345,7 +345,7 @@ pub fn commit(d: &mut Draft, id: &str, top: &str, base: &str, active: bool) -> R
 pub fn mirror(d: &mut Draft, id: &str, source: &str, target: &str) -> Result<()> {
     use Actions as A;
     let op = begin_job(d, id, format!("mirror of '{source}'"))?;
-    let filter = add(d, &format!("{id}-filter"), StandIn::new(&MIRROR, AccessRule::Mirror), Some(&op), &[])?;
+    let filter = add(d, &format!("{id}-filter"), StandIn::new(&MIRROR, AccessRule::COPIES_WRITES), Some(&op), &[])?;
     let low = below(d, source);
     let beneath = d.resolve(source)?;
     d.interpose(&filter, "file", source)?;
@@ -369,7 +369,7 @@ pub fn backup(d: &mut Draft, id: &str, source: &str, target: &str, bitmap: Optio
     let filter = add(
         d,
         &format!("{id}-filter"),
-        StandIn::new(&BACKUP, AccessRule::Backup),
+        StandIn::new(&BACKUP, AccessRule::SAVES_OLD_DATA_FOR_JOB),
         Some(&op),
         &[("target", ChildRole::Target, target)],
     )?;
@@ -458,7 +458,7 @@ pub fn relink_backing(d: &mut Draft, id: &str, node: &str, backing: &str) -> Res
 /// A copy-on-read node that a user puts over `node`; with `bottom` it relies on the chain
 /// down to there.
 pub fn copy_on_read(d: &mut Draft, name: &str, node: &str, bottom: Option<&str>) -> Result<()> {
-    let driver = StandIn::new(&COPY_ON_READ, AccessRule::CopyOnRead);
+    let driver = StandIn::new(&COPY_ON_READ, AccessRule::POPULATES);
     let name = add(d, name, driver, None, &[("file", ChildRole::Filtered, node)])?;
     match bottom {
         Some(bottom) => d.rely_down_to(&name, &NodeName::internal(bottom)),
@@ -468,7 +468,7 @@ pub fn copy_on_read(d: &mut Draft, name: &str, node: &str, bottom: Option<&str>)
 
 /// A copy-before-write node that a user puts over `node`.
 pub fn copy_before_write(d: &mut Draft, name: &str, node: &str, target: &str) -> Result<()> {
-    let driver = StandIn::new(&COPY_BEFORE_WRITE, AccessRule::CopyBeforeWrite);
+    let driver = StandIn::new(&COPY_BEFORE_WRITE, AccessRule::SAVES_OLD_DATA);
     let children = [("file", ChildRole::Filtered, node), ("target", ChildRole::Target, target)];
     let name = add(d, name, driver, None, &children)?;
     d.guard_target(&name)

@@ -143,6 +143,11 @@ impl Actions {
         Actions(self.0 | other.0)
     }
 
+    /// Intersection, usable in constants.
+    pub const fn and(self, other: Actions) -> Actions {
+        Actions(self.0 & other.0)
+    }
+
     /// Difference, usable in constants.
     pub const fn without(self, other: Actions) -> Actions {
         Actions(self.0 & !other.0)

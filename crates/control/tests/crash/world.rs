@@ -65,7 +65,7 @@ thread_local! {
 
 fn parse_named(options: &mut Options, _: &Common) -> Result<Parsed> {
     let open = Box::new(OpenNamed(options.require_str("name")?));
-    Ok(Parsed { children: Vec::new(), rule: AccessRule::Leaf, relies_down_to: None, open })
+    Ok(Parsed { children: Vec::new(), rule: AccessRule::LEAF, relies_down_to: None, open })
 }
 
 struct OpenNamed(String);

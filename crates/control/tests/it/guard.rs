@@ -70,7 +70,7 @@ pub(crate) static GATED: DriverKind = DriverKind {
     parse: |_, _| {
         Ok(Parsed {
             children: Vec::new(),
-            rule: AccessRule::Leaf,
+            rule: AccessRule::LEAF,
             relies_down_to: None,
             open: Box::new(OpenGated),
         })
@@ -110,7 +110,7 @@ impl Driver for Gated {
         Limits::BYTES
     }
     fn access_rule(&self) -> AccessRule {
-        AccessRule::Leaf
+        AccessRule::LEAF
     }
     fn plan(&self, _: &Node, request: Request, span: Span) -> Plan {
         let len = span.len();

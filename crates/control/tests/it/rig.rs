@@ -33,7 +33,7 @@ static PASS: DriverKind = DriverKind {
             ChildSpec { name: "file", role: ChildRole::Filtered, def: ChildDef::take(options, "file")? };
         Ok(Parsed {
             children: vec![file],
-            rule: AccessRule::Filter,
+            rule: AccessRule::FILTER,
             relies_down_to: None,
             open: Box::new(Open(|| Ok(Arc::new(Pass { stuck: false })))),
         })
@@ -55,7 +55,7 @@ static STUCK: DriverKind = DriverKind {
             ChildSpec { name: "file", role: ChildRole::Filtered, def: ChildDef::take(options, "file")? };
         Ok(Parsed {
             children: vec![file],
-            rule: AccessRule::Filter,
+            rule: AccessRule::FILTER,
             relies_down_to: None,
             open: Box::new(Open(|| Ok(Arc::new(Pass { stuck: true })))),
         })
@@ -89,7 +89,7 @@ impl Driver for Pass {
         below.driver.limits(below)
     }
     fn access_rule(&self) -> AccessRule {
-        AccessRule::Filter
+        AccessRule::FILTER
     }
     fn plan(&self, _: &Node, request: Request, span: Span) -> Plan {
         Plan::pass(request, span)

@@ -370,7 +370,7 @@ async fn interpose(
             name: name.clone(),
             anonymous: true,
             kind: &COPY_BEFORE_WRITE,
-            rule: AccessRule::Backup,
+            rule: AccessRule::SAVES_OLD_DATA_FOR_JOB,
             flags: NodeFlags { unmap: true, ..NodeFlags::default() },
             owner: Some(op.clone()),
             monitor: false,

@@ -35,7 +35,7 @@ fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
     let disk = Memory { size, faults, state: Arc::default() };
     Ok(Parsed {
         children: Vec::new(),
-        rule: AccessRule::Leaf,
+        rule: AccessRule::LEAF,
         relies_down_to: None,
         open: Box::new(Open(disk)),
     })
@@ -176,7 +176,7 @@ impl Driver for Memory {
         Limits { fast_zeroes: true, discards: true, ..Limits::BYTES }
     }
     fn access_rule(&self) -> AccessRule {
-        AccessRule::Leaf
+        AccessRule::LEAF
     }
     fn plan(&self, _: &Node, _: Request, _: Span) -> Plan {
         Plan::Slow

@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use dolmen_graph::{
     AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits,
-    Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock, Request, Where, is_use,
+    Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock, Request, RuleTable, Where, is_use,
     node_filename, own_status,
 };
 use dolmen_rt::{IoVec, LocalFuture, Memory};
@@ -81,6 +81,9 @@ pub static BLKDEBUG: DriverKind = DriverKind {
 };
 
 const IMAGE: usize = 0;
+
+/// It acts on the events of its parents, and may hold more than they ask for.
+static RULE: RuleTable = RuleTable { receives_events: true, ..RuleTable::THROUGH };
 
 /// The longest configuration file that is read, in bytes.
 const CONFIG_MAX: u64 = 1 << 20;
@@ -153,7 +156,7 @@ struct Held {
 
 impl Held {
     fn rule(self) -> AccessRule {
-        AccessRule::Debug { take: self.take, unshare: self.unshare }
+        AccessRule { take: self.take, unshare: self.unshare, ..AccessRule::of(&RULE) }
     }
 }
 

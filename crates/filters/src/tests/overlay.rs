@@ -39,7 +39,7 @@ fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
             allocated.insert(n as u64);
         }
     }
-    Ok(Parsed { children, rule: AccessRule::Format, relies_down_to: None, open: Box::new(Open(allocated)) })
+    Ok(Parsed { children, rule: AccessRule::FORMAT, relies_down_to: None, open: Box::new(Open(allocated)) })
 }
 
 struct Open(BTreeSet<u64>);
@@ -92,7 +92,7 @@ impl Driver for Overlay {
         Limits { cluster_size: CLUSTER as u32, ..Limits::BYTES }
     }
     fn access_rule(&self) -> AccessRule {
-        AccessRule::Format
+        AccessRule::FORMAT
     }
     fn plan(&self, _: &Node, request: Request, span: Span) -> Plan {
         match request {

@@ -95,8 +95,8 @@ fn parse(options: &mut Options, common: &Common) -> Result<Parsed> {
         Some(v) => ChildDef::from_value("backing", v, true)?,
     };
     let rule = match options.take_bool("x-backing-may-change")?.unwrap_or(false) {
-        true => AccessRule::FormatOverChanging,
-        false => AccessRule::Format,
+        true => AccessRule::FORMAT_OVER_CHANGING,
+        false => AccessRule::FORMAT,
     };
     let lazy = options.take_bool("lazy-refcounts")?.unwrap_or(false);
     options.take_enum("overlap-check", &["none", "constant", "cached", "all"])?;

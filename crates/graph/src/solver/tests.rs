@@ -6,7 +6,7 @@
 //! shares no code with [`AccessRule`].
 //!
 //! What is complete, and what is not:
-//! - `AccessRule::Transparent` is a filter to the solver: see [`transparent_is_a_filter`].
+//! - `AccessRule::TRANSPARENT` is a filter to the solver: see [`transparent_is_a_filter`].
 //! - [`edge_rules`]: every rule, role, set of facts and claim of one parent: complete.
 //! - [`two_parties`]: every kind of pair that can meet at a node, with every claim of each
 //!   over D, V, M and S, and over every pair of actions: complete.
@@ -20,24 +20,39 @@
 use dolmen_types::{Actions, ChildRole, Claim};
 
 use super::*;
+use crate::{RoleRule, RuleTable};
 
 const RULES: [AccessRule; 15] = [
-    AccessRule::Leaf,
-    AccessRule::Filter,
-    AccessRule::Slice,
-    AccessRule::CopyOnRead,
-    AccessRule::Format,
-    AccessRule::FormatOverChanging,
-    AccessRule::Quorum { rewrite: false },
-    AccessRule::Quorum { rewrite: true },
-    AccessRule::CopyBeforeWrite,
-    AccessRule::SnapshotAccess,
-    AccessRule::Mirror,
-    AccessRule::Backup,
-    AccessRule::CommitActive,
-    AccessRule::CommitMid,
-    AccessRule::Debug { take: Actions::D.with(Actions::V), unshare: Actions::V.with(Actions::S) },
+    AccessRule::LEAF,
+    AccessRule::FILTER,
+    AccessRule::WINDOW,
+    AccessRule::POPULATES,
+    AccessRule::FORMAT,
+    AccessRule::FORMAT_OVER_CHANGING,
+    QUORUM,
+    REWRITING_QUORUM,
+    AccessRule::SAVES_OLD_DATA,
+    AccessRule::POINT_IN_TIME,
+    AccessRule::COPIES_WRITES,
+    AccessRule::SAVES_OLD_DATA_FOR_JOB,
+    AccessRule::COPIES_WRITES_DOWN,
+    AccessRule::LETS_CHANGE,
+    AccessRule {
+        take: Actions::D.with(Actions::V),
+        unshare: Actions::V.with(Actions::S),
+        ..AccessRule::FILTER
+    },
 ];
+
+/// Rules that a driver could bring with it: nothing but the solver's arithmetic knows them.
+const QUORUM: AccessRule = AccessRule::of(&RuleTable::one(QUORUM_CHILD));
+const REWRITING_QUORUM: AccessRule =
+    AccessRule::of(&RuleTable::one(RoleRule { needs_add: Actions::V, ..QUORUM_CHILD }));
+const QUORUM_CHILD: RoleRule = RoleRule {
+    allows_pass: Actions::NONE,
+    allows_add: Actions::D.with(Actions::M),
+    ..RoleRule::THROUGH
+};
 
 const ROLES: [ChildRole; 5] =
     [ChildRole::Filtered, ChildRole::Metadata, ChildRole::Data, ChildRole::Backing, ChildRole::Target];
@@ -57,26 +72,27 @@ struct OracleEdge {
 /// M; `x` V or M of the parents; `y` x or S;
 /// `d` D or V of the parents; `r` V allowed by the parents, as long as there are none.
 fn table(rule: AccessRule, role: ChildRole) -> [&'static str; 2] {
+    // What the node was told to take and not to share comes on top, see below.
+    let rule = AccessRule::of(rule.table);
     match (rule, role) {
-        (AccessRule::CommitActive, ChildRole::Target) => ["p100", "1110"],
+        (AccessRule::COPIES_WRITES_DOWN, ChildRole::Target) => ["p100", "1110"],
         (_, ChildRole::Target) => ["0100", "1110"],
-        (AccessRule::Leaf | AccessRule::Filter | AccessRule::Transparent, _) => ["pppp", "pppp"],
-        // And then what it was told to, see below.
-        (AccessRule::Debug { .. }, _) => ["pppp", "pppp"],
-        (AccessRule::Slice, _) => ["pppp", "ppp0"],
-        (AccessRule::CopyOnRead, _) => ["pp1p", "pp1p"],
-        (AccessRule::Format, ChildRole::Backing) => ["p000", "1c1c"],
-        (AccessRule::FormatOverChanging, ChildRole::Backing) => ["p000", "1v1v"],
-        (AccessRule::Format | AccessRule::FormatOverChanging, ChildRole::Data) => ["pxpy", "ppp0"],
-        (AccessRule::Format | AccessRule::FormatOverChanging, _) => ["1wpu", "p0p0"],
-        (AccessRule::Quorum { rewrite: false }, _) => ["pppp", "1010"],
-        (AccessRule::Quorum { rewrite: true }, _) => ["p1pp", "1010"],
-        (AccessRule::CopyBeforeWrite, _) => ["dppp", "prpp"],
-        (AccessRule::SnapshotAccess, _) => ["p000", "1111"],
-        (AccessRule::Mirror, _) => ["pppp", "p0pp"],
-        (AccessRule::Backup, _) => ["dppp", "p0pp"],
-        (AccessRule::CommitActive, _) => ["0ppp", "p1pp"],
-        (AccessRule::CommitMid, _) => ["p000", "1111"],
+        (AccessRule::LEAF | AccessRule::FILTER | AccessRule::TRANSPARENT, _) => ["pppp", "pppp"],
+        (AccessRule::WINDOW, _) => ["pppp", "ppp0"],
+        (AccessRule::POPULATES, _) => ["pp1p", "pp1p"],
+        (AccessRule::FORMAT, ChildRole::Backing) => ["p000", "1c1c"],
+        (AccessRule::FORMAT_OVER_CHANGING, ChildRole::Backing) => ["p000", "1v1v"],
+        (AccessRule::FORMAT | AccessRule::FORMAT_OVER_CHANGING, ChildRole::Data) => ["pxpy", "ppp0"],
+        (AccessRule::FORMAT | AccessRule::FORMAT_OVER_CHANGING, _) => ["1wpu", "p0p0"],
+        (QUORUM, _) => ["pppp", "1010"],
+        (REWRITING_QUORUM, _) => ["p1pp", "1010"],
+        (AccessRule::SAVES_OLD_DATA, _) => ["dppp", "prpp"],
+        (AccessRule::POINT_IN_TIME, _) => ["p000", "1111"],
+        (AccessRule::COPIES_WRITES, _) => ["pppp", "p0pp"],
+        (AccessRule::SAVES_OLD_DATA_FOR_JOB, _) => ["dppp", "p0pp"],
+        (AccessRule::COPIES_WRITES_DOWN, _) => ["0ppp", "p1pp"],
+        (AccessRule::LETS_CHANGE, _) => ["p000", "1111"],
+        (other, _) => panic!("no row for {other:?}"),
     }
 }
 
@@ -110,8 +126,7 @@ fn look_up(
     let [n, a] = table(rule, role);
     let (take, unshare) = match (rule, role) {
         (_, ChildRole::Target) => ([false; 4], [false; 4]),
-        (AccessRule::Debug { take, unshare }, _) => (row(take), row(unshare)),
-        _ => ([false; 4], [false; 4]),
+        _ => (row(rule.take), row(rule.unshare)),
     };
     OracleEdge {
         needs: std::array::from_fn(|c| cell(n, c, needs) || take[c]),
@@ -402,8 +417,8 @@ fn transparent_is_a_filter() {
         for (needs, allows) in (0..=u8::MAX).map(|n| (n & 15, n >> 4)) {
             let parents = claim(Actions::from_bits(needs), Actions::from_bits(allows));
             assert_eq!(
-                AccessRule::Transparent.child_claim(role, parents, facts),
-                AccessRule::Filter.child_claim(role, parents, facts)
+                AccessRule::TRANSPARENT.child_claim(role, parents, facts),
+                AccessRule::FILTER.child_claim(role, parents, facts)
             );
         }
     }
@@ -413,7 +428,7 @@ fn transparent_is_a_filter() {
 fn edge_rules() {
     let mut tally = Tally::default();
     // Every set that a test filter can take, and every set that it can keep from others.
-    let debug = data_claims().map(|c| AccessRule::Debug { take: c.needs, unshare: c.allows & Actions::DATA });
+    let debug = data_claims().map(|c| AccessRule { take: c.needs, unshare: c.allows & Actions::DATA, ..AccessRule::FILTER });
     let rules = RULES.into_iter().map(|r| (r, &ROLES[..], 0..8)).chain(debug.map(|r| (r, &ROLES[..1], 7..8)));
     for (rule, roles, all_facts) in rules {
         for role in roles.iter().copied() {
@@ -423,7 +438,7 @@ fn edge_rules() {
                 parent.active = facts & 2 != 0;
                 parent.aligned = facts & 4 != 0;
                 parent.children.push((role, 1));
-                let mut t = Topology { nodes: vec![parent, node(AccessRule::Leaf)], ..Topology::default() };
+                let mut t = Topology { nodes: vec![parent, node(AccessRule::LEAF)], ..Topology::default() };
                 tally.compare(&t);
                 for claim in data_claims() {
                     t.users = vec![TopoUser { op: 0, node: 0, claim }];
@@ -440,7 +455,7 @@ fn chain_of_rules(rules: &[AccessRule]) -> Topology {
     for (i, n) in nodes.iter_mut().enumerate() {
         n.children.push((ChildRole::Filtered, i + 1));
     }
-    nodes.push(node(AccessRule::Leaf));
+    nodes.push(node(AccessRule::LEAF));
     Topology { nodes, ..Topology::default() }
 }
 
@@ -453,7 +468,7 @@ fn two_parties() {
         for second_op in [0, 1] {
             for a in data_claims() {
                 for b in data_claims() {
-                    let mut t = Topology { nodes: vec![node(AccessRule::Leaf)], ..Topology::default() };
+                    let mut t = Topology { nodes: vec![node(AccessRule::LEAF)], ..Topology::default() };
                     let user = |op, claim| TopoUser { op, node: 0, claim };
                     let held = |op, claim, scope| TopoClaim { op, node: 0, claim, scope };
                     match kinds {
@@ -481,7 +496,7 @@ fn two_parties() {
                     Actions::from_bits(one(1, x) | one(2, y))
                 };
                 let t = Topology {
-                    nodes: vec![node(AccessRule::Leaf)],
+                    nodes: vec![node(AccessRule::LEAF)],
                     users: Vec::new(),
                     beneath: Vec::new(),
                     stances: Vec::new(),
@@ -522,7 +537,7 @@ fn ruled(children: &[Vec<(ChildRole, usize)>], rules: &[AccessRule], mut each: i
     for number in 0..rules.len().pow(inner.len() as u32) {
         let mut rest = number;
         let mut nodes: Vec<TopoNode> =
-            children.iter().map(|c| TopoNode { children: c.clone(), ..node(AccessRule::Leaf) }).collect();
+            children.iter().map(|c| TopoNode { children: c.clone(), ..node(AccessRule::LEAF) }).collect();
         for &n in &inner {
             nodes[n].rule = rules[rest % rules.len()];
             rest /= rules.len();
@@ -587,11 +602,11 @@ fn three_nodes() {
 fn four_nodes() {
     use Actions as A;
     const SOME_RULES: [AccessRule; 5] = [
-        AccessRule::Filter,
-        AccessRule::CopyOnRead,
-        AccessRule::Format,
-        AccessRule::Mirror,
-        AccessRule::CommitActive,
+        AccessRule::FILTER,
+        AccessRule::POPULATES,
+        AccessRule::FORMAT,
+        AccessRule::COPIES_WRITES,
+        AccessRule::COPIES_WRITES_DOWN,
     ];
     let mut tally = Tally::default();
     graphs(4, &[ChildRole::Metadata, ChildRole::Backing], |children| {
@@ -618,7 +633,7 @@ fn four_nodes() {
 fn stances() {
     use Actions as A;
     const SOME_RULES: [AccessRule; 4] =
-        [AccessRule::Filter, AccessRule::Format, AccessRule::Backup, AccessRule::FormatOverChanging];
+        [AccessRule::FILTER, AccessRule::FORMAT, AccessRule::SAVES_OLD_DATA_FOR_JOB, AccessRule::FORMAT_OVER_CHANGING];
     let rules = |n: usize| if n < 4 { &SOME_RULES[..] } else { &SOME_RULES[..3] };
     let mut tally = Tally::default();
     let (mut opened, mut closed) = (0, 0);
@@ -722,7 +737,7 @@ fn names_do_not_matter() {
 
 #[test]
 fn cycles_are_refused() {
-    let mut t = chain_of_rules(&[AccessRule::Filter, AccessRule::Format]);
+    let mut t = chain_of_rules(&[AccessRule::FILTER, AccessRule::FORMAT]);
     t.nodes[2].children.push((ChildRole::Backing, 1));
     assert!(matches!(solve(&t), Err(Refusal::Cycle { node: 1 | 2 })));
     t.nodes[2].children[0].1 = 2;
@@ -733,7 +748,7 @@ fn cycles_are_refused() {
 #[test]
 fn a_claim_beneath_filters_means_what_its_operation_does() {
     use Actions as A;
-    let mut t = chain_of_rules(&[AccessRule::Filter]);
+    let mut t = chain_of_rules(&[AccessRule::FILTER]);
     let writer = |op, node| TopoUser { op, node, claim: claim(A::V, A::NONE) };
     t.users = vec![writer(1, 0)];
     t.claims = vec![TopoClaim { op: 1, node: 1, claim: claim(A::NONE, A::V), scope: None }];

@@ -271,7 +271,7 @@ const OV_ON_TOP: Step = |d| d.link(&NodeName::internal("ov"), "backing", ChildRo
 const READ_OV: Step = |d| op::export(d, "x", "ov", false);
 /// A filter of a user over `base`.
 const RAW_OVER_BASE: Step = |d| {
-    let raw = op::StandIn::new(&op::RAW, dolmen_graph::AccessRule::Filter);
+    let raw = op::StandIn::new(&op::RAW, dolmen_graph::AccessRule::FILTER);
     op::add(d, "r", raw, None, &[("file", ChildRole::Filtered, "base")]).map(drop)
 };
 
@@ -327,7 +327,7 @@ fn an_overlay_that_nobody_reads_forbids_nothing() {
 #[test]
 fn an_overlay_whose_user_said_that_it_may_change() {
     const LOOSE: Step = |d| {
-        let driver = op::StandIn::new(&op::FORMAT, dolmen_graph::AccessRule::FormatOverChanging);
+        let driver = op::StandIn::new(&op::FORMAT, dolmen_graph::AccessRule::FORMAT_OVER_CHANGING);
         let children = [("file", ChildRole::Metadata, "ov-f"), ("backing", ChildRole::Backing, "base")];
         d.remove_node("ov")?;
         op::add(d, "ov", driver, None, &children).map(drop)
@@ -418,7 +418,7 @@ fn a_refusal_through_a_filter_names_the_operation_above_it() {
     let e = refused(
         &[
             |d| {
-                let raw = op::StandIn::new(&op::RAW, dolmen_graph::AccessRule::Filter);
+                let raw = op::StandIn::new(&op::RAW, dolmen_graph::AccessRule::FILTER);
                 op::add(d, "r", raw, None, &[("file", ChildRole::Filtered, "base")]).map(drop)
             },
             MIRROR,

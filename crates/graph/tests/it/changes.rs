@@ -60,7 +60,7 @@ fn the_way_through_transparent_nodes_follows_the_links() {
         add_probe(&mut d, "b", &log);
         add_filter(&mut d, "f", "a");
         for (n, over) in [("t1", "f"), ("t2", "t1"), ("t3", "t2")] {
-            let pane = StandIn::new(&op::RAW, AccessRule::Transparent);
+            let pane = StandIn::new(&op::RAW, AccessRule::TRANSPARENT);
             op::add(&mut d, n, pane, None, &[("file", ChildRole::Filtered, over)]).unwrap();
         }
         op::export(&mut d, "e", "t3", false).unwrap();
@@ -351,7 +351,7 @@ fn nodes_are_closed_parents_first_and_once() {
         add_probe(&mut d, "b", &log);
         // Over each of them a format: closing it must come before its file is closed.
         for (n, over) in [("fa", "a"), ("fb", "b")] {
-            let format = StandIn::new(&op::FORMAT, AccessRule::Format);
+            let format = StandIn::new(&op::FORMAT, AccessRule::FORMAT);
             op::add(&mut d, n, format, None, &[("file", ChildRole::Metadata, over)]).unwrap();
         }
         owner.commit(d).await.unwrap();
@@ -424,7 +424,7 @@ fn def(n: &str) -> NodeDef {
         name: name(n),
         anonymous: false,
         kind: &op::RAW,
-        rule: AccessRule::Filter,
+        rule: AccessRule::FILTER,
         flags: NodeFlags::default(),
         owner: None,
         monitor: true,
@@ -480,7 +480,7 @@ fn a_read_only_node_is_not_written() {
         for (n, read_only, forced) in [("ro", true, false), ("forced", false, true)] {
             d.add_node(NodeDef {
                 kind: &dolmen_sim::MEMORY,
-                rule: AccessRule::Leaf,
+                rule: AccessRule::LEAF,
                 flags: NodeFlags { read_only, ..NodeFlags::default() },
                 ..def(n)
             })
@@ -513,7 +513,7 @@ fn anonymous_children_go_with_their_last_parent() {
         let mut owner = GraphOwner::new(rt.clone());
         let mut d = owner.draft();
         for (n, monitor) in [("base", true), ("anonymous", false), ("below", false)] {
-            d.add_node(NodeDef { kind: &crate::support::PROBE, rule: AccessRule::Leaf, monitor, ..def(n) })
+            d.add_node(NodeDef { kind: &crate::support::PROBE, rule: AccessRule::LEAF, monitor, ..def(n) })
                 .unwrap();
         }
         // `anonymous` is a filter over `below`, all others are leaves.
@@ -521,7 +521,7 @@ fn anonymous_children_go_with_their_last_parent() {
         let (below, _) = crate::support::Probe::new("below", &log);
         d.set_driver(&name("base"), Arc::new(base), false);
         d.set_driver(&name("below"), Arc::new(below), false);
-        d.set_driver(&name("anonymous"), Arc::new(StandIn::new(&op::RAW, AccessRule::Filter)), false);
+        d.set_driver(&name("anonymous"), Arc::new(StandIn::new(&op::RAW, AccessRule::FILTER)), false);
         d.link(&name("anonymous"), "file", ChildRole::Filtered, "below").unwrap();
         add_filter(&mut d, "one", "anonymous");
         add_filter(&mut d, "two", "anonymous");
@@ -556,7 +556,7 @@ fn anonymous_nodes_go_with_their_last_user() {
         let mut d = owner.draft();
         d.add_node(NodeDef {
             kind: &crate::support::PROBE,
-            rule: AccessRule::Leaf,
+            rule: AccessRule::LEAF,
             monitor: false,
             ..def("n")
         })
@@ -589,7 +589,7 @@ fn job(d: &mut dolmen_graph::Draft, id: &str, filter: &str, on: &str) {
         instead_of_writing: None,
     })
     .unwrap();
-    let raw = StandIn::new(&op::RAW, AccessRule::Filter);
+    let raw = StandIn::new(&op::RAW, AccessRule::FILTER);
     let filter = op::add(d, filter, raw, Some(&op), &[]).unwrap();
     d.interpose(&filter, "file", on).unwrap();
 }
@@ -740,7 +740,7 @@ async fn two_images(rt: &Rt) -> (GraphOwner, Log, Arc<Hooks>) {
     let top = add_probe(&mut d, "t", &log);
     add_probe(&mut d, "o", &log);
     for (image, file) in [("top", "t"), ("ov", "o")] {
-        let format = StandIn::new(&op::FORMAT, AccessRule::Format);
+        let format = StandIn::new(&op::FORMAT, AccessRule::FORMAT);
         op::add(&mut d, image, format, None, &[("file", ChildRole::Metadata, file)]).unwrap();
     }
     op::export(&mut d, "e", "top", true).unwrap();
@@ -873,7 +873,7 @@ fn a_filter_comes_and_goes_on_a_disk_that_fails_flushes() {
         log.take();
         top.fail_flush.store(true, SeqCst);
         let mut d = owner.draft();
-        let raw = StandIn::new(&op::RAW, AccessRule::Filter);
+        let raw = StandIn::new(&op::RAW, AccessRule::FILTER);
         let f = op::add(&mut d, "f", raw, None, &[]).unwrap();
         d.interpose(&f, "file", "top").unwrap();
         owner.commit(d).await.unwrap();

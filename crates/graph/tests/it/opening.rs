@@ -54,7 +54,7 @@ fn parse_file(options: &mut Options, _: &Common) -> Result<Parsed> {
     let filename = options.require_str("filename")?;
     let beneath = options.take_str("x-beneath")?;
     let open = Box::new(OpenFile { filename, beneath });
-    Ok(Parsed { children: Vec::new(), rule: AccessRule::Leaf, relies_down_to: None, open })
+    Ok(Parsed { children: Vec::new(), rule: AccessRule::LEAF, relies_down_to: None, open })
 }
 
 struct OpenFile {
@@ -106,7 +106,7 @@ impl Driver for File {
         self.disk.limits(node)
     }
     fn access_rule(&self) -> AccessRule {
-        AccessRule::Leaf
+        AccessRule::LEAF
     }
     fn plan(&self, node: &Node, request: Request, span: Span) -> Plan {
         self.disk.plan(node, request, span)
@@ -176,7 +176,7 @@ fn parse_fmt(options: &mut Options, _: &Common) -> Result<Parsed> {
     let backing = ChildSpec { name: "backing", role: ChildRole::Backing, def };
     Ok(Parsed {
         children: vec![file, backing],
-        rule: AccessRule::Format,
+        rule: AccessRule::FORMAT,
         relies_down_to: None,
         open: Box::new(OpenFmt),
     })
@@ -187,7 +187,7 @@ fn parse_raw(options: &mut Options, _: &Common) -> Result<Parsed> {
     let file = ChildSpec { name: "file", role: ChildRole::Filtered, def: ChildDef::take(options, "file")? };
     Ok(Parsed {
         children: vec![file],
-        rule: AccessRule::Filter,
+        rule: AccessRule::FILTER,
         relies_down_to: None,
         open: Box::new(OpenRaw),
     })
@@ -197,7 +197,7 @@ struct OpenRaw;
 
 impl Opener for OpenRaw {
     fn open<'a>(self: Box<Self>, _: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
-        let driver = Arc::new(StandIn::new(&RAW, AccessRule::Filter));
+        let driver = Arc::new(StandIn::new(&RAW, AccessRule::FILTER));
         Box::pin(async move { Ok(Opened::of(driver)) })
     }
 }
@@ -222,7 +222,7 @@ impl Opener for OpenFmt {
                 implicit.push(ImplicitChild { child: "data-file", role: ChildRole::Data, filename, format });
             }
             OPENED.with_borrow_mut(|o| o.push(format!("fmt{}", flags(cx.common))));
-            let driver = Arc::new(StandIn::new(&FORMAT, AccessRule::Format));
+            let driver = Arc::new(StandIn::new(&FORMAT, AccessRule::FORMAT));
             Ok(Opened { implicit, ..Opened::of(driver) })
         })
     }

@@ -181,9 +181,9 @@ impl Driver for Layer {
     }
     fn access_rule(&self) -> AccessRule {
         match self {
-            Layer::Null { .. } => AccessRule::Leaf,
-            Layer::Slice { .. } | Layer::Idle { .. } => AccessRule::Slice,
-            Layer::Mapping(_) => AccessRule::Format,
+            Layer::Null { .. } => AccessRule::LEAF,
+            Layer::Slice { .. } | Layer::Idle { .. } => AccessRule::WINDOW,
+            Layer::Mapping(_) => AccessRule::FORMAT,
         }
     }
     fn plan(&self, _: &Node, request: Request, span: Span) -> Plan {
@@ -246,7 +246,7 @@ fn random_stack(d: &mut Draft, random: &mut Random) -> Vec<u8> {
         match random.below(3) {
             0 => {
                 // One that is asked, or one that requests step over.
-                let rule = if random.percent(50) { AccessRule::Filter } else { AccessRule::Transparent };
+                let rule = if random.percent(50) { AccessRule::FILTER } else { AccessRule::TRANSPARENT };
                 let children = [("file", ChildRole::Filtered, below.as_str())];
                 op::add(d, &name, op::StandIn::new(&op::RAW, rule), None, &children).unwrap();
             }
@@ -383,8 +383,8 @@ fn count_as(owner: &GraphOwner, top: &Arc<Node>, expected: Counts, seed: u64) {
         let own = parent.state.counters.read();
         let child = parent.children[0].node.state.counters.read();
         match parent.driver.access_rule() {
-            AccessRule::Filter | AccessRule::Transparent => assert_eq!(own, child, "seed {seed}: {parent:?}"),
-            AccessRule::Slice => {
+            AccessRule::FILTER | AccessRule::TRANSPARENT => assert_eq!(own, child, "seed {seed}: {parent:?}"),
+            AccessRule::WINDOW => {
                 let tallies = |c: Counts| (c.reads, c.writes, c.zeroes, c.discards, c.flushes);
                 assert_eq!(tallies(own), tallies(child), "seed {seed}: {parent:?}");
                 assert!(child.highest_write >= own.highest_write);
@@ -415,7 +415,7 @@ fn failures_are_counted_on_the_whole_way() {
             .unwrap();
         let slice = Layer::Slice { offset: CLUSTER / 2, size: 2 * CLUSTER };
         op::add(&mut d, "slice", slice, None, &[("file", ChildRole::Data, "map")]).unwrap();
-        let raw = op::StandIn::new(&op::RAW, AccessRule::Transparent);
+        let raw = op::StandIn::new(&op::RAW, AccessRule::TRANSPARENT);
         op::add(&mut d, "raw", raw, None, &[("file", ChildRole::Filtered, "slice")]).unwrap();
         op::export(&mut d, "e", "raw", true).unwrap();
         owner.commit(d).await.unwrap();
@@ -521,7 +521,7 @@ fn tower(rt: &Rt, layers: usize, rule: AccessRule) -> (GraphOwner, Token) {
 #[test]
 fn a_request_through_five_layers_allocates_nothing() {
     let rt = still();
-    let (owner, token) = tower(&rt, 5, AccessRule::Filter);
+    let (owner, token) = tower(&rt, 5, AccessRule::FILTER);
     let e = edge(&owner, "e");
     let memory = Memory::zeroed(4096);
     let once = |at: u64| {
@@ -552,12 +552,12 @@ fn nanoseconds_per_request_by_layers() {
     let rt = still();
     let memory = Memory::zeroed(0);
     for (layers, rule) in [
-        (0, AccessRule::Filter),
-        (1, AccessRule::Filter),
-        (3, AccessRule::Filter),
-        (5, AccessRule::Filter),
-        (1, AccessRule::Transparent),
-        (5, AccessRule::Transparent),
+        (0, AccessRule::FILTER),
+        (1, AccessRule::FILTER),
+        (3, AccessRule::FILTER),
+        (5, AccessRule::FILTER),
+        (1, AccessRule::TRANSPARENT),
+        (5, AccessRule::TRANSPARENT),
     ] {
         let (_owner, token) = tower(&rt, layers, rule);
         let io = token.read(&rt).unwrap();

@@ -111,7 +111,7 @@ pub(crate) fn add_probe(d: &mut Draft, name: &'static str, log: &Log) -> Arc<Hoo
 
 /// Adds a plain filter.
 pub(crate) fn add_filter(d: &mut Draft, name: &str, over: &str) {
-    let raw = stand_in::StandIn::new(&stand_in::RAW, AccessRule::Filter);
+    let raw = stand_in::StandIn::new(&stand_in::RAW, AccessRule::FILTER);
     stand_in::add(d, name, raw, None, &[("file", dolmen_types::ChildRole::Filtered, over)]).unwrap();
 }
 
@@ -165,7 +165,7 @@ impl Driver for Probe {
     }
 
     fn access_rule(&self) -> AccessRule {
-        AccessRule::Leaf
+        AccessRule::LEAF
     }
 
     fn plan(&self, _: &Node, _: Request, _: Span) -> Plan {

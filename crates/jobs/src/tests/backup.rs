@@ -29,7 +29,7 @@ fn add(draft: &mut Draft, name: &str, driver: impl Driver) {
             name: name.clone(),
             anonymous: false,
             kind: driver.kind(),
-            rule: AccessRule::Leaf,
+            rule: AccessRule::LEAF,
             flags: NodeFlags { unmap: true, ..NodeFlags::default() },
             owner: None,
             monitor: true,

@@ -52,7 +52,7 @@ impl World {
                     name: name.clone(),
                     anonymous: false,
                     kind: dolmen_graph::Driver::kind(disk),
-                    rule: AccessRule::Leaf,
+                    rule: AccessRule::LEAF,
                     flags: NodeFlags { unmap: true, ..NodeFlags::default() },
                     owner: None,
                     monitor: true,

@@ -159,7 +159,7 @@ impl Rig {
                     name: name.clone(),
                     anonymous: false,
                     kind: &MEMORY,
-                    rule: AccessRule::Leaf,
+                    rule: AccessRule::LEAF,
                     flags: NodeFlags::default(),
                     owner: None,
                     monitor: true,

@@ -550,7 +550,7 @@ impl Driver for FileDriver {
     }
 
     fn access_rule(&self) -> AccessRule {
-        AccessRule::Leaf
+        AccessRule::LEAF
     }
 
     fn plan(&self, node: &Node, request: Request, span: Span) -> Plan {

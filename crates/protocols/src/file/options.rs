@@ -119,7 +119,7 @@ fn parse(
     }
     let beneath = options.take_str("x-beneath")?.map(|dir| PathBuf::from(os_name(&dir)));
     let open = Box::new(OpenFile { kind, wanted, filename: plain(filename), beneath, locking });
-    Ok(Parsed { children: Vec::new(), rule: AccessRule::Leaf, relies_down_to: None, open })
+    Ok(Parsed { children: Vec::new(), rule: AccessRule::LEAF, relies_down_to: None, open })
 }
 
 /// `file:` before a path says only that it is one.

@@ -97,7 +97,7 @@ fn parse(options: &mut Options, _common: &Common) -> Result<Parsed> {
     let config = Config { address, export, reconnect_delay, open_timeout };
     Ok(Parsed {
         children: Vec::new(),
-        rule: AccessRule::Leaf,
+        rule: AccessRule::LEAF,
         relies_down_to: None,
         open: Box::new(OpenNbd(config)),
     })
@@ -628,7 +628,7 @@ impl Driver for Nbd {
     }
 
     fn access_rule(&self) -> AccessRule {
-        AccessRule::Leaf
+        AccessRule::LEAF
     }
 
     fn plan(&self, _node: &Node, _request: GraphRequest, _span: Span) -> Plan {
