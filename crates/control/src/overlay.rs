@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use dolmen_graph::{
-    Class, Draft, FileId, Node, NodeOpener, content, first_allocated, has_protocol, id_of, is_use, join,
-    own_file,
+    Class, Draft, FileId, Node, NodeOpener, RAW_FORMAT, content, first_allocated, has_protocol, id_of,
+    is_use, join, own_file,
 };
 use dolmen_types::{Actions, Error, ErrorKind, NodeName, Options, Result, Value};
 
@@ -69,14 +69,14 @@ async fn check_name(
     };
     let full = join(&own_file(image), &name);
     let options = if has_protocol(&full) {
-        (opener.names)(&full)?
+        (opener.names)(opener.registry, &full)?
     } else {
-        Options::new().with("driver", "file").with("filename", full.as_str())
+        Options::new().with("filename", full.as_str())
     };
     let named = Named::of(opener, options)?;
     let shown = content(below);
     let kind = shown.driver.kind();
-    let expected = if kind.class == Class::Protocol { "raw" } else { kind.name };
+    let expected = if kind.class == Class::Protocol { RAW_FORMAT } else { kind.name };
     let format = named.format.as_deref().or(format.as_deref());
     let right_format = format.is_none_or(|f| f == expected || f == kind.name);
     if !right_format || !named.is(opener, shown).await {
@@ -108,7 +108,7 @@ impl Named {
             let member = |key: &str| options.iter().find(|(k, _)| k == key).map(|(_, v)| v.clone());
             if let Some(Value::Str(driver)) = member("driver") {
                 let kind = opener.registry.find(&driver)?;
-                if kind.class == Class::Format && kind.name != "raw" {
+                if kind.class == Class::Format && kind.name != RAW_FORMAT {
                     format.get_or_insert(driver);
                 }
             }

@@ -38,11 +38,11 @@ use crate::PointInTime;
 use crate::point::FILE;
 
 /// Registry row.
-pub static COPY_BEFORE_WRITE: DriverKind = DriverKind {
-    name: "copy-before-write",
-    class: Class::Filter,
-    help: "saves old data to another node before they are overwritten",
-    options: &[
+pub static COPY_BEFORE_WRITE: DriverKind = DriverKind::new(
+    "copy-before-write",
+    Class::Filter,
+    "saves old data to another node before they are overwritten",
+    &[
         OptionSpec::required("file", OptionType::Node, "the node whose old data are saved"),
         OptionSpec::required("target", OptionType::Node, "the node that they are saved in"),
         OptionSpec::optional(
@@ -61,12 +61,8 @@ pub static COPY_BEFORE_WRITE: DriverKind = DriverKind {
             "smallest piece that is saved, a power of two (default: 64 KiB, or the target's cluster)",
         ),
     ],
-    create_options: &[],
-    maps: false,
     parse,
-    probe: None,
-    create: None,
-};
+);
 
 const ON_ERROR: &[&str] = &["break-guest-write", "break-snapshot"];
 

@@ -19,17 +19,13 @@ use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, OptionSpec, OptionType
 use crate::{CopyBeforeWrite, PointInTime};
 
 /// Registry row.
-pub static SNAPSHOT_ACCESS: DriverKind = DriverKind {
-    name: "snapshot-access",
-    class: Class::Filter,
-    help: "shows the point in time that a copy-before-write node keeps",
-    options: &[OptionSpec::required("file", OptionType::Node, "a copy-before-write node")],
-    create_options: &[],
-    maps: false,
+pub static SNAPSHOT_ACCESS: DriverKind = DriverKind::new(
+    "snapshot-access",
+    Class::Filter,
+    "shows the point in time that a copy-before-write node keeps",
+    &[OptionSpec::required("file", OptionType::Node, "a copy-before-write node")],
     parse,
-    probe: None,
-    create: None,
-};
+);
 
 const FILE: usize = 0;
 

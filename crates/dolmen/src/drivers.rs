@@ -25,3 +25,27 @@ static DRIVERS: &[&DriverKind] = &[
 pub fn registry() -> Registry {
     Registry::new(DRIVERS).recognising(dolmen_formats::foreign)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_with_a_protocol() {
+        let text = |name: &str| registry().protocol_name(name).map(|o| o.into_value().to_string());
+        for (name, expected) in [
+            ("file:a:b", r#"{"driver": "file", "filename": "a:b"}"#),
+            (
+                "blkdebug:c.conf:/x",
+                r#"{"driver": "blkdebug", "image": {"driver": "file", "filename": "/x"}, "config": "c.conf"}"#,
+            ),
+            ("null-co://", r#"{"driver": "null-co"}"#),
+            ("null-aio://", r#"{"driver": "null-aio"}"#),
+        ] {
+            assert_eq!(text(name).expect("a name"), expected, "{name}");
+        }
+        for bad in ["blkdebug:x", "null-co:", "null-co://x", "gopher://x", "qcow2:x"] {
+            assert!(text(bad).is_err(), "{bad}");
+        }
+    }
+}

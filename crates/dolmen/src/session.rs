@@ -11,8 +11,8 @@
 use std::sync::Arc;
 
 use dolmen_graph::{
-    BackingName, ChainStatus, Graph, GraphEvent, GraphOwner, Implicit, NewImage, Node, NodeOpener, OpInfo,
-    OpenPolicy, PROBE_BYTES, Prealloc, Registry, UserEdge, chain_status,
+    BackingName, ChainStatus, Duty, Graph, GraphEvent, GraphOwner, Implicit, NewImage, Node, NodeOpener,
+    OpInfo, OpenPolicy, PROBE_BYTES, Prealloc, Registry, UserEdge, chain_status,
 };
 use dolmen_rt::{IoVec, Memory, Rt};
 use dolmen_types::{
@@ -131,7 +131,9 @@ impl Session {
             instead_of_writing: writes.then(|| "open the image read-only".into()),
         })?;
         if copying {
-            let filter = Options::new().with("driver", "copy-on-read").with("file", node.as_str());
+            let filter = Options::new()
+                .with("driver", self.registry.on_duty(Duty::CopyOnRead)?.name)
+                .with("file", node.as_str());
             let filter = opener.open_interposed(&mut draft, filter, &op).await?;
             draft.interpose_opened(&filter, "file", &node)?;
         }
@@ -229,7 +231,7 @@ impl Session {
     pub async fn create(&mut self, filename: &str, format: &str, options: Options) -> Result<()> {
         let rt = self.rt.clone();
         let image =
-            NewImage { file: spec::file(filename)?, format: Some(format.to_owned()), options, beneath: None };
+            NewImage { file: spec::file(self.registry, filename)?, format: Some(format.to_owned()), options, beneath: None };
         dolmen_graph::create_image(&self.opener(&rt), image).await
     }
 

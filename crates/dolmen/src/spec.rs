@@ -6,7 +6,7 @@
 //! nothing is opened here (a name is only asked whether it is a block device), so nothing
 //! here needs to trust anybody.
 
-use dolmen_graph::{Class, Registry, has_protocol, path_options, protocol_name};
+use dolmen_graph::{Class, Registry, has_protocol};
 use dolmen_qmp::keyval;
 use dolmen_types::{Error, ErrorKind, Options, Result, Value};
 
@@ -16,13 +16,13 @@ use dolmen_types::{Error, ErrorKind, Options, Result, Value};
 ///
 /// # Errors
 /// `InvalidInput` when it can't be parsed, `Unsupported` for an unknown protocol.
-pub fn protocol_options(name: &str) -> Result<Options> {
+pub fn protocol_options(registry: Registry, name: &str) -> Result<Options> {
     if let Some(value) = keyval::json_name(name) {
         let mut options = Options::from_value(value?)?;
-        file_driver(&mut options);
+        file_driver(registry, &mut options);
         return Ok(options);
     }
-    protocol_name(name)
+    registry.protocol_name(name)
 }
 
 /// The options that `name` stands for. `format` is what `-f` said. Without one, and
@@ -32,7 +32,7 @@ pub fn protocol_options(name: &str) -> Result<Options> {
 /// # Errors
 /// As [`protocol_options`]; `InvalidInput` when the format is given twice.
 pub fn image(registry: Registry, name: &str, format: Option<&str>) -> Result<Options> {
-    let file = file(name)?;
+    let file = file(registry, name)?;
     let driver = match file.get("driver") {
         Some(Value::Str(d)) => Some(d.clone()),
         _ => None,
@@ -59,11 +59,11 @@ pub fn image(registry: Registry, name: &str, format: Option<&str>) -> Result<Opt
 ///
 /// # Errors
 /// As [`protocol_options`].
-pub fn file(name: &str) -> Result<Options> {
+pub fn file(registry: Registry, name: &str) -> Result<Options> {
     match name.strip_prefix("file:") {
-        Some(path) => Ok(path_options(path)),
-        None if has_protocol(name) => protocol_options(name),
-        None => Ok(path_options(name)),
+        Some(path) => Ok(registry.path_options(path)),
+        None if has_protocol(name) => protocol_options(registry, name),
+        None => Ok(registry.path_options(name)),
     }
 }
 
@@ -103,14 +103,14 @@ pub fn with_filename(registry: Registry, mut options: Options, name: &str) -> Re
                 _ => "file",
             };
             let below = match options.get(child) {
-                None => file(name)?,
+                None => file(registry, name)?,
                 Some(Value::Map(_)) => {
                     let inner = options.take_map(child)?.unwrap_or_default();
                     match inner.has("driver") || inner.has("file") || inner.has("image") {
                         true => with_filename(registry, inner, name)?,
                         false if inner.has("filename") => return Err(given(&format!("{child}.filename"))),
                         false => inner.names().map(str::to_owned).collect::<Vec<_>>().into_iter().fold(
-                            file(name)?,
+                            file(registry, name)?,
                             |to, key| match inner.get(&key) {
                                 Some(v) => to.with(&key, v.clone()),
                                 None => to,
@@ -129,28 +129,31 @@ pub fn with_filename(registry: Registry, mut options: Options, name: &str) -> Re
 ///
 /// # Errors
 /// What the parser says.
-pub fn image_opts(text: &str) -> Result<Options> {
-    Options::from_value(keyval::parse_value(text, None)?).map(with_file_drivers)
+pub fn image_opts(registry: Registry, text: &str) -> Result<Options> {
+    Options::from_value(keyval::parse_value(text, None)?).map(|o| with_file_drivers(registry, o))
 }
 
 /// Adds the `driver` of children that have a `filename` and say no driver.
 #[must_use]
-pub fn with_file_drivers(mut options: Options) -> Options {
-    file_driver(&mut options);
+pub fn with_file_drivers(registry: Registry, mut options: Options) -> Options {
+    file_driver(registry, &mut options);
     options
 }
 
 /// Users write `file.filename=x` and leave `file.driver` out: only the file driver has a
 /// file name.
-fn file_driver(options: &mut Options) {
-    if options.has("filename") && !options.has("driver") {
-        options.set("driver", "file");
+fn file_driver(registry: Registry, options: &mut Options) {
+    if options.has("filename")
+        && !options.has("driver")
+        && let Some(kind) = registry.host_file()
+    {
+        options.set("driver", kind.name);
     }
     for child in ["file", "backing", "image", "data-file"] {
         if let Some(Value::Map(_)) = options.get(child)
             && let Ok(Some(mut inner)) = options.take_map(child)
         {
-            file_driver(&mut inner);
+            file_driver(registry, &mut inner);
             options.set(child, inner.into_value());
         }
     }
@@ -191,16 +194,22 @@ mod tests {
     #[test]
     fn json_names_may_be_flat() {
         assert_eq!(
-            text(protocol_options(r#"json:{"driver":"qcow2","file.filename":"x","file":{"driver":"file"}}"#)),
+            text(protocol_options(
+                crate::registry(),
+                r#"json:{"driver":"qcow2","file.filename":"x","file":{"driver":"file"}}"#
+            )),
             r#"{"driver": "qcow2", "file": {"filename": "x", "driver": "file"}}"#
         );
-        assert!(protocol_options(r#"json:{"a":1"#).is_err());
+        assert!(protocol_options(crate::registry(), r#"json:{"a":1"#).is_err());
     }
 
     #[test]
     fn option_strings_know_the_file_driver() {
         assert_eq!(
-            text(image_opts("driver=qcow2,file.filename=a.qcow2,backing.driver=raw,backing.file.filename=b")),
+            text(image_opts(
+                crate::registry(),
+                "driver=qcow2,file.filename=a.qcow2,backing.driver=raw,backing.file.filename=b"
+            )),
             r#"{"driver": "qcow2", "file": {"filename": "a.qcow2", "driver": "file"}, "backing": {"driver": "raw", "file": {"filename": "b", "driver": "file"}}}"#
         );
     }

@@ -19,9 +19,9 @@
 use std::sync::Arc;
 
 use dolmen_graph::{
-    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits,
-    Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, Request, Where, chain_status,
-    own_status,
+    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Duty, Extent,
+    Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, Request, Where,
+    chain_status, own_status,
 };
 use dolmen_rt::{IoVec, LocalFuture};
 use dolmen_types::{
@@ -31,22 +31,21 @@ use dolmen_types::{
 
 /// Registry row.
 pub static COPY_ON_READ: DriverKind = DriverKind {
-    name: "copy-on-read",
-    class: Class::Filter,
-    help: "copies what is read from backing files into the node below",
-    options: &[
-        OptionSpec::required("file", OptionType::Node, "the node to read from and to copy into"),
-        OptionSpec::optional(
-            "bottom",
-            OptionType::Str,
-            "copy only what nodes down to this one hold (default: everything)",
-        ),
-    ],
-    create_options: &[],
-    maps: false,
-    parse,
-    probe: None,
-    create: None,
+    duties: &[Duty::CopyOnRead],
+    ..DriverKind::new(
+        "copy-on-read",
+        Class::Filter,
+        "copies what is read from backing files into the node below",
+        &[
+            OptionSpec::required("file", OptionType::Node, "the node to read from and to copy into"),
+            OptionSpec::optional(
+                "bottom",
+                OptionType::Str,
+                "copy only what nodes down to this one hold (default: everything)",
+            ),
+        ],
+        parse,
+    )
 };
 
 const FILE: usize = 0;

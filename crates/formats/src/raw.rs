@@ -14,21 +14,13 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use dolmen_graph::{
     AccessRule, BackingName, ChildDef, ChildSpec, Class, Common, CreateCx, Creation, Cx, Description, Driver,
     DriverKind, Extent, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prealloc,
-    Prepared, Request, Where,
+    Prepared, RAW_FORMAT, Request, Where,
 };
 use dolmen_rt::{IoVec, LocalFuture};
 use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, Result, Span};
 
 /// The registry row of raw.
 pub static RAW: DriverKind = DriverKind {
-    name: "raw",
-    class: Class::Format,
-    help: "the bytes of a file, or a window of them",
-    options: &[
-        OptionSpec::required("file", OptionType::Node, "the file"),
-        OptionSpec::optional("offset", OptionType::Size, "first byte of the window (default 0)"),
-        OptionSpec::optional("size", OptionType::Size, "bytes of the window (default: to the end)"),
-    ],
     create_options: &[
         OptionSpec::required("size", OptionType::Size, "size in bytes, rounded up to 512"),
         OptionSpec::optional(
@@ -37,11 +29,20 @@ pub static RAW: DriverKind = DriverKind {
             "off, falloc (reserve space), full (write zeroes); default off",
         ),
     ],
-    maps: false,
-    parse,
     // Anything is raw, but only when it is nothing else: the registry falls back to it.
     probe: Some(|_, _| 1),
     create: Some(create),
+    ..DriverKind::new(
+        RAW_FORMAT,
+        Class::Format,
+        "the bytes of a file, or a window of them",
+        &[
+            OptionSpec::required("file", OptionType::Node, "the file"),
+            OptionSpec::optional("offset", OptionType::Size, "first byte of the window (default 0)"),
+            OptionSpec::optional("size", OptionType::Size, "bytes of the window (default: to the end)"),
+        ],
+        parse,
+    )
 };
 
 /// Bytes at the start of a disk that probing looks at.

@@ -114,10 +114,8 @@ impl RoleRule {
     };
 
     /// A backing node. Whoever reads the overlay sees it where the overlay has nothing of its own.
-    const BACKING: RoleRule = RoleRule {
-        denies_if: [Actions::D, Actions::V.with(Actions::S)],
-        ..RoleRule::CHANGING_BACKING
-    };
+    const BACKING: RoleRule =
+        RoleRule { denies_if: [Actions::D, Actions::V.with(Actions::S)], ..RoleRule::CHANGING_BACKING };
 
     /// A child whose old data are saved before they are overwritten.
     const SAVED: RoleRule = RoleRule {
@@ -217,8 +215,7 @@ impl AccessRule {
     pub const LEAF: AccessRule =
         AccessRule::of(&RuleTable::one(RoleRule { events: false, ..RoleRule::THROUGH }));
     /// Passes on what its parents need and allow.
-    pub const FILTER: AccessRule =
-        AccessRule::of(&RuleTable { leaves_discards: true, ..RuleTable::THROUGH });
+    pub const FILTER: AccessRule = AccessRule::of(&RuleTable { leaves_discards: true, ..RuleTable::THROUGH });
     /// A filter that requests step over: see [`RuleTable::transparent`].
     pub const TRANSPARENT: AccessRule =
         AccessRule::of(&RuleTable { leaves_discards: true, transparent: true, ..RuleTable::THROUGH });

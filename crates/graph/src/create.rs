@@ -116,7 +116,7 @@ impl ImageMaker {
                 (make(options.clone().with("filename", name.as_str()))?, options)
             }
         };
-        let place = match (&filename, local(protocol)) {
+        let place = match (&filename, protocol.path.is_some()) {
             (Some(f), true) => {
                 place::place_in(rt, f).await.context(|| format!("Could not create '{name}'"))?
             }
@@ -210,7 +210,7 @@ impl ImageMaker {
                 let opener = NodeOpener {
                     registry: self.registry,
                     policy: NOTHING_IMPLICIT,
-                    names: crate::protocol_name,
+                    names: Registry::protocol_name,
                     rt,
                 };
                 attach(&mut owner, &opener, &self.name, &self.file).await?;
@@ -329,11 +329,6 @@ pub(crate) fn loops(image: &str, backing: &str) -> Error {
     .remedy("name an image whose chain of backing files does not lead to this one")
 }
 
-/// Whether `filename` is a name on this host.
-fn local(protocol: &DriverKind) -> bool {
-    matches!(protocol.name, "file" | "host_device" | "host_cdrom")
-}
-
 async fn open_target(
     opener: &NodeOpener<'_>,
     name: &str,
@@ -409,7 +404,7 @@ impl NodeOpener<'_> {
     /// # Errors
     /// As [`ImageMaker::check`] and [`NodeOpener::open`]; `Busy` when a node of the draft is the same file.
     pub async fn open_new(&self, draft: &mut Draft, image: NewImage, options: Options) -> Result<NodeName> {
-        let format = image.format.clone().unwrap_or_else(|| "raw".to_owned());
+        let format = image.format.clone().unwrap_or_else(|| crate::RAW_FORMAT.to_owned());
         let maker = ImageMaker::check(self, image).await?;
         if let Some(node) = draft.node_of(&maker)? {
             return Err(Error::new(

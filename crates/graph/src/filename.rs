@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use dolmen_types::{ChildRole, Error, ErrorKind, Result, Value, os_name, text_of_os};
 
-use crate::{Class, Description, DriverKind, Node, content, has_protocol, join};
+use crate::{Class, Description, DriverKind, Node, RAW_FORMAT, content, has_protocol, join};
 
 fn describe(node: &Arc<Node>) -> Description {
     node.driver.describe(node)
@@ -90,7 +90,7 @@ impl std::fmt::Debug for Filenames<'_> {
 pub fn header_name(node: &Arc<Node>, file: &str) -> Result<(String, &'static str)> {
     let (name, kind) = header_image(node, file)?;
     // What holds no format is a raw disk to whoever opens it.
-    Ok((name, if kind.class == Class::Protocol { "raw" } else { kind.name }))
+    Ok((name, if kind.class == Class::Protocol { RAW_FORMAT } else { kind.name }))
 }
 
 /// The same for a job: with a name that its user gives instead, and what holds no format under its driver's name unless the
@@ -106,7 +106,7 @@ pub fn header_name_given(
 ) -> Result<(String, &'static str)> {
     let (name, kind) = header_image(node, file)?;
     let raw = kind.class == Class::Protocol && mask_protocol;
-    Ok((given.map_or(name, str::to_owned), if raw { "raw" } else { kind.name }))
+    Ok((given.map_or(name, str::to_owned), if raw { RAW_FORMAT } else { kind.name }))
 }
 
 fn header_image(node: &Arc<Node>, file: &str) -> Result<(String, &'static DriverKind)> {
@@ -285,7 +285,7 @@ impl<'g> Namer<'g> {
 
 /// The definition of a raw disk in what holds it.
 fn raw_over(file: Value) -> Value {
-    Value::Map(vec![("driver".into(), "raw".into()), ("file".into(), file)])
+    Value::Map(vec![("driver".into(), RAW_FORMAT.into()), ("file".into(), file)])
 }
 
 /// The name of a leaf. One whose first part has a colon must not be taken for a protocol's.

@@ -92,6 +92,7 @@
 
 mod access;
 mod build;
+mod check;
 mod count;
 mod create;
 mod draft;
@@ -125,6 +126,7 @@ mod status;
 mod user;
 
 pub use access::{AccessRule, NodeFacts, RoleRule, RuleTable};
+pub use check::{CheckResult, RepairWhat, Repairing};
 pub use count::{Counters, Counts, Tally};
 pub use create::{ImageMaker, NewImage, check_room, create_image};
 pub use draft::{ClaimScope, Draft, NodeDef, OpClaim, OpInfo};
@@ -135,19 +137,20 @@ pub use driver::{
 pub use epoch::{Epochs, Lease, Stamp};
 pub use filename::{Filenames, header_name, header_name_given, is_use, node_filename, own_file};
 pub use io::{Access, Cx, Io, Read, Resize, Write, WriteUnchanged};
-pub use names::{encode_uri, protocol_name};
+pub use names::{ProtocolName, encode_uri};
 pub use node::{ChildEdge, DetectZeroes, Node, NodeFlags, NodeState};
 pub use notice::{Notice, Notices};
 pub use open::{
     Implicit, MAX_CHAIN, MAX_NODES, OpenPolicy, Opener as NodeOpener, PROBE_BYTES, has_protocol, join,
 };
 pub use owner::{Closing, GraphEvent, GraphOwner, Patience};
-pub use place::{FileId, id_of, path_options};
+pub use place::{FileId, id_of};
 pub use published::Graph;
 pub use range_lock::{RangeGuard, RangeLock};
 pub use registry::{
-    ChildDef, ChildSpec, Common, CreateCx, CreateFn, Creation, DriverKind, Foreign, ImplicitChild, OpenCx,
-    Opened, Opener, Parsed, Registry, Repair, common_options,
+    ChangeBackingFn, CheckFn, ChildDef, ChildSpec, Common, CreateCx, CreateFn, Creation, DriverKind, Duty,
+    Foreign, ImplicitChild, NameFn, OpenCx, Opened, Opener, Parsed, PathFn, RAW_FORMAT, Registry, Repair,
+    common_options,
 };
 pub use same::{content, same_chain, same_image};
 pub use solver::{

@@ -1,142 +1,75 @@
-//! Names with a protocol, as users type them and images record them: `file:`, `nbd:` and its URIs, `blkdebug:`, `null-co:`.
+//! Names with a protocol, as users type them and images record them: `nbd://host/export`. What comes after the
+//! protocol is the business of the driver that has it ([`DriverKind::from_name`]).
 
-use dolmen_types::{Error, ErrorKind, Options, Result, text_of};
-use percent_encoding::{AsciiSet, CONTROLS, percent_decode, percent_encode, utf8_percent_encode};
+use std::fs::{self, Metadata};
+use std::path::Path;
 
-use crate::has_protocol;
+use dolmen_types::{Error, ErrorKind, Options, Result, os_name};
+use percent_encoding::{AsciiSet, CONTROLS, percent_encode, utf8_percent_encode};
 
-fn invalid(message: impl Into<String>) -> Error {
-    Error::new(ErrorKind::InvalidInput, message)
+use crate::{DriverKind, Registry};
+
+/// A name with a protocol, in its parts.
+#[derive(Clone, Copy, Debug)]
+pub struct ProtocolName<'a> {
+    /// All of it.
+    pub whole: &'a str,
+    /// What stands before the first colon.
+    pub protocol: &'a str,
+    /// What comes after it.
+    pub rest: &'a str,
 }
 
-/// The options that a name with a protocol stands for.
-///
-/// # Errors
-/// `Unsupported` for a protocol that is not known, `InvalidInput` for a name that makes no sense.
-pub fn protocol_name(name: &str) -> Result<Options> {
-    let (protocol, rest) = name.split_once(':').unwrap_or((name, ""));
-    match protocol {
-        "file" => Ok(Options::new().with("driver", "file").with("filename", rest)),
-        "nbd" if !rest.starts_with("//") => legacy_nbd(rest),
-        "nbd" | "nbd+tcp" | "nbd+unix" => match rest.strip_prefix("//") {
-            Some(uri) => nbd_uri(uri, protocol == "nbd+unix").map_err(|why| {
-                invalid("No valid URL specified")
-                    .source(format!("'{name}': {why}"))
-                    .remedy("write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH, with %XX for special characters")
-            }),
-            None => Err(unknown(name, protocol)),
-        },
-        "blkdebug" => {
-            let (config, image) = rest.split_once(':').ok_or_else(|| {
-                invalid("blkdebug requires both config file and image path")
-                    .remedy("write blkdebug:CONFIG:IMAGE; CONFIG may be empty")
-            })?;
-            let image = match has_protocol(image) {
-                true => protocol_name(image)?,
-                false => crate::path_options(image),
-            };
-            let options = Options::new().with("driver", "blkdebug").with("image", image.into_value());
-            Ok(if config.is_empty() { options } else { options.with("config", config) })
+impl ProtocolName<'_> {
+    /// The error for a protocol that no driver has.
+    pub fn unknown(self) -> Error {
+        Error::new(ErrorKind::Unsupported, format!("Unknown protocol '{}'", self.protocol)).remedy(format!(
+            "write './{}' for a file of that name, or name a driver and its options instead",
+            self.whole
+        ))
+    }
+}
+
+impl Registry {
+    /// The options that a name with a protocol stands for.
+    ///
+    /// # Errors
+    /// `Unsupported` for a protocol that no driver has, `InvalidInput` for a name that makes no sense.
+    pub fn protocol_name(self, name: &str) -> Result<Options> {
+        let (protocol, rest) = name.split_once(':').unwrap_or((name, ""));
+        let name = ProtocolName { whole: name, protocol, rest };
+        let row = self.rows().iter().find(|d| d.protocols.contains(&protocol));
+        match row.and_then(|d| d.from_name) {
+            Some(from_name) => from_name(self, name),
+            None => Err(name.unknown()),
         }
-        "null-co" | "null-aio" if rest == "//" => Ok(Options::new().with("driver", protocol)),
-        "null-co" | "null-aio" => {
-            Err(invalid(format!("The only allowed filename for this driver is '{protocol}://'")))
+    }
+
+    /// The options of a plain file name: the driver is chosen by what the name leads to. May wait for
+    /// the file system.
+    pub fn path_options(self, name: &str) -> Options {
+        let path = os_name(name);
+        self.path_options_for(name, fs::metadata(Path::new(&path)).ok().as_ref())
+    }
+
+    /// The same, knowing what the name leads to.
+    pub(crate) fn path_options_for(self, name: &str, found: Option<&Metadata>) -> Options {
+        match self.opens_path(Path::new(&os_name(name)), found) {
+            Some(kind) => Options::new().with("driver", kind.name).with("filename", name),
+            None => Options::new().with("filename", name),
         }
-        _ => Err(unknown(name, protocol)),
     }
-}
 
-fn unknown(name: &str, protocol: &str) -> Error {
-    Error::new(ErrorKind::Unsupported, format!("Unknown protocol '{protocol}'"))
-        .remedy(format!("write './{name}' for a file of that name, or name a driver and its options instead"))
-}
-
-fn nbd(server: Options, export: &str) -> Options {
-    Options::new().with("driver", "nbd").with("server", server.into_value()).with("export", export)
-}
-
-fn unix(path: &str) -> Options {
-    Options::new().with("type", "unix").with("path", path)
-}
-
-fn inet(host: &str, port: &str) -> Options {
-    Options::new().with("type", "inet").with("host", host).with("port", port)
-}
-
-/// `unix:PATH[:exportname=NAME]` and `HOST:PORT[:exportname=NAME]`, in which nothing is encoded.
-fn legacy_nbd(rest: &str) -> Result<Options> {
-    let (address, export) = rest.split_once(":exportname=").unwrap_or((rest, ""));
-    let server = match address.strip_prefix("unix:") {
-        Some(path) => unix(path),
-        None => {
-            let (host, port) =
-                host_and_port(address).filter(|(_, port)| port.is_some()).ok_or_else(|| {
-                    invalid(format!("'nbd:{rest}' has no port"))
-                        .remedy("write nbd:HOST:PORT, nbd:unix:PATH or nbd://HOST/EXPORT")
-                })?;
-            inet(host, port.unwrap_or_default())
-        }
-    };
-    Ok(nbd(server, export))
-}
-
-/// `HOST`, `HOST:PORT`, `[IPV6]` or `[IPV6]:PORT`.
-fn host_and_port(text: &str) -> Option<(&str, Option<&str>)> {
-    if let Some(rest) = text.strip_prefix('[') {
-        let (host, after) = rest.split_once(']')?;
-        return match after.strip_prefix(':') {
-            Some(port) => Some((host, Some(port))),
-            None => after.is_empty().then_some((host, None)),
-        };
+    /// The driver of files that are not there yet.
+    pub fn host_file(self) -> Option<&'static DriverKind> {
+        self.opens_path(Path::new(""), None)
     }
-    match text.split_once(':') {
-        Some((host, port)) => Some((host, Some(port))),
-        None => Some((text, None)),
-    }
-}
 
-/// What comes after `nbd://` or `nbd+unix://`.
-fn nbd_uri(uri: &str, is_unix: bool) -> Result<Options, &'static str> {
-    let uri = uri.split_once('#').map_or(uri, |(uri, _)| uri);
-    let (place, query) = match uri.split_once('?') {
-        Some((place, query)) => (place, Some(query)),
-        None => (uri, None),
-    };
-    let (authority, path) = place.split_once('/').unwrap_or((place, ""));
-    // NBD's names are UTF-8.
-    let export = String::from_utf8(decode(path)?).map_err(|_| "the export's name is not valid UTF-8")?;
-    // Whoever the user is, the protocol does not ask.
-    let server = authority.rsplit_once('@').map_or(authority, |(_, server)| server);
-    if is_unix {
-        if !server.is_empty() {
-            return Err("a Unix socket has no host");
-        }
-        let socket = query.and_then(|q| q.strip_prefix("socket=")).filter(|q| !q.contains('&'));
-        let socket = decode(socket.ok_or("it needs '?socket=PATH' and nothing else")?)?;
-        return Ok(nbd(unix(&text_of(&socket)), &export));
+    fn opens_path(self, path: &Path, found: Option<&Metadata>) -> Option<&'static DriverKind> {
+        let sure = |d: &'static DriverKind| Some((d.path?(path, found), d));
+        let surest = self.rows().iter().filter_map(|d| sure(d)).max_by_key(|(sure, _)| *sure);
+        surest.filter(|(sure, _)| *sure > 0).map(|(_, kind)| kind)
     }
-    if query.is_some_and(|q| !q.is_empty()) {
-        return Err("it takes nothing after '?'");
-    }
-    let (host, port) = host_and_port(server).ok_or("the address is not complete")?;
-    if host.is_empty() {
-        return Err("it names no host");
-    }
-    let host = String::from_utf8(decode(host)?).map_err(|_| "the host's name is not valid UTF-8")?;
-    let port = port.filter(|p| !p.is_empty()).unwrap_or("10809");
-    if port.parse::<u16>().is_err() {
-        return Err("the port is not a number below 65536");
-    }
-    Ok(nbd(inet(&host, port), &export))
-}
-
-/// Replaces `%XX`.
-fn decode(text: &str) -> Result<Vec<u8>, &'static str> {
-    let digits = |after: &str| after.len() >= 2 && after.bytes().take(2).all(|b| b.is_ascii_hexdigit());
-    if !text.split('%').skip(1).all(|after| digits(after) && !after.starts_with("00")) {
-        return Err("a '%' is followed by two hexadecimal digits, not 00");
-    }
-    Ok(percent_decode(&dolmen_types::bytes(text)).collect())
 }
 
 /// Text as a part of a URI, as QEMU writes it: only what would end the part becomes `%XX`, and what is no text.
@@ -151,100 +84,3 @@ pub fn encode_uri(text: &str) -> String {
 
 /// What has a meaning in a URI.
 const ENDS: &AsciiSet = &CONTROLS.add(b'%').add(b'?').add(b'#').add(b'&');
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn text(name: &str) -> String {
-        match protocol_name(name) {
-            Ok(o) => o.into_value().to_string(),
-            Err(e) => format!("error: {e}"),
-        }
-    }
-
-    /// As qemu-img 10.0.2 was seen to understand them.
-    #[test]
-    fn nbd_names() {
-        let inet = |host: &str, port: &str, export: &str| {
-            format!(
-                r#"{{"driver": "nbd", "server": {{"type": "inet", "host": "{host}", "port": "{port}"}}, "export": "{export}"}}"#
-            )
-        };
-        let unix = |path: &str, export: &str| {
-            format!(
-                r#"{{"driver": "nbd", "server": {{"type": "unix", "path": "{path}"}}, "export": "{export}"}}"#
-            )
-        };
-        for (name, expected) in [
-            ("nbd:unix:/tmp/s:exportname=e", unix("/tmp/s", "e")),
-            ("nbd:unix:/tmp/s:exportname=a%20b", unix("/tmp/s", "a%20b")),
-            ("nbd:unix:/tmp/s:exportname=a:b", unix("/tmp/s", "a:b")),
-            ("nbd:localhost:10809", inet("localhost", "10809", "")),
-            ("nbd:[::1]:1:exportname=x", inet("::1", "1", "x")),
-            ("nbd+unix:///e?socket=/tmp/s", unix("/tmp/s", "e")),
-            ("nbd+unix:///a%20b?socket=/none%20x", unix("/none x", "a b")),
-            ("nbd+unix:////a?socket=%2Ftmp/s", unix("/tmp/s", "/a")),
-            ("nbd+unix:///a%2Fb+c?socket=/s", unix("/s", "a/b+c")),
-            ("nbd+unix://?socket=/s", unix("/s", "")),
-            ("nbd+tcp://h:5/e", inet("h", "5", "e")),
-            ("nbd://user@h:5/e", inet("h", "5", "e")),
-            ("nbd://[::1]/x", inet("::1", "10809", "x")),
-            ("nbd://[::1]:7/x", inet("::1", "7", "x")),
-            ("nbd://user@[::1]:7", inet("::1", "7", "")),
-            ("nbd://h/x#frag", inet("h", "10809", "x")),
-            ("nbd://h%41:/x", inet("hA", "10809", "x")),
-            ("nbd://user@h:5//e/f", inet("h", "5", "/e/f")),
-            ("nbd://[fe80::1%25eth0]:7/", inet("fe80::1%eth0", "7", "")),
-            ("nbd+unix://user@/e?socket=s", unix("s", "e")),
-            ("nbd+unix:///a b?socket=/no ne", unix("/no ne", "a b")),
-        ] {
-            assert_eq!(text(name), expected, "{name}");
-        }
-        for bad in [
-            "nbd:nonsense",
-            "nbd+unix:///a?socket=/none&b=1",
-            "nbd+unix://host/x?socket=/none",
-            "nbd+unix:///x",
-            "nbd://h:1/x?socket=/y",
-            "nbd://h:99999/x",
-            "nbd+tcp://h:1/a%2",
-            "nbd+tcp://h:1/a%zz",
-            "nbd+tcp://h:1/a%00",
-            "nbd://",
-            "nbd:///x",
-            "nbd://[::1/x",
-            "nbd+unix:///%ff?socket=/none",
-            "nbd+foo://h",
-            "gopher://x",
-        ] {
-            assert!(protocol_name(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn what_is_written_is_read_back() {
-        for export in ["plain", "a b", "50%", "a?b#c&d", "gr\u{fc}n", "/x//y"] {
-            let name = format!("nbd+unix:///{}?socket={}", encode_uri(export), encode_uri("/a b%"));
-            let mut o = protocol_name(&name).expect("a name");
-            assert_eq!(o.require_str("export").expect("text"), export);
-            let mut server = o.take_map("server").expect("a map").expect("there");
-            assert_eq!(server.require_str("path").expect("text"), "/a b%");
-        }
-        assert_eq!(encode_uri("/run/vm-1_disk.sock"), "/run/vm-1_disk.sock");
-    }
-
-    #[test]
-    fn other_names() {
-        assert_eq!(text("file:a:b"), r#"{"driver": "file", "filename": "a:b"}"#);
-        assert_eq!(
-            text("blkdebug:c.conf:/x"),
-            r#"{"driver": "blkdebug", "image": {"driver": "file", "filename": "/x"}, "config": "c.conf"}"#
-        );
-        assert_eq!(text("null-co://"), r#"{"driver": "null-co"}"#);
-        assert_eq!(text("null-aio://"), r#"{"driver": "null-aio"}"#);
-        for bad in ["blkdebug:x", "null-co:", "null-co://x"] {
-            assert!(protocol_name(bad).is_err(), "{bad}");
-        }
-    }
-}

@@ -11,8 +11,8 @@ use dolmen_rt::{LocalFuture, Rt};
 use dolmen_types::{ChildRole, Error, ErrorKind, NodeName, OpId, Options, Result, ResultExt, Span, Value};
 
 use crate::{
-    AccessRule, ChildDef, Common, DetectZeroes, Draft, ImplicitChild, Io, NodeDef, NodeFlags, OpenCx, Read,
-    Registry,
+    AccessRule, ChildDef, Common, DetectZeroes, Draft, ImplicitChild, Io, NodeDef, NodeFlags, OpenCx,
+    RAW_FORMAT, Read, Registry,
 };
 
 /// The longest chain of backing files. Longer ones are either a mistake or an attack.
@@ -57,8 +57,8 @@ pub struct Opener<'a> {
     /// What is permitted.
     pub policy: OpenPolicy,
     /// Reads names such as `nbd://host/export` or `json:{...}` found in images;
-    /// [`protocol_name`](crate::protocol_name) knows the common ones without JSON.
-    pub names: fn(&str) -> Result<Options>,
+    /// [`Registry::protocol_name`] knows the common ones without JSON.
+    pub names: fn(Registry, &str) -> Result<Options>,
     /// The runtime.
     pub rt: &'a Rt,
 }
@@ -185,9 +185,9 @@ impl Opener<'_> {
     /// What the parser of names says.
     pub async fn file_options(&self, name: &str) -> Result<Options> {
         match name.strip_prefix("file:") {
-            Some(path) => Ok(crate::place::path_options_in(self.rt, path).await),
-            None if has_protocol(name) => (self.names)(name),
-            None => Ok(crate::place::path_options_in(self.rt, name).await),
+            Some(path) => Ok(crate::place::path_options_in(self.registry, self.rt, path).await),
+            None if has_protocol(name) => (self.names)(self.registry, name),
+            None => Ok(crate::place::path_options_in(self.registry, self.rt, name).await),
         }
     }
 
@@ -309,15 +309,15 @@ impl Opener<'_> {
         let full = join(image, &child.filename);
         let (file, filename) = if plain && !local && has_protocol(&full) {
             // Beside an image on a server: on the same server.
-            ((self.names)(&full)?, full)
+            ((self.names)(self.registry, &full)?, full)
         } else if plain {
-            let mut file = crate::place::path_options_in(self.rt, &full).await;
+            let mut file = crate::place::path_options_in(self.registry, self.rt, &full).await;
             if self.policy.implicit == Implicit::Beneath {
                 file.set("x-beneath", directory(image));
             }
             (file, full)
         } else {
-            ((self.names)(&child.filename)?, child.filename.clone())
+            ((self.names)(self.registry, &child.filename)?, child.filename.clone())
         };
         let protocol = |name: &str| self.registry.find(name).is_ok_and(|k| k.class == crate::Class::Protocol);
         if let Some(format) = child.format.as_ref().filter(|f| protocol(f)) {
@@ -330,7 +330,7 @@ impl Opener<'_> {
                     &format!("as '{format}', which is not an image format"),
                 ));
             }
-            return Ok(Options::new().with("driver", "raw").with("file", file.into_value()));
+            return Ok(Options::new().with("driver", RAW_FORMAT).with("file", file.into_value()));
         }
         // A `json:` definition may be of a whole node, with its format.
         if !plain && self.has_format(&file) {
@@ -400,7 +400,7 @@ impl Opener<'_> {
             self.registry.probe(&header, &filename)?
         };
         options.set("file", file.as_str());
-        if format == "raw" {
+        if format == RAW_FORMAT {
             // The guess must stay true: a guest must not be able to turn a raw disk into
             // another format by writing its first sector.
             options.set("x-probed", true);

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use dolmen_rt::{Rt, sys};
 use dolmen_types::{Error, ErrorKind, Options, Result, ResultExt, os_name};
 
+use crate::Registry;
+
 /// Which file it is: device and inode; of a block device its number, unless it is a loop device over a whole file.
 pub type FileId = (u64, u64);
 
@@ -25,36 +27,13 @@ pub(crate) enum Place {
     Absent(PathBuf),
 }
 
-/// What kind of file a name leads to.
-fn driver_of(name: &Path) -> &'static str {
-    match std::fs::metadata(name) {
-        Ok(m) if is_cdrom(name) && m.file_type().is_block_device() => "host_cdrom",
-        Ok(m) if m.file_type().is_block_device() || m.file_type().is_char_device() => "host_device",
-        _ => "file",
-    }
-}
-
-/// Linux names optical drives so.
-fn is_cdrom(name: &Path) -> bool {
-    let real = std::fs::canonicalize(name).unwrap_or_else(|_| name.to_owned());
-    let last = real.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-    let number = last.strip_prefix("sr").or_else(|| last.strip_prefix("scd"));
-    real.starts_with("/dev") && number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
-}
-
-/// The options of a plain file name: the driver is chosen by the kind of file that the name leads to. May wait for
-/// the file system.
-pub fn path_options(name: &str) -> Options {
-    Options::new().with("driver", driver_of(Path::new(&os_name(name)))).with("filename", name)
-}
-
-/// The same in a task.
-pub(crate) async fn path_options_in(rt: &Rt, name: &str) -> Options {
+/// [`Registry::path_options`] in a task.
+pub(crate) async fn path_options_in(registry: Registry, rt: &Rt, name: &str) -> Options {
     let Some(io) = rt.io() else {
-        return Options::new().with("driver", "file").with("filename", name);
+        return registry.path_options_for(name, None);
     };
     let (path, name) = (PathBuf::from(os_name(name)), name.to_owned());
-    io.blocking_at(&path, move || path_options(&name)).await
+    io.blocking_at(&path, move || registry.path_options(&name)).await
 }
 
 /// Which file metadata are of.

@@ -6,17 +6,21 @@
 //! and the opener may read them. Names found *inside* an image are only reported
 //! ([`Opened::implicit`]); whether they are opened is the caller's policy.
 
+use std::fs::Metadata;
+use std::path::Path;
+
 use dolmen_rt::{LocalFuture, Rt};
 use dolmen_types::{ChildRole, Error, ErrorKind, NodeName, OptionSpec, OptionType, Options, Result, Value};
 
 use std::sync::Arc;
 
 use crate::{
-    AccessRule, BackingName, ChildEdge, Class, Cx, DetectZeroes, Driver, Io, NodeFlags, Prepared, Read,
-    Resize, Write,
+    AccessRule, BackingName, CheckResult, ChildEdge, Class, Cx, DetectZeroes, Driver, Io, NodeFlags,
+    Prepared, ProtocolName, Read, Repairing, Resize, Write,
 };
 
-/// A driver's registry row.
+/// A driver's registry row: everything that the rest of the program asks about it. No driver is known by its name
+/// outside of its module and the list of drivers.
 pub struct DriverKind {
     /// Its name in options.
     pub name: &'static str,
@@ -38,6 +42,84 @@ pub struct DriverKind {
     pub probe: Option<fn(header: &[u8], filename: &str) -> u8>,
     /// Understands the options for making an image, if it can make any. Pure.
     pub create: Option<CreateFn>,
+    /// What names of its nodes may begin with, before a colon: `nbd` in `nbd://host/export`.
+    pub protocols: &'static [&'static str],
+    /// The options that such a name stands for. `None` without protocols.
+    pub from_name: Option<NameFn>,
+    /// Its `filename` is a path on this host: how sure it is that it is the one to open what the path leads to, if
+    /// that is there.
+    pub path: Option<PathFn>,
+    /// What the rest of the program uses it for.
+    pub duties: &'static [Duty],
+    /// Checks and repairs an image, which need not be one that can be opened.
+    pub check: Option<CheckFn>,
+    /// Changes the backing file that an image names and nothing else, whether the image can be opened or not.
+    pub change_backing: Option<ChangeBackingFn>,
+    /// The create options that the image tool reports, in this order, with their defaults; the others follow.
+    pub create_report: &'static [(&'static str, Option<&'static str>)],
+    /// `info` has details of its images (the flag for an unclean end).
+    pub details: bool,
+    /// `query-blockstats` has its counts of discards.
+    pub counts_discards: bool,
+}
+
+impl DriverKind {
+    /// A row without any abilities: a driver that is only opened by its options.
+    pub const fn new(
+        name: &'static str,
+        class: Class,
+        help: &'static str,
+        options: &'static [OptionSpec],
+        parse: fn(&mut Options, &Common) -> Result<Parsed>,
+    ) -> DriverKind {
+        DriverKind {
+            name,
+            class,
+            help,
+            options,
+            create_options: &[],
+            maps: false,
+            parse,
+            probe: None,
+            create: None,
+            protocols: &[],
+            from_name: None,
+            path: None,
+            duties: &[],
+            check: None,
+            change_backing: None,
+            create_report: &[("size", None)],
+            details: false,
+            counts_discards: false,
+        }
+    }
+
+    /// Whether it has an option of that name.
+    pub fn has_option(&self, name: &str) -> bool {
+        self.options.iter().any(|o| o.name == name)
+    }
+}
+
+/// See [`DriverKind::from_name`].
+pub type NameFn = fn(Registry, ProtocolName<'_>) -> Result<Options>;
+
+/// See [`DriverKind::path`].
+pub type PathFn = fn(&Path, Option<&Metadata>) -> u8;
+
+/// See [`DriverKind::check`].
+pub type CheckFn = for<'a> fn(Io<'a, Read>, Option<Repairing<'a>>) -> LocalFuture<'a, Result<CheckResult>>;
+
+/// See [`DriverKind::change_backing`].
+pub type ChangeBackingFn =
+    for<'a> fn(Io<'a, Read>, Io<'a, Write>, Option<BackingName<'a>>) -> LocalFuture<'a, Result<()>>;
+
+/// What the rest of the program uses a driver for, without knowing its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Duty {
+    /// New overlays, where the user says no format.
+    Overlay,
+    /// Copying what is read into an overlay.
+    CopyOnRead,
 }
 
 /// See [`DriverKind::create`].
@@ -367,6 +449,9 @@ impl Common {
 #[derive(Clone, Copy, Debug)]
 pub struct Registry(&'static [&'static DriverKind], Foreign);
 
+/// The format, as options and image headers name it, of a disk that has none: its bytes are its file's.
+pub const RAW_FORMAT: &str = "raw";
+
 /// Names a format by its first bytes that no driver here opens.
 pub type Foreign = fn(header: &[u8]) -> Option<&'static str>;
 
@@ -397,6 +482,16 @@ impl Registry {
         })
     }
 
+    /// The driver that has this duty.
+    ///
+    /// # Errors
+    /// `Unsupported` when this program has none.
+    pub fn on_duty(self, duty: Duty) -> Result<&'static DriverKind> {
+        self.0.iter().copied().find(|d| d.duties.contains(&duty)).ok_or_else(|| {
+            Error::new(ErrorKind::Unsupported, format!("this program has no driver for {duty:?}"))
+        })
+    }
+
     /// The format that is surest of these first bytes of a file; `raw` when none is.
     ///
     /// # Errors
@@ -413,7 +508,7 @@ impl Registry {
             (Some((_, name)), None) => Ok(name),
             // Surer than "it may be anything".
             (Some((score, name)), Some(_)) if score > 1 => Ok(name),
-            (None, None) => Ok("raw"),
+            (None, None) => Ok(RAW_FORMAT),
             (_, Some(name)) => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!("the image has the format {name}, which can't be opened here"),

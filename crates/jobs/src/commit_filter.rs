@@ -11,17 +11,13 @@ use dolmen_rt::LocalFuture;
 use dolmen_types::{BlkEvent, Result, Span};
 
 /// Registry row; not in the registry.
-pub(crate) static COMMIT_TOP: DriverKind = DriverKind {
-    name: "commit_top",
-    class: Class::Filter,
-    help: "the filter of a commit",
-    options: &[],
-    create_options: &[],
-    maps: false,
-    parse: crate::mirror_filter::not_from_options,
-    probe: None,
-    create: None,
-};
+pub(crate) static COMMIT_TOP: DriverKind = DriverKind::new(
+    "commit_top",
+    Class::Filter,
+    "the filter of a commit",
+    &[],
+    crate::mirror_filter::not_from_options,
+);
 
 /// The driver.
 #[derive(Debug)]

@@ -20,7 +20,7 @@ use crate::stream::known;
 use crate::{BeginCx, Details, Ending, JobCx, JobKind, SettleCx, Work, nothing_to_change};
 
 /// What opens files by name, once the job runs.
-type Names = (Registry, OpenPolicy, fn(&str) -> Result<Options>);
+type Names = (Registry, OpenPolicy, fn(Registry, &str) -> Result<Options>);
 
 /// What is to be made, once the job has begun.
 enum Plan {

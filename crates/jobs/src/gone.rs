@@ -15,17 +15,13 @@ use dolmen_rt::LocalFuture;
 use dolmen_types::{BlkEvent, Error, ErrorKind, NodeName, OpId, Result, Span, Value};
 
 /// Registry row; not in the registry.
-static GONE: DriverKind = DriverKind {
-    name: "point-in-time-gone",
-    class: Class::Protocol,
-    help: "in place of a point in time that has ended",
-    options: &[],
-    create_options: &[],
-    maps: false,
-    parse: crate::mirror_filter::not_from_options,
-    probe: None,
-    create: None,
-};
+static GONE: DriverKind = DriverKind::new(
+    "point-in-time-gone",
+    Class::Protocol,
+    "in place of a point in time that has ended",
+    &[],
+    crate::mirror_filter::not_from_options,
+);
 
 /// Puts it below the image that `saved_in` shows, if that lies over `source` and is read by others than `op`,
 /// which ends.

@@ -48,17 +48,13 @@ use dolmen_types::{BlkEvent, Error, ErrorKind, Options, Result, Span, WriteFlags
 use event_listener::{Event, EventListener};
 
 /// Registry row of the filter. It is made by jobs, never from options, so that it is not in the registry.
-pub(crate) static MIRROR_TOP: DriverKind = DriverKind {
-    name: "mirror_top",
-    class: Class::Filter,
-    help: "the filter of a mirror or an active commit",
-    options: &[],
-    create_options: &[],
-    maps: false,
-    parse: not_from_options,
-    probe: None,
-    create: None,
-};
+pub(crate) static MIRROR_TOP: DriverKind = DriverKind::new(
+    "mirror_top",
+    Class::Filter,
+    "the filter of a mirror or an active commit",
+    &[],
+    not_from_options,
+);
 
 pub(crate) fn not_from_options(_: &mut Options, _: &Common) -> Result<Parsed> {
     Err(Error::new(ErrorKind::InvalidInput, "this filter belongs to a job and can't be made from options"))

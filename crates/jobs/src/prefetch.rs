@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 
-use dolmen_graph::{ClaimScope, Draft, OpClaim};
+use dolmen_graph::{ClaimScope, Draft, Duty, OpClaim};
 use dolmen_rt::LocalFuture;
 use dolmen_types::{
     Actions, Claim, Error, ErrorKind, NodeName, OpId, OptionSpec, OptionType, Options, Result, Span, Value,
@@ -20,8 +20,6 @@ use crate::{
 
 /// The most ranges that one job takes.
 const MAX_RANGES: usize = 65_536;
-
-const COPY_ON_READ: &str = "copy-on-read";
 
 /// The work of a prefetch job.
 #[derive(Debug)]
@@ -67,7 +65,9 @@ impl Prefetch {
                 if cx.draft.is_read_only(&image) {
                     *self.made_writable.borrow_mut() = cx.draft.set_read_only(&image, false)?;
                 }
-                let options = Options::new().with("driver", COPY_ON_READ).with("file", node.as_str());
+                let options = Options::new()
+                    .with("driver", cx.opener.registry.on_duty(Duty::CopyOnRead)?.name)
+                    .with("file", node.as_str());
                 let filter = cx.opener.open_interposed(cx.draft, options, cx.op).await?;
                 cx.draft.interpose_opened(&filter, "file", &node)?;
                 filter
@@ -93,7 +93,7 @@ impl Prefetch {
 
 /// The copy-on-read node that `node` is, or that stands on it.
 fn existing(draft: &Draft, node: &NodeName) -> Option<NodeName> {
-    let copies = |n: &NodeName| draft.kind(n).is_some_and(|k| k.name == COPY_ON_READ);
+    let copies = |n: &NodeName| draft.kind(n).is_some_and(|k| k.duties.contains(&Duty::CopyOnRead));
     if copies(node) {
         return Some(node.clone());
     }

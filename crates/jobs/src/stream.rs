@@ -22,7 +22,7 @@
 
 use std::cell::RefCell;
 
-use dolmen_graph::{BackingName, ClaimScope, Class, Cx, Draft, OpClaim, header_name_given, own_file};
+use dolmen_graph::{BackingName, ClaimScope, Class, Cx, Draft, OpClaim, header_name_given, own_file, Duty};
 use dolmen_rt::LocalFuture;
 use dolmen_types::{
     Actions, Claim, Error, ErrorKind, NodeName, OpId, OptionSpec, OptionType, Options, Result, ResultExt,
@@ -175,7 +175,7 @@ impl Stream {
             plan.made_writable = cx.draft.set_read_only(&plan.top, false)?;
         }
         let mut options = Options::new()
-            .with("driver", "copy-on-read")
+            .with("driver", cx.opener.registry.on_duty(Duty::CopyOnRead)?.name)
             .with("file", self.device.as_str())
             .with("bottom", plan.bottom.as_str());
         if let Some(name) = &self.filter_name {

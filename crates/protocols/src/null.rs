@@ -10,38 +10,44 @@ use std::time::Duration;
 
 use dolmen_graph::{
     AccessRule, Class, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op, OpenCx,
-    Opened, Opener, Parsed, Plan, Prepared, Request, SELF, Where,
+    Opened, Opener, Parsed, Plan, Prepared, ProtocolName, Registry, Request, SELF, Where,
 };
 use dolmen_rt::LocalFuture;
-use dolmen_types::{BlkEvent, OptionSpec, OptionType, Options, Result, Span};
+use dolmen_types::{BlkEvent, Error, ErrorKind, OptionSpec, OptionType, Options, Result, Span};
 
 const DEFAULT_SIZE: u64 = 1 << 30;
 
 /// Registry row.
 pub static NULL_CO: DriverKind = DriverKind {
-    name: "null-co",
-    class: Class::Protocol,
-    help: "accepts every request and keeps nothing",
-    options: OPTIONS,
-    create_options: &[],
-    maps: false,
-    parse: |options, _| parse(options, &NULL_CO),
-    probe: None,
-    create: None,
+    protocols: &["null-co"],
+    from_name: Some(from_name),
+    ..DriverKind::new(
+        "null-co",
+        Class::Protocol,
+        "accepts every request and keeps nothing",
+        OPTIONS,
+        |options, _| parse(options, &NULL_CO),
+    )
 };
 
 /// Registry row.
 pub static NULL_AIO: DriverKind = DriverKind {
-    name: "null-aio",
-    class: Class::Protocol,
-    help: "the same under another name",
-    options: OPTIONS,
-    create_options: &[],
-    maps: false,
-    parse: |options, _| parse(options, &NULL_AIO),
-    probe: None,
-    create: None,
+    protocols: &["null-aio"],
+    from_name: Some(from_name),
+    ..DriverKind::new("null-aio", Class::Protocol, "the same under another name", OPTIONS, |options, _| {
+        parse(options, &NULL_AIO)
+    })
 };
+
+fn from_name(_: Registry, name: ProtocolName<'_>) -> Result<Options> {
+    match name.rest {
+        "//" => Ok(Options::new().with("driver", name.protocol)),
+        _ => Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("The only allowed filename for this driver is '{}://'", name.protocol),
+        )),
+    }
+}
 
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec::optional("size", OptionType::Size, "size in bytes (default 1G)"),

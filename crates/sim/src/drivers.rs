@@ -14,34 +14,21 @@ use crate::{Image, SimDisk};
 
 /// Registry row of the simulated disk. It can't be made from options: a test makes a
 /// [`SimDisk`] and adds it to a draft.
-pub static SIM_DISK: DriverKind = DriverKind {
-    name: "sim-disk",
-    class: Class::Protocol,
-    help: "a simulated disk that can lose power",
-    options: &[],
-    create_options: &[],
-    maps: false,
-    parse: parse_sim_disk,
-    probe: None,
-    create: None,
-};
+pub static SIM_DISK: DriverKind =
+    DriverKind::new("sim-disk", Class::Protocol, "a simulated disk that can lose power", &[], parse_sim_disk);
 
 fn parse_sim_disk(_: &mut Options, _: &Common) -> Result<Parsed> {
     Err(Error::new(ErrorKind::InvalidInput, "a simulated disk is made by the test, not from options"))
 }
 
 /// Registry row of the disk in memory.
-pub static MEMORY: DriverKind = DriverKind {
-    name: "memory",
-    class: Class::Protocol,
-    help: "a disk in memory",
-    options: &[OptionSpec::optional("size", OptionType::Size, "size in bytes (default 0)")],
-    create_options: &[],
-    maps: false,
-    parse: parse_memory,
-    probe: None,
-    create: None,
-};
+pub static MEMORY: DriverKind = DriverKind::new(
+    "memory",
+    Class::Protocol,
+    "a disk in memory",
+    &[OptionSpec::optional("size", OptionType::Size, "size in bytes (default 0)")],
+    parse_memory,
+);
 
 fn parse_memory(options: &mut Options, _: &Common) -> Result<Parsed> {
     let size = options.take_size("size")?.unwrap_or(0);

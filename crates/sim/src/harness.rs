@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use dolmen_graph::{
     AccessRule, ChildEdge, CreateCx, Draft, Driver, DriverKind, GraphOwner, Implicit, Node, NodeDef,
-    NodeFlags, NodeOpener, OpInfo, OpenPolicy, Prealloc, Registry, Token, UserEdge, protocol_name,
+    NodeFlags, NodeOpener, OpInfo, OpenPolicy, Prealloc, Registry, Token, UserEdge,
 };
 use dolmen_rt::{Memory, Rt};
 use dolmen_types::{
@@ -101,7 +101,7 @@ impl Harness {
             permit_with: "nothing in a test",
             probe_with: "nothing in a test",
         };
-        let opener = NodeOpener { registry, policy, names: protocol_name, rt };
+        let opener = NodeOpener { registry, policy, names: Registry::protocol_name, rt };
         let top = opener.open(&mut draft, options, true).await?;
         Harness::attach(rt, owner, draft, &top, needs).await
     }

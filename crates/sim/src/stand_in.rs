@@ -37,17 +37,13 @@ fn parse(_: &mut Options, _: &Common) -> Result<Parsed> {
 macro_rules! kinds {
     ($($(#[$doc:meta])* $name:ident = $text:literal, $class:ident;)*) => { $(
         $(#[$doc])*
-        pub static $name: DriverKind = DriverKind {
-            name: $text,
-            class: Class::$class,
-            help: "a stand-in that passes everything to its first child",
-            options: &[],
-            create_options: &[],
-            maps: false,
-            parse,
-            probe: None,
-            create: None,
-        };
+        pub static $name: DriverKind = DriverKind::new(
+$text,
+Class::$class,
+"a stand-in that passes everything to its first child",
+&[],
+parse,
+);
     )* };
 }
 
@@ -345,7 +341,8 @@ pub fn commit(d: &mut Draft, id: &str, top: &str, base: &str, active: bool) -> R
 pub fn mirror(d: &mut Draft, id: &str, source: &str, target: &str) -> Result<()> {
     use Actions as A;
     let op = begin_job(d, id, format!("mirror of '{source}'"))?;
-    let filter = add(d, &format!("{id}-filter"), StandIn::new(&MIRROR, AccessRule::COPIES_WRITES), Some(&op), &[])?;
+    let filter =
+        add(d, &format!("{id}-filter"), StandIn::new(&MIRROR, AccessRule::COPIES_WRITES), Some(&op), &[])?;
     let low = below(d, source);
     let beneath = d.resolve(source)?;
     d.interpose(&filter, "file", source)?;

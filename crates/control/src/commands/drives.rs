@@ -4,7 +4,7 @@
 //! refused, put into a transaction and asked about with `what-if` like any other, and touches no file
 //! meanwhile. Publishing the draft makes the files.
 
-use dolmen_graph::{Draft, NewImage, NodeOpener};
+use dolmen_graph::{Draft, NewImage, NodeOpener, RAW_FORMAT};
 use dolmen_jobs::{BACKUP, BLOCK_JOB, JobKind, MIRROR, OnError, PERF};
 use dolmen_qmp::QmpError;
 use dolmen_qmp::schema::Ty;
@@ -77,14 +77,14 @@ fn plan(draft: &Draft, drive: Drive) -> Result<Plan> {
             sync = "full".into();
         }
     }
-    let of_source = || images.first().and_then(|n| draft.kind(n)).map_or("raw", |k| k.name).to_owned();
+    let of_source = || images.first().and_then(|n| draft.kind(n)).map_or(RAW_FORMAT, |k| k.name).to_owned();
     let format = if existing { format } else { Some(format.unwrap_or_else(of_source)) };
     let mut node = Options::new().with("discard", if unmap { "unmap" } else { "ignore" });
     if let Some(name) = name {
         node.set("node-name", name);
     }
     // A new image is an overlay of nodes that are open already. An old one that is to be backed up to has its own chain.
-    if format.as_deref().is_some_and(|f| f != "raw") && (kind == DriveKind::Mirror || !existing) {
+    if format.as_deref().is_some_and(|f| f != RAW_FORMAT) && (kind == DriveKind::Mirror || !existing) {
         node.set("backing", below.map_or(Value::Null, |n| Value::from(n.as_str())));
     }
     Ok(Plan {

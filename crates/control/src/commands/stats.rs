@@ -76,15 +76,15 @@ fn devices<'a>(
 /// What has come to a node and to those below it.
 fn node_stats(node: &Arc<Node>, with_backing: bool) -> BlockStats {
     let counts = node.state.counters.read();
-    let driver = node.driver.kind().name;
+    let kind = node.driver.kind();
     let below = node.children.iter().find(|c| c.role != ChildRole::Backing);
     let boxed = |n: &Arc<Node>| Box::new(node_stats(explicit(n), with_backing));
     BlockStats {
         device: None,
         node_name: Some(node.name.as_str().to_owned()),
         stats: shown(&counts),
-        driver_specific: matches!(driver, "file" | "host_device").then(|| FileStats {
-            driver,
+        driver_specific: kind.counts_discards.then(|| FileStats {
+            driver: kind.name,
             discard_nb_ok: counts.discards.requests,
             discard_nb_failed: counts.discards.failed,
             discard_bytes_ok: counts.discards.bytes,

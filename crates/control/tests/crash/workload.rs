@@ -5,7 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-use dolmen_graph::{Implicit, NodeOpener, OpenPolicy, Registry, protocol_name};
+use dolmen_graph::{Implicit, NodeOpener, OpenPolicy, Registry};
 use dolmen_jobs::{Attention, Emit, Group, Job, JobOptions, Stream, launch, prepare};
 use dolmen_rt::Rt;
 use dolmen_sim::{
@@ -325,7 +325,7 @@ impl Streaming {
         let (emit, attend): (Emit, Attention) = (Rc::new(|_, _| {}), Rc::new(move |_| asked.set(true)));
         let job = Job::new(options, Box::new(work), rt, emit, attend);
         let policy = OpenPolicy { implicit: Implicit::Deny, probe: false, permit_with: "", probe_with: "" };
-        let opener = NodeOpener { registry: REGISTRY, policy, names: protocol_name, rt };
+        let opener = NodeOpener { registry: REGISTRY, policy, names: Registry::protocol_name, rt };
         let mut draft = harness.owner.draft();
         prepare(&job, &mut draft, &opener).await?;
         harness.owner.commit(draft).await?;
@@ -411,7 +411,7 @@ impl Changes {
             permit_with: "nothing in a test",
             probe_with: "nothing in a test",
         };
-        let opener = NodeOpener { registry: REGISTRY, policy, names: protocol_name, rt: &rt };
+        let opener = NodeOpener { registry: REGISTRY, policy, names: Registry::protocol_name, rt: &rt };
         let op = draft.add_command("blockdev-reopen", "of 'top'".to_owned());
         opener.reopen(&mut draft, &op, vec![options]).await?;
         draft.prepare(&rt).await?;

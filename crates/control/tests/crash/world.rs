@@ -46,17 +46,13 @@ pub(crate) const POLICY: OpenPolicy = OpenPolicy {
 };
 
 /// The simulated disk, opened by name.
-static NAMED_DISK: DriverKind = DriverKind {
-    name: "sim-disk",
-    class: Class::Protocol,
-    help: "a simulated disk of this test",
-    options: &[OptionSpec::required("name", OptionType::Str, "which one")],
-    create_options: &[],
-    maps: false,
-    parse: parse_named,
-    probe: None,
-    create: None,
-};
+static NAMED_DISK: DriverKind = DriverKind::new(
+    "sim-disk",
+    Class::Protocol,
+    "a simulated disk of this test",
+    &[OptionSpec::required("name", OptionType::Str, "which one")],
+    parse_named,
+);
 
 thread_local! {
     /// The disks of this thread's simulation.

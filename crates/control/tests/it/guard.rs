@@ -60,24 +60,15 @@ impl Gate {
 }
 
 /// Zeroes, behind a gate.
-pub(crate) static GATED: DriverKind = DriverKind {
-    name: "gated",
-    class: Class::Protocol,
-    help: "zeroes that wait",
-    options: &[],
-    create_options: &[],
-    maps: false,
-    parse: |_, _| {
+pub(crate) static GATED: DriverKind =
+    DriverKind::new("gated", Class::Protocol, "zeroes that wait", &[], |_, _| {
         Ok(Parsed {
             children: Vec::new(),
             rule: AccessRule::LEAF,
             relies_down_to: None,
             open: Box::new(OpenGated),
         })
-    },
-    probe: None,
-    create: None,
-};
+    });
 
 static ROWS: &[&DriverKind] = &[&GATED];
 

@@ -21,14 +21,12 @@ use tempfile::TempDir;
 static ROWS: &[&DriverKind] = &[&dolmen_sim::MEMORY, &PASS, &STUCK, &crate::guard::GATED];
 
 /// A filter that does nothing.
-static PASS: DriverKind = DriverKind {
-    name: "pass",
-    class: Class::Filter,
-    help: "a filter that does nothing",
-    options: &[OptionSpec::required("file", OptionType::Node, "the node below")],
-    create_options: &[],
-    maps: false,
-    parse: |options, _| {
+static PASS: DriverKind = DriverKind::new(
+    "pass",
+    Class::Filter,
+    "a filter that does nothing",
+    &[OptionSpec::required("file", OptionType::Node, "the node below")],
+    |options, _| {
         let file =
             ChildSpec { name: "file", role: ChildRole::Filtered, def: ChildDef::take(options, "file")? };
         Ok(Parsed {
@@ -38,19 +36,15 @@ static PASS: DriverKind = DriverKind {
             open: Box::new(Open(|| Ok(Arc::new(Pass { stuck: false })))),
         })
     },
-    probe: None,
-    create: None,
-};
+);
 
 /// The same, but what is written out on closing fails.
-static STUCK: DriverKind = DriverKind {
-    name: "stuck",
-    class: Class::Filter,
-    help: "a filter that can't be closed",
-    options: &[OptionSpec::required("file", OptionType::Node, "the node below")],
-    create_options: &[],
-    maps: false,
-    parse: |options, _| {
+static STUCK: DriverKind = DriverKind::new(
+    "stuck",
+    Class::Filter,
+    "a filter that can't be closed",
+    &[OptionSpec::required("file", OptionType::Node, "the node below")],
+    |options, _| {
         let file =
             ChildSpec { name: "file", role: ChildRole::Filtered, def: ChildDef::take(options, "file")? };
         Ok(Parsed {
@@ -60,9 +54,7 @@ static STUCK: DriverKind = DriverKind {
             open: Box::new(Open(|| Ok(Arc::new(Pass { stuck: true })))),
         })
     },
-    probe: None,
-    create: None,
-};
+);
 
 struct Open(fn() -> Result<Arc<dyn Driver>>);
 

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dolmen_graph::{GraphOwner, Implicit, NodeOpener, OpenPolicy, Registry, UserEdge, protocol_name};
+use dolmen_graph::{GraphOwner, Implicit, NodeOpener, OpenPolicy, Registry, UserEdge};
 use dolmen_rt::{Memory, Rt};
 use dolmen_sim::{DiskConfig, Fault, FaultAction, Image, Random, Sim, SimDisk};
 use dolmen_types::{Actions, ErrorKind, OpKind, Options, ReadFlags, Result, Span, WriteFlags};
@@ -38,7 +38,7 @@ fn cbw() -> Options {
 async fn open(rt: &Rt, owner: &mut GraphOwner, options: Options) -> Result<()> {
     let policy =
         OpenPolicy { implicit: Implicit::Deny, probe: false, permit_with: "nothing", probe_with: "nothing" };
-    let opener = NodeOpener { registry: REGISTRY, policy, names: protocol_name, rt };
+    let opener = NodeOpener { registry: REGISTRY, policy, names: Registry::protocol_name, rt };
     let mut draft = owner.draft();
     opener.open(&mut draft, options, true).await?;
     owner.commit(draft).await.map(drop)

@@ -3,7 +3,7 @@
 
 use clap::Parser;
 use dolmen::Session;
-use dolmen::formats::qcow2::{CheckResult, Repair, check, check_and_repair};
+use dolmen::graph::{CheckResult, RepairWhat, Repairing};
 use dolmen::session::READ;
 use dolmen::types::{Actions, Claim, Options, Value};
 use serde_json::{Map, Value as Json};
@@ -56,8 +56,8 @@ fn run(persona: Persona, a: Check) -> Outcome {
     let json = is_json(a.output.as_deref(), "check")?;
     let repair = match a.repair.as_deref() {
         None => None,
-        Some("leaks") => Some(Repair::Leaks),
-        Some("all") => Some(Repair::All),
+        Some("leaks") => Some(RepairWhat::Leaks),
+        Some("all") => Some(RepairWhat::All),
         Some(other) => {
             return Err(Failure::usage(
                 format!("--repair (-r) expects 'leaks' or 'all' not '{other}'"),
@@ -82,24 +82,23 @@ fn run(persona: Persona, a: Check) -> Outcome {
         let options = source.options(&mut session, persona)?;
         let opened = file_of(&mut session, options.clone()).await;
         let (format, file) = dolmen::session::opening(opened, &filename)?;
-        if format != "qcow2" {
+        let Some(check) = session.registry().find(&format).ok().and_then(|k| k.check) else {
             // That the image can't be opened is the first thing to be told.
             let mut options = options;
             options.set("driver", format);
             dolmen::session::opening(session.open(options, READ).await, &filename)?;
             session.close().await?;
             return Err(Failure::new("This image format does not support checks").with_code(63));
-        }
+        };
         let claim = if repair.is_some() { REPAIRING } else { CHECKING };
         let image = dolmen::session::opening(session.open(file, claim).await, &filename)?;
         let result = async {
             let token = image.edge().begin().await?;
-            match repair {
-                None => check(token.read(&rt)?).await,
-                Some(what) => {
-                    check_and_repair(token.read(&rt)?, token.write(&rt)?, token.resize(&rt)?, what).await
-                }
-            }
+            let repairing = match repair {
+                None => None,
+                Some(what) => Some(Repairing { write: token.write(&rt)?, resize: token.resize(&rt)?, what }),
+            };
+            check(token.read(&rt)?, repairing).await
         };
         let result = result.await;
         session.close_image(image).await?;

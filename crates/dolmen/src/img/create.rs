@@ -51,22 +51,6 @@ pub(crate) struct Create {
 
 /// Options in the order in which the established tool names them; those that it always
 /// names have a default.
-const QCOW2_ORDER: &[(&str, Option<&str>)] = &[
-    ("cluster_size", Some("65536")),
-    ("extended_l2", Some("off")),
-    ("preallocation", None),
-    ("compression_type", Some("zlib")),
-    ("size", None),
-    ("compat", None),
-    ("data_file", None),
-    ("backing_file", None),
-    ("backing_fmt", None),
-    ("data_file_raw", None),
-    ("lazy_refcounts", Some("off")),
-    ("refcount_bits", Some("16")),
-];
-const OTHER_ORDER: &[(&str, Option<&str>)] = &[("size", None)];
-
 /// Runs it.
 fn run(persona: Persona, a: Create) -> Outcome {
     let registry = dolmen::registry();
@@ -109,7 +93,7 @@ fn run(persona: Persona, a: Create) -> Outcome {
         }
         options.set(key, v.as_str());
     }
-    normalize(kind, registry.find("file").ok(), &filename, &mut options)?;
+    normalize(kind, registry.host_file(), &filename, &mut options)?;
 
     open::block_on(move |rt| async move {
         let mut session = Session::new(&rt, registry, persona.policy(a.common.allow_backing));
@@ -121,7 +105,7 @@ fn run(persona: Persona, a: Create) -> Outcome {
             options.set("size", size);
         }
         if !a.quiet {
-            out!("{}", formatting(&filename, &a.format, &options));
+            out!("{}", formatting(&filename, kind, &options));
             cli::flush();
         }
         session.create(&filename, &a.format, options).await.map_err(|e| {
@@ -258,8 +242,8 @@ async fn backing_size(
 }
 
 /// "Formatting 'x', fmt=...": scripts look for it.
-fn formatting(filename: &str, format: &str, options: &Options) -> String {
-    let order = if format == "qcow2" { QCOW2_ORDER } else { OTHER_ORDER };
+fn formatting(filename: &str, kind: &DriverKind, options: &Options) -> String {
+    let (format, order) = (kind.name, kind.create_report);
     let mut line = format!("Formatting '{filename}', fmt={format}");
     let mut add = |name: &str, v: &Value| {
         let text = match v {
@@ -287,7 +271,7 @@ fn formatting(filename: &str, format: &str, options: &Options) -> String {
 
 /// `-o help`.
 fn list(kind: &DriverKind, with_file: bool) {
-    let file = dolmen::registry().find("file").ok().filter(|_| with_file);
+    let file = dolmen::registry().host_file().filter(|_| with_file);
     if with_file {
         out!("Supported options:");
     } else {
@@ -320,12 +304,16 @@ fn list(kind: &DriverKind, with_file: bool) {
 mod tests {
     use super::*;
 
+    fn kind(name: &str) -> &'static DriverKind {
+        dolmen::registry().find(name).expect("a driver")
+    }
+
     #[test]
     fn the_line_that_scripts_parse() {
         // Captured from qemu-img 10.0.2.
         let o = Options::new().with("size", 1_048_576u64);
         assert_eq!(
-            formatting("a.qcow2", "qcow2", &o),
+            formatting("a.qcow2", kind("qcow2"), &o),
             "Formatting 'a.qcow2', fmt=qcow2 cluster_size=65536 extended_l2=off compression_type=zlib \
              size=1048576 lazy_refcounts=off refcount_bits=16"
         );
@@ -337,14 +325,14 @@ mod tests {
             .with("backing_fmt", "qcow2")
             .with("size", 12_582_912u64);
         assert_eq!(
-            formatting("ov.qcow2", "qcow2", &o),
+            formatting("ov.qcow2", kind("qcow2"), &o),
             "Formatting 'ov.qcow2', fmt=qcow2 cluster_size=65536 extended_l2=off preallocation=off \
              compression_type=zlib size=12582912 compat=0.10 backing_file=base.qcow2 backing_fmt=qcow2 \
              lazy_refcounts=off refcount_bits=16"
         );
         let o = Options::new().with("preallocation", "full").with("size", 1_048_576u64);
         assert_eq!(
-            formatting("o.raw", "raw", &o),
+            formatting("o.raw", kind("raw"), &o),
             "Formatting 'o.raw', fmt=raw size=1048576 preallocation=full"
         );
     }

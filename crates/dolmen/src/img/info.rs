@@ -108,9 +108,11 @@ async fn chain(session: &mut Session, options: Options) -> Result<Vec<Json>> {
 /// Whether the established tool would have details of the node ("dirty-flag"): formats and
 /// plain files, and what lies over them.
 fn has_details(node: &Node) -> bool {
-    match node.driver.kind().name {
-        "file" | "qcow2" => true,
-        _ => node.filtered().or_else(|| node.child("file").map(|c| &c.node)).is_some_and(|n| has_details(n)),
+    match node.driver.kind().details {
+        true => true,
+        false => {
+            node.filtered().or_else(|| node.child("file").map(|c| &c.node)).is_some_and(|n| has_details(n))
+        }
     }
 }
 
@@ -119,10 +121,8 @@ fn actual_size(node: &Node, d: &Description) -> Option<u64> {
     if let Some(n) = d.actual_size {
         return Some(n);
     }
-    match node.driver.kind().name {
-        "null-co" | "null-aio" => return Some(0),
-        _ if node.children.is_empty() => return None,
-        _ => {}
+    if node.children.is_empty() {
+        return None;
     }
     node.children
         .iter()

@@ -82,7 +82,7 @@ impl Source<'_> {
         }
         let format = persona.format(self.format, session.policy_mut());
         let mut options = if self.image_opts {
-            dolmen::spec::image_opts(self.name)?
+            dolmen::spec::image_opts(session.registry(), self.name)?
         } else {
             if let Some(f) = format {
                 session.registry().find(f).map_err(|_| {

@@ -1,7 +1,6 @@
 //! `img rebase -u`: changes the backing file that an image names, and nothing else.
 
 use clap::Parser;
-use dolmen::formats::qcow2::change_backing;
 use dolmen::graph::BackingName;
 use dolmen::types::{Actions, Claim, ErrorKind};
 
@@ -98,9 +97,10 @@ fn run(persona: Persona, a: Rebase) -> Outcome {
         if backing.is_some() && a.backing_format.is_none() {
             return Err(failed("backing format must be specified".into()));
         }
-        if format != "qcow2" {
+        let Some(change_backing) = session.registry().find(&format).ok().and_then(|k| k.change_backing)
+        else {
             return Err(failed("Operation not supported".into()));
-        }
+        };
         if let Some(name) = &backing {
             let to = BackingName { name, format: a.backing_format.as_deref() };
             session.check_backing(&image, to).await?;
@@ -111,7 +111,8 @@ fn run(persona: Persona, a: Rebase) -> Outcome {
         let changed = async {
             let token = image.edge().begin().await?;
             let (read, write) = (token.read(&rt)?, token.write(&rt)?);
-            change_backing(read, write, backing.as_deref(), a.backing_format.as_deref()).await
+            let to = backing.as_deref().map(|name| BackingName { name, format: a.backing_format.as_deref() });
+            change_backing(read, write, to).await
         };
         let changed = changed.await;
         session.close_image(image).await?;

@@ -139,7 +139,7 @@ async fn run(program: String, persona: Persona, args: Args, rt: Rt) -> u8 {
         )?;
         let Some(file) = &args.file else { return Ok(()) };
         if args.image_opts {
-            how.options = dolmen::spec::image_opts(file)?;
+            how.options = dolmen::spec::image_opts(dolmen::registry(), file)?;
             shell.open(None, Some(file), how).await
         } else {
             shell.open(Some(file), Some(file), how).await
@@ -285,7 +285,11 @@ impl Shell {
                 false => {
                     let _ = options.take("driver");
                     options = format.map_or(options.clone(), |f| options.with("driver", f));
-                    dolmen::spec::with_filename(registry, dolmen::spec::with_file_drivers(options), path)
+                    dolmen::spec::with_filename(
+                        registry,
+                        dolmen::spec::with_file_drivers(registry, options),
+                        path,
+                    )
                 }
             }
             .map_err(fail)?;
@@ -492,7 +496,7 @@ impl Shell {
             return Err(self.say(Failure::new("file open already, try 'help close'")));
         }
         if path.is_none() {
-            how.options = dolmen::spec::with_file_drivers(how.options);
+            how.options = dolmen::spec::with_file_drivers(self.session.registry(), how.options);
         }
         let opened = self.open(path.as_deref(), path.as_deref(), how).await;
         opened.map_err(|f| self.say(f))

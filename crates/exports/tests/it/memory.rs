@@ -12,20 +12,16 @@ use dolmen_types::{BlkEvent, Error, ErrorKind, OptionSpec, OptionType, Options, 
 
 const BLOCK: u64 = 4096;
 
-static MEMORY: DriverKind = DriverKind {
-    name: "test-memory",
-    class: Class::Protocol,
-    help: "a sparse disk in memory",
-    options: &[
+static MEMORY: DriverKind = DriverKind::new(
+    "test-memory",
+    Class::Protocol,
+    "a sparse disk in memory",
+    &[
         OptionSpec::required("size", OptionType::Size, "bytes"),
         OptionSpec::optional("faults", OptionType::Bool, "has a bad and a slow sector"),
     ],
-    create_options: &[],
-    maps: false,
     parse,
-    probe: None,
-    create: None,
-};
+);
 
 pub(crate) static DRIVERS: &[&DriverKind] = &[&MEMORY];
 

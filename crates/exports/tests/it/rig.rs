@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use dolmen_exports::{Export, NbdExport, NbdServer, NbdServerConfig};
 use dolmen_graph::{
-    GraphOwner, Implicit, Node, NodeOpener, OpInfo, OpenPolicy, Registry, UserEdge, protocol_name,
+    GraphOwner, Implicit, Node, NodeOpener, OpInfo, OpenPolicy, Registry, UserEdge,
 };
 use dolmen_rt::{Addr, Memory, Rt, block_on};
 use dolmen_types::{Actions, Claim, OpId, Options, ReadFlags, Result, Span, WriteFlags};
@@ -73,7 +73,7 @@ impl Rig {
         let opener = NodeOpener {
             registry: Registry::new(DRIVERS),
             policy: OpenPolicy { implicit: Implicit::Deny, probe: false, permit_with: "", probe_with: "" },
-            names: protocol_name,
+            names: Registry::protocol_name,
             rt: &self.rt,
         };
         let mut draft = owner.draft();

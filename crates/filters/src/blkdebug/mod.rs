@@ -27,8 +27,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use dolmen_graph::{
     AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits,
-    Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock, Request, RuleTable, Where, is_use,
-    node_filename, own_status,
+    Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, ProtocolName, RangeLock, Registry,
+    Request, RuleTable, Where, has_protocol, is_use, node_filename, own_status,
 };
 use dolmen_rt::{IoVec, LocalFuture, Memory};
 use dolmen_types::{
@@ -40,45 +40,75 @@ use rules::{INJECT, IoType, Machine, Rules, SET_STATE};
 
 /// Registry row.
 pub static BLKDEBUG: DriverKind = DriverKind {
-    name: "blkdebug",
-    class: Class::Filter,
-    help: "injects errors, for tests",
-    options: &[
-        OptionSpec::required("image", OptionType::Node, "the node to stand on"),
-        OptionSpec::optional("config", OptionType::Str, "file with [inject-error] and [set-state] sections"),
-        OptionSpec::optional(
-            "align",
-            OptionType::Size,
-            "pretend to need this alignment (default: the image's)",
-        ),
-        OptionSpec::optional(
-            "max-transfer",
-            OptionType::Size,
-            "split longer reads and writes (default: none)",
-        ),
-        OptionSpec::optional("opt-write-zero", OptionType::Size, "preferred multiple for zero writes"),
-        OptionSpec::optional("max-write-zero", OptionType::Size, "split longer zero writes (default: none)"),
-        OptionSpec::optional("opt-discard", OptionType::Size, "preferred multiple for discards"),
-        OptionSpec::optional("max-discard", OptionType::Size, "split longer discards (default: none)"),
-        OptionSpec::optional("inject-error", OptionType::ObjectList(INJECT), "rules that make requests fail"),
-        OptionSpec::optional("set-state", OptionType::ObjectList(SET_STATE), "rules that change the state"),
-        OptionSpec::optional(
-            "take-child-perms",
-            OptionType::EnumList(PERMISSIONS),
-            "permissions to take on the image besides what users of this node need",
-        ),
-        OptionSpec::optional(
-            "unshare-child-perms",
-            OptionType::EnumList(PERMISSIONS),
-            "permissions on the image to keep from others",
-        ),
-    ],
-    create_options: &[],
-    maps: false,
-    parse,
-    probe: None,
-    create: None,
+    protocols: &["blkdebug"],
+    from_name: Some(from_name),
+    ..DriverKind::new(
+        "blkdebug",
+        Class::Filter,
+        "injects errors, for tests",
+        &[
+            OptionSpec::required("image", OptionType::Node, "the node to stand on"),
+            OptionSpec::optional(
+                "config",
+                OptionType::Str,
+                "file with [inject-error] and [set-state] sections",
+            ),
+            OptionSpec::optional(
+                "align",
+                OptionType::Size,
+                "pretend to need this alignment (default: the image's)",
+            ),
+            OptionSpec::optional(
+                "max-transfer",
+                OptionType::Size,
+                "split longer reads and writes (default: none)",
+            ),
+            OptionSpec::optional("opt-write-zero", OptionType::Size, "preferred multiple for zero writes"),
+            OptionSpec::optional(
+                "max-write-zero",
+                OptionType::Size,
+                "split longer zero writes (default: none)",
+            ),
+            OptionSpec::optional("opt-discard", OptionType::Size, "preferred multiple for discards"),
+            OptionSpec::optional("max-discard", OptionType::Size, "split longer discards (default: none)"),
+            OptionSpec::optional(
+                "inject-error",
+                OptionType::ObjectList(INJECT),
+                "rules that make requests fail",
+            ),
+            OptionSpec::optional(
+                "set-state",
+                OptionType::ObjectList(SET_STATE),
+                "rules that change the state",
+            ),
+            OptionSpec::optional(
+                "take-child-perms",
+                OptionType::EnumList(PERMISSIONS),
+                "permissions to take on the image besides what users of this node need",
+            ),
+            OptionSpec::optional(
+                "unshare-child-perms",
+                OptionType::EnumList(PERMISSIONS),
+                "permissions on the image to keep from others",
+            ),
+        ],
+        parse,
+    )
 };
+
+/// `blkdebug:CONFIG:IMAGE`.
+fn from_name(registry: Registry, name: ProtocolName<'_>) -> Result<Options> {
+    let (config, image) = name.rest.split_once(':').ok_or_else(|| {
+        Error::new(ErrorKind::InvalidInput, "blkdebug requires both config file and image path")
+            .remedy("write blkdebug:CONFIG:IMAGE; CONFIG may be empty")
+    })?;
+    let image = match has_protocol(image) {
+        true => registry.protocol_name(image)?,
+        false => registry.path_options(image),
+    };
+    let options = Options::new().with("driver", BLKDEBUG.name).with("image", image.into_value());
+    Ok(if config.is_empty() { options } else { options.with("config", config) })
+}
 
 const IMAGE: usize = 0;
 

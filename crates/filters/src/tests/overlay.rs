@@ -14,15 +14,8 @@ use dolmen_types::{BlkEvent, ChildRole, Options, ReadFlags, Result, Span, Value,
 pub(super) const CLUSTER: u64 = 4096;
 
 pub(super) static OVERLAY: DriverKind = DriverKind {
-    name: "overlay",
-    class: Class::Format,
-    help: "a stand-in for a format",
-    options: &[],
-    create_options: &[],
     maps: true,
-    parse,
-    probe: None,
-    create: None,
+    ..DriverKind::new("overlay", Class::Format, "a stand-in for a format", &[], parse)
 };
 
 fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {

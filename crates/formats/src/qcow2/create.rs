@@ -17,7 +17,7 @@ const PREALLOCATION: &[&str] = &["off", "metadata", "falloc", "full"];
 const COMPAT: &[&str] = &["0.10", "1.1", "v2", "v3"];
 
 /// The options for making an image.
-pub const CREATE_OPTIONS: &[OptionSpec] = &[
+pub(super) const CREATE_OPTIONS: &[OptionSpec] = &[
     OptionSpec::required("size", OptionType::Size, "virtual size in bytes, rounded up to 512"),
     OptionSpec::optional("compat", OptionType::Enum(COMPAT), "version: 0.10 or v2, 1.1 or v3 (default 1.1)"),
     OptionSpec::optional("version", OptionType::Enum(&["v2", "v3"]), "the same as compat"),
@@ -318,9 +318,9 @@ async fn preallocate(cx: CreateCx<'_>, w: &Wanted) -> Result<()> {
 pub async fn change_backing(
     read: Io<'_, Read>,
     write: Io<'_, Write>,
-    name: Option<&str>,
-    format: Option<&str>,
+    to: Option<BackingName<'_>>,
 ) -> Result<()> {
+    let (name, format) = (to.map(|b| b.name), to.and_then(|b| b.format));
     let (mut header, _) = load_header(read).await?;
     header.check_supported()?;
     header.clear_unknown();

@@ -5,181 +5,24 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use dolmen_graph::{
-    AccessRule, BackingName, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent,
-    ImplicitChild, Io, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared,
-    RangeLock, Read, Repair, Request, SnapshotInfo, Where,
+    AccessRule, BackingName, Cx, Description, Driver, DriverKind, Extent, Io, Limits, Node, NodeChange, Op,
+    Plan, Prepared, RangeLock, Read, Repair, Request, SnapshotInfo, Where,
 };
 use dolmen_rt::{Buffers, LocalFuture};
-use dolmen_types::{
-    BlkEvent, ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, ReadFlags, Result, Span, Value,
-    WriteFlags,
-};
+use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, ReadFlags, Result, Span, Value, WriteFlags};
 use event_listener::Event;
 
 use super::bitmap::BitmapEntry;
 use super::check::{check_recount, recount};
-use super::create;
 use super::cut_off;
-use super::header::{
-    COMPAT_LAZY_REFCOUNTS, Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2, looks_like_qcow2,
-};
+use super::header::{COMPAT_LAZY_REFCOUNTS, Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2};
 use super::image::{self, Env, File, in_file};
 use super::layout::Geometry;
 use super::meta::{Meta, Own, Place, Run, Try};
 
-/// The registry row of qcow2.
-pub static QCOW2: DriverKind = DriverKind {
-    name: "qcow2",
-    class: Class::Format,
-    help: "copy-on-write image with backing file, snapshots and compression (versions 2 and 3)",
-    options: OPTIONS,
-    create_options: create::CREATE_OPTIONS,
-    maps: true,
-    parse,
-    probe: Some(|header, _| if looks_like_qcow2(header) { 100 } else { 0 }),
-    create: Some(create::create),
-};
-
-const OPTIONS: &[OptionSpec] = &[
-    OptionSpec::required("file", OptionType::Node, "the image file"),
-    OptionSpec::optional(
-        "backing",
-        OptionType::NodeOrNull,
-        "the backing node, or null for none (default: as the image says)",
-    ),
-    OptionSpec::optional(
-        "x-backing-may-change",
-        OptionType::Bool,
-        "others may write and resize the backing node while this one is read: what it shows changes then",
-    ),
-    OptionSpec::hint(
-        "lazy-refcounts",
-        OptionType::Bool,
-        "no effect: refcounts are always kept up to date at each flush",
-    ),
-    OptionSpec::optional(
-        "pass-discard-request",
-        OptionType::Bool,
-        "discard freed clusters in the file (default: as the node's discard option)",
-    ),
-    OptionSpec::hint(
-        "overlap-check",
-        OptionType::Enum(&["none", "constant", "cached", "all"]),
-        "no effect: writes are always checked against all active metadata",
-    ),
-    OptionSpec::hint("l2-cache-size", OptionType::Size, "no effect: the cache of mappings has 32 MiB"),
-    OptionSpec::hint("cache-size", OptionType::Size, "no effect: the caches have their sizes"),
-    OptionSpec::hint("refcount-cache-size", OptionType::Size, "no effect: the cache of refcounts has 4 MiB"),
-    OptionSpec::hint(
-        "l2-cache-entry-size",
-        OptionType::Size,
-        "no effect: mappings are cached in whole clusters",
-    ),
-    OptionSpec::hint("cache-clean-interval", OptionType::Size, "no effect: the caches keep what they have"),
-    OptionSpec::hint(
-        "pass-discard-snapshot",
-        OptionType::Bool,
-        "no effect: snapshots are not deleted while a node is open",
-    ),
-    OptionSpec::hint(
-        "pass-discard-other",
-        OptionType::Bool,
-        "no effect: freed metadata clusters are used again",
-    ),
-];
-
-fn parse(options: &mut Options, common: &Common) -> Result<Parsed> {
-    let file = ChildDef::take(options, "file")?;
-    let backing = match options.take("backing") {
-        None => ChildDef::FromImage,
-        Some(v) => ChildDef::from_value("backing", v, true)?,
-    };
-    let rule = match options.take_bool("x-backing-may-change")?.unwrap_or(false) {
-        true => AccessRule::FORMAT_OVER_CHANGING,
-        false => AccessRule::FORMAT,
-    };
-    let lazy = options.take_bool("lazy-refcounts")?.unwrap_or(false);
-    options.take_enum("overlap-check", &["none", "constant", "cached", "all"])?;
-    for name in ["l2-cache-size", "l2-cache-entry-size", "cache-size", "refcount-cache-size"] {
-        options.take_size(name)?;
-    }
-    options.take_size("cache-clean-interval")?;
-    for name in ["pass-discard-snapshot", "pass-discard-other"] {
-        options.take_bool(name)?;
-    }
-    let pass_discard = options.take_bool("pass-discard-request")?.unwrap_or(common.flags.unmap);
-    Ok(Parsed {
-        children: vec![
-            ChildSpec { name: "file", role: ChildRole::Metadata, def: file },
-            ChildSpec { name: "backing", role: ChildRole::Backing, def: backing.clone() },
-        ],
-        rule,
-        relies_down_to: None,
-        open: Box::new(Open { pass_discard, lazy, rule, backing_from_image: backing == ChildDef::FromImage }),
-    })
-}
-
-struct Open {
-    pass_discard: bool,
-    lazy: bool,
-    rule: AccessRule,
-    backing_from_image: bool,
-}
-
-impl Open {
-    /// Refuses what images of this version can't have.
-    fn check(&self, version: u32) -> Result<()> {
-        if self.lazy && version < 3 {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
-            )
-            .remedy("leave out lazy-refcounts: this image is of version 2"));
-        }
-        Ok(())
-    }
-}
-
-impl Opener for Open {
-    fn open<'a>(self: Box<Self>, cx: OpenCx<'a>) -> LocalFuture<'a, Result<Opened>> {
-        Box::pin(async move {
-            // An inactive image is only looked at: another process may be writing it.
-            let writable = !cx.common.flags.read_only && !cx.common.flags.inactive;
-            // What a writable image has in memory goes on; of a read-only one there is nothing that is
-            // not on disk, so it is read anew. One that becomes inactive has no need to be read at all.
-            if let Some(old) = cx.replaced::<Qcow2>()
-                && (old.core.writable() || cx.common.flags.inactive)
-            {
-                let core = old.core.clone();
-                self.check(core.geo.version)?;
-                let effect = Reopened { core: core.clone(), writable, pass_discard: self.pass_discard };
-                return Ok(Opened {
-                    effect: Some(Box::new(effect)),
-                    ..Opened::of(Arc::new(Qcow2 { core, rule: self.rule }))
-                });
-            }
-            let core = Core::open(File::new(cx.child("file")?, cx.rt), writable, self.pass_discard).await?;
-            self.check(core.geo.version)?;
-            let mut implicit = Vec::new();
-            let m = core.meta();
-            if let (Some(name), true) = (&m.header.backing_file, self.backing_from_image) {
-                implicit.push(ImplicitChild {
-                    child: "backing",
-                    role: ChildRole::Backing,
-                    filename: name.clone(),
-                    format: m.header.backing_format(),
-                });
-            }
-            drop(m);
-            let repair = core.is_dirty().then(|| Box::new(Recount { core: core.clone() }) as Box<dyn Repair>);
-            Ok(Opened { implicit, repair, ..Opened::of(Arc::new(Qcow2 { core, rule: self.rule })) })
-        })
-    }
-}
-
 /// The repair of an image that is to be written and was not closed by who wrote it last.
-struct Recount {
-    core: Arc<Core>,
+pub(super) struct Recount {
+    pub core: Arc<Core>,
 }
 
 impl Repair for Recount {
@@ -199,10 +42,10 @@ impl Repair for Recount {
 }
 
 /// Other options of an image that stays open.
-struct Reopened {
-    core: Arc<Core>,
-    writable: bool,
-    pass_discard: bool,
+pub(super) struct Reopened {
+    pub core: Arc<Core>,
+    pub writable: bool,
+    pub pass_discard: bool,
 }
 
 impl Prepared for Reopened {
@@ -299,7 +142,7 @@ impl Core {
     }
 
     /// Whether it has to be repaired before it is written.
-    fn is_dirty(&self) -> bool {
+    pub(super) fn is_dirty(&self) -> bool {
         self.writable() && self.meta().header.incompatible & INCOMPAT_DIRTY != 0
     }
 
@@ -512,8 +355,9 @@ fn goes_on(run: Try<Option<Own>>, at: u64) -> bool {
 
 /// The driver of a qcow2 node.
 pub(super) struct Qcow2 {
-    core: Arc<Core>,
-    rule: AccessRule,
+    pub kind: &'static DriverKind,
+    pub core: Arc<Core>,
+    pub rule: AccessRule,
 }
 
 impl fmt::Debug for Qcow2 {
@@ -530,7 +374,7 @@ fn hears_events(node: &Node) -> bool {
 
 impl Driver for Qcow2 {
     fn kind(&self) -> &'static DriverKind {
-        &QCOW2
+        self.kind
     }
 
     fn size(&self, _node: &Node) -> u64 {

@@ -1,6 +1,8 @@
 //! qcow2: the copy-on-write image format.
 //!
 //! ```text
+//!   row      options, opening, abilities                               (row, create, check)
+//!      |
 //!   driver   futures: loads tables, reserves space for new ones,       (driver, rw, zero, space, flush, resize)
 //!      |     moves data, runs flush rounds
 //!   meta     decisions from memory: where is it, what to allocate,     (meta, alloc, table, round)
@@ -43,6 +45,7 @@ mod meta;
 mod replace;
 mod resize;
 mod round;
+mod row;
 mod rw;
 mod snapshot;
 mod space;
@@ -50,12 +53,12 @@ mod table;
 mod zero;
 
 pub use bitmap::BitmapEntry;
-pub use check::{CheckResult, Repair, check, check_and_repair};
-pub use create::{CREATE_OPTIONS, change_backing};
-pub use driver::QCOW2;
+pub use check::{check, check_and_repair};
+pub use create::change_backing;
 pub use entry::{BadEntry, L1Entry, L2Entry};
 pub use header::{BitmapsExtension, CompressionType, Extension, Header, first_cluster_len, looks_like_qcow2};
 pub use layout::{ClusterIndex, Geometry, GuestOffset, HostOffset};
+pub use row::QCOW2;
 pub use snapshot::Snapshot;
 
 /// The codecs, for fuzzing.

@@ -1,6 +1,6 @@
 //! Features of images that other programs make: compression, snapshots, bitmaps, damage.
 
-use dolmen_formats::qcow2::Repair;
+use dolmen_graph::RepairWhat;
 use dolmen_sim::{Random, Sim};
 use dolmen_types::{ErrorKind, Options, ReadFlags, Span, WriteFlags};
 
@@ -129,7 +129,7 @@ fn tool_check(path: &std::path::Path) -> [u64; 7] {
     .map(number)
 }
 
-fn numbers(r: &dolmen_formats::qcow2::CheckResult) -> [u64; 7] {
+fn numbers(r: &dolmen_graph::CheckResult) -> [u64; 7] {
     [
         r.corruptions,
         r.leaks,
@@ -189,10 +189,10 @@ fn checking_agrees_with_the_installed_tool_and_repairs_what_it_finds() {
             // A count behind the end of the file keeps no space from anybody.
             assert_eq!(ours.corruptions + ours.leaks > 0, what != "count behind the end", "{what}");
             if ours.corruptions == 0 {
-                let r = own_repair(&rt, &disk, Repair::Leaks).await;
+                let r = own_repair(&rt, &disk, RepairWhat::Leaks).await;
                 assert_eq!((r.leaks_fixed, r.leaks), (ours.leaks, 0), "{what}");
             } else {
-                let r = own_repair(&rt, &disk, Repair::All).await;
+                let r = own_repair(&rt, &disk, RepairWhat::All).await;
                 assert_eq!((r.corruptions, r.leaks), (0, 0), "{what}: {:?}", r.messages);
                 assert_eq!(r.corruptions_fixed, ours.corruptions, "{what}");
             }
@@ -245,7 +245,7 @@ fn a_corrupt_image_is_not_written() {
         let h = dolmen_sim::Harness::open(&rt, REGISTRY, leaves, options, needs).await.unwrap();
         assert_eq!(h.user().read(0, 512).await.unwrap(), [0; 512]);
         h.close().await.unwrap();
-        let r = own_repair(&rt, &disk, Repair::All).await;
+        let r = own_repair(&rt, &disk, RepairWhat::All).await;
         assert_eq!(r.corruptions, 0);
         open(&rt, &disk, None).await.unwrap().close().await.unwrap();
     });
@@ -360,7 +360,7 @@ fn hostile_changes_never_panic_and_never_take_much() {
             let (h, edge) = crate::support::edge_to(&rt, &disk).await;
             let cx = dolmen_graph::CreateCx { file: Some(&edge), fixed: false, rt: &rt };
             let io = (cx.read().unwrap(), cx.write().unwrap(), cx.resize().unwrap());
-            let repaired = dolmen_formats::qcow2::check_and_repair(io.0, io.1, io.2, Repair::All).await;
+            let repaired = dolmen_formats::qcow2::check_and_repair(io.0, io.1, io.2, RepairWhat::All).await;
             if let Ok(first) = repaired {
                 // Repairing is done in one go.
                 let again = dolmen_formats::qcow2::check(cx.read().unwrap()).await.unwrap();

@@ -5,8 +5,8 @@
 //! compressed data or a snapshot's it even answered that all is well. The tests of that time changed counts only,
 //! one field at a time, and never looked whether what was changed was something else as well.
 
-use dolmen_formats::qcow2::{CheckResult, Repair};
 use dolmen_graph::CreateCx;
+use dolmen_graph::{CheckResult, RepairWhat};
 use dolmen_sim::{CrashPoints, DiskConfig, Harness, Image, Leaf, MemoryDisk, Random, Sim, SimDisk};
 use dolmen_types::{Actions, ChildRole, Claim, Result};
 
@@ -204,7 +204,7 @@ impl Base {
 }
 
 /// A repair with all access.
-async fn repair(rt: &dolmen_rt::Rt, leaf: Leaf, what: Repair) -> Result<CheckResult> {
+async fn repair(rt: &dolmen_rt::Rt, leaf: Leaf, what: RepairWhat) -> Result<CheckResult> {
     let h = Harness::open(rt, REGISTRY, vec![leaf], node("raw", "leaf"), EVERYTHING).await.unwrap();
     let claim = Claim { needs: EVERYTHING, allows: EVERYTHING };
     let edge = dolmen_graph::ChildEdge { name: "file", role: ChildRole::Metadata, node: h.top(), claim };
@@ -246,7 +246,7 @@ async fn judge(rt: &dolmen_rt::Rt, base: &Base, damage: &[(Field, u64)], single:
     let bytes = base.damaged(damage);
     let before = base.disks(&bytes);
     let disk = MemoryDisk::new(Image::from_bytes(&bytes));
-    let result = repair(rt, Leaf::new("leaf", disk.clone()), Repair::All).await;
+    let result = repair(rt, Leaf::new("leaf", disk.clone()), RepairWhat::All).await;
     let after = disk.image().to_vec();
     let Ok(r) = result else {
         assert!(after == bytes, "{}: a repair that failed changes nothing: {result:?}", story());
@@ -343,7 +343,7 @@ fn a_repair_is_interrupted() {
             let bytes = base.damaged(&damage);
             let before = base.disks(&bytes);
             let disk = SimDisk::new(Image::from_bytes(&bytes), DiskConfig::default());
-            let Ok(repaired) = repair(&rt, Leaf::new("leaf", disk.clone()), Repair::All).await else {
+            let Ok(repaired) = repair(&rt, Leaf::new("leaf", disk.clone()), RepairWhat::All).await else {
                 continue;
             };
             let mut points = CrashPoints::of(&disk);
@@ -392,7 +392,7 @@ fn what_only_writing_needs_is_damaged() {
                 })
                 .collect();
             assert!(seen == shown, "{what}");
-            let r = repair(&rt, Leaf::new("leaf", disk.clone()), Repair::All).await.unwrap();
+            let r = repair(&rt, Leaf::new("leaf", disk.clone()), RepairWhat::All).await.unwrap();
             assert_eq!(r.corruptions, 0, "{what}: {:?}", r.messages);
             let h = crate::support::open(&rt, &disk, None).await.unwrap_or_else(|e| panic!("{what}: {e}"));
             assert!(h.user().read(0, 6 << 20).await.unwrap() == shown, "{what}");

@@ -113,7 +113,7 @@ pub(crate) fn guest_view(files: &Files, path: &Path) -> Vec<u8> {
 }
 
 /// The result of Dolmen's own check.
-pub(crate) async fn own_check(rt: &Rt, disk: &MemoryDisk) -> dolmen_formats::qcow2::CheckResult {
+pub(crate) async fn own_check(rt: &Rt, disk: &MemoryDisk) -> dolmen_graph::CheckResult {
     let (h, edge) = edge_to(rt, disk).await;
     let cx = CreateCx { file: Some(&edge), fixed: false, rt };
     let r = dolmen_formats::qcow2::check(cx.read().unwrap()).await.unwrap();
@@ -126,8 +126,8 @@ pub(crate) async fn own_check(rt: &Rt, disk: &MemoryDisk) -> dolmen_formats::qco
 pub(crate) async fn own_repair(
     rt: &Rt,
     disk: &MemoryDisk,
-    repair: dolmen_formats::qcow2::Repair,
-) -> dolmen_formats::qcow2::CheckResult {
+    repair: dolmen_graph::RepairWhat,
+) -> dolmen_graph::CheckResult {
     let (h, edge) = edge_to(rt, disk).await;
     let cx = CreateCx { file: Some(&edge), fixed: false, rt };
     let io = (cx.read().unwrap(), cx.write().unwrap(), cx.resize().unwrap());

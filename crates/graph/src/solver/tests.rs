@@ -48,11 +48,8 @@ const RULES: [AccessRule; 15] = [
 const QUORUM: AccessRule = AccessRule::of(&RuleTable::one(QUORUM_CHILD));
 const REWRITING_QUORUM: AccessRule =
     AccessRule::of(&RuleTable::one(RoleRule { needs_add: Actions::V, ..QUORUM_CHILD }));
-const QUORUM_CHILD: RoleRule = RoleRule {
-    allows_pass: Actions::NONE,
-    allows_add: Actions::D.with(Actions::M),
-    ..RoleRule::THROUGH
-};
+const QUORUM_CHILD: RoleRule =
+    RoleRule { allows_pass: Actions::NONE, allows_add: Actions::D.with(Actions::M), ..RoleRule::THROUGH };
 
 const ROLES: [ChildRole; 5] =
     [ChildRole::Filtered, ChildRole::Metadata, ChildRole::Data, ChildRole::Backing, ChildRole::Target];
@@ -428,7 +425,11 @@ fn transparent_is_a_filter() {
 fn edge_rules() {
     let mut tally = Tally::default();
     // Every set that a test filter can take, and every set that it can keep from others.
-    let debug = data_claims().map(|c| AccessRule { take: c.needs, unshare: c.allows & Actions::DATA, ..AccessRule::FILTER });
+    let debug = data_claims().map(|c| AccessRule {
+        take: c.needs,
+        unshare: c.allows & Actions::DATA,
+        ..AccessRule::FILTER
+    });
     let rules = RULES.into_iter().map(|r| (r, &ROLES[..], 0..8)).chain(debug.map(|r| (r, &ROLES[..1], 7..8)));
     for (rule, roles, all_facts) in rules {
         for role in roles.iter().copied() {
@@ -632,8 +633,12 @@ fn four_nodes() {
 #[test]
 fn stances() {
     use Actions as A;
-    const SOME_RULES: [AccessRule; 4] =
-        [AccessRule::FILTER, AccessRule::FORMAT, AccessRule::SAVES_OLD_DATA_FOR_JOB, AccessRule::FORMAT_OVER_CHANGING];
+    const SOME_RULES: [AccessRule; 4] = [
+        AccessRule::FILTER,
+        AccessRule::FORMAT,
+        AccessRule::SAVES_OLD_DATA_FOR_JOB,
+        AccessRule::FORMAT_OVER_CHANGING,
+    ];
     let rules = |n: usize| if n < 4 { &SOME_RULES[..] } else { &SOME_RULES[..3] };
     let mut tally = Tally::default();
     let (mut opened, mut closed) = (0, 0);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use dolmen_graph::{
     AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Graph,
     GraphOwner, Implicit, ImplicitChild, Limits, MAX_CHAIN, Node, NodeChange, NodeOpener, Op, OpenCx,
-    OpenPolicy, Opened, Opener, Parsed, Plan, Prepared, Registry, Request, protocol_name,
+    OpenPolicy, Opened, Opener, Parsed, Plan, Prepared, Registry, Request,
 };
 use dolmen_rt::{LocalFuture, Rt};
 use dolmen_sim::stand_in::{FORMAT, RAW, StandIn};
@@ -39,15 +39,16 @@ fn image(backing: Option<(&str, Option<&str>)>) -> String {
 }
 
 static FILE: DriverKind = DriverKind {
-    name: "file",
-    class: Class::Protocol,
-    help: "a file of the test",
-    options: &[OptionSpec::required("filename", OptionType::Str, "name")],
-    create_options: &[],
-    maps: false,
-    parse: parse_file,
-    probe: None,
-    create: None,
+    path: Some(|_, _| 1),
+    protocols: &["file"],
+    from_name: Some(|_, name| Ok(Options::new().with("driver", "file").with("filename", name.rest))),
+    ..DriverKind::new(
+        "file",
+        Class::Protocol,
+        "a file of the test",
+        &[OptionSpec::required("filename", OptionType::Str, "name")],
+        parse_file,
+    )
 };
 
 fn parse_file(options: &mut Options, _: &Common) -> Result<Parsed> {
@@ -144,28 +145,11 @@ impl Driver for File {
 }
 
 static FMT: DriverKind = DriverKind {
-    name: "fmt",
-    class: Class::Format,
-    help: "a format that names other files",
-    options: &[],
-    create_options: &[],
-    maps: false,
-    parse: parse_fmt,
     probe: Some(|header, _| if header.starts_with(b"FMT\n") { 100 } else { 0 }),
-    create: None,
+    ..DriverKind::new("fmt", Class::Format, "a format that names other files", &[], parse_fmt)
 };
 
-static RAW_ROW: DriverKind = DriverKind {
-    name: "raw",
-    class: Class::Format,
-    help: "everything",
-    options: &[],
-    create_options: &[],
-    maps: false,
-    parse: parse_raw,
-    probe: None,
-    create: None,
-};
+static RAW_ROW: DriverKind = DriverKind::new("raw", Class::Format, "everything", &[], parse_raw);
 
 fn parse_fmt(options: &mut Options, _: &Common) -> Result<Parsed> {
     let file = ChildSpec { name: "file", role: ChildRole::Metadata, def: ChildDef::take(options, "file")? };
@@ -229,17 +213,7 @@ impl Opener for OpenFmt {
 }
 
 /// Another way to read a file.
-static OTHER: DriverKind = DriverKind {
-    name: "other",
-    class: Class::Protocol,
-    help: "another protocol",
-    options: &[],
-    create_options: &[],
-    maps: false,
-    parse: parse_file,
-    probe: None,
-    create: None,
-};
+static OTHER: DriverKind = DriverKind::new("other", Class::Protocol, "another protocol", &[], parse_file);
 
 static ROWS: [&DriverKind; 4] = [&FILE, &FMT, &RAW_ROW, &OTHER];
 static REGISTRY: Registry = Registry::new(&ROWS);
@@ -262,7 +236,7 @@ fn open(policy: OpenPolicy, options: Options) -> Result<Vec<String>> {
     OPENED.with_borrow_mut(Vec::clear);
     Sim::run(1, move |rt| async move {
         let mut owner = GraphOwner::new(rt.clone());
-        let opener = NodeOpener { registry: REGISTRY, policy, names: protocol_name, rt: &rt };
+        let opener = NodeOpener { registry: REGISTRY, policy, names: Registry::protocol_name, rt: &rt };
         let mut draft = owner.draft();
         let name = opener.open(&mut draft, options.with("node-name", "n"), true).await?;
         assert_eq!(name.as_str(), "n");
@@ -360,7 +334,7 @@ fn an_image_that_is_no_file_of_this_host_has_no_directory() {
     }
     // Permitted, the name means the same server, which this registry has no driver for.
     let e = open(policy(Implicit::Anything, true), fmt("nbd://host/top")).unwrap_err();
-    assert!(e.to_string().contains("Unknown driver 'nbd'"), "{e}");
+    assert!(e.to_string().contains("Unknown protocol 'nbd'"), "{e}");
 }
 
 #[test]
@@ -483,7 +457,7 @@ fn a_node_named_twice_is_refused() {
         let opener = NodeOpener {
             registry: REGISTRY,
             policy: policy(Implicit::Deny, false),
-            names: protocol_name,
+            names: Registry::protocol_name,
             rt: &rt,
         };
         let mut draft = owner.draft();
@@ -546,7 +520,7 @@ fn links(graph: &Graph) -> BTreeMap<String, Vec<(&'static str, String)>> {
 async fn stack_and_reopen(rt: &Rt, chains: Vec<Shape>, order: Vec<(usize, bool, bool)>) -> Result<()> {
     let mut owner = GraphOwner::new(rt.clone());
     let policy = policy(Implicit::Deny, false);
-    let opener = NodeOpener { registry: REGISTRY, policy, names: protocol_name, rt };
+    let opener = NodeOpener { registry: REGISTRY, policy, names: Registry::protocol_name, rt };
     let mut draft = owner.draft();
     let mut next = 0;
     let mut below: Option<NodeName> = None;

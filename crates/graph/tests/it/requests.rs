@@ -73,17 +73,8 @@ struct Mapping {
     lock: RangeLock,
 }
 
-static LAYER: DriverKind = DriverKind {
-    name: "layer",
-    class: Class::Format,
-    help: "a layer of the test",
-    options: &[],
-    create_options: &[],
-    maps: true,
-    parse: refuse,
-    probe: None,
-    create: None,
-};
+static LAYER: DriverKind =
+    DriverKind { maps: true, ..DriverKind::new("layer", Class::Format, "a layer of the test", &[], refuse) };
 
 fn refuse(_: &mut Options, _: &Common) -> Result<Parsed> {
     Err(Error::new(ErrorKind::InvalidInput, "made by the test"))

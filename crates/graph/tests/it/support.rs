@@ -79,17 +79,8 @@ pub(crate) struct Probe {
     pub(crate) hooks: Arc<Hooks>,
 }
 
-pub(crate) static PROBE: DriverKind = DriverKind {
-    name: "probe",
-    class: Class::Protocol,
-    help: "a leaf that writes down what happens to it",
-    options: &[],
-    create_options: &[],
-    maps: false,
-    parse: refuse,
-    probe: None,
-    create: None,
-};
+pub(crate) static PROBE: DriverKind =
+    DriverKind::new("probe", Class::Protocol, "a leaf that writes down what happens to it", &[], refuse);
 
 fn refuse(_: &mut Options, _: &Common) -> Result<Parsed> {
     Err(Error::new(ErrorKind::InvalidInput, "made by the test"))

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use dolmen_graph::{
     AccessRule, Draft, Driver, GraphOwner, Implicit, NodeDef, NodeFlags, NodeOpener, OpInfo, OpenPolicy,
-    Registry, UserEdge, protocol_name,
+    Registry, UserEdge,
 };
 use dolmen_rt::{Memory, Rt};
 use dolmen_sim::{DiskConfig, Fault, FaultAction, Image, Random, Sim, SimDisk, stand_in};
@@ -331,7 +331,7 @@ fn real_backup(rt: &Rt, mut options: Options) -> (Rc<Job>, NodeOpener<'_>) {
         Rc::new(|_| {}),
     );
     let policy = OpenPolicy { implicit: Implicit::Deny, probe: false, permit_with: "", probe_with: "" };
-    (job, NodeOpener { registry: Registry::new(&[]), policy, names: protocol_name, rt })
+    (job, NodeOpener { registry: Registry::new(&[]), policy, names: Registry::protocol_name, rt })
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use dolmen_graph::{
     AccessRule, ClaimScope, Draft, GraphOwner, Implicit, NodeDef, NodeFlags, NodeOpener, OpClaim, OpenPolicy,
-    Registry, protocol_name,
+    Registry,
 };
 use dolmen_rt::{LocalFuture, Memory, Rt};
 use dolmen_sim::{Image, MEMORY, MemoryDisk, Sim};
@@ -218,7 +218,7 @@ impl Rig {
         let opener = NodeOpener {
             registry: Registry::new(&[]),
             policy: OpenPolicy { implicit: Implicit::Deny, probe: false, permit_with: "", probe_with: "" },
-            names: protocol_name,
+            names: Registry::protocol_name,
             rt: &rt,
         };
         let mut draft = self.owner.draft();

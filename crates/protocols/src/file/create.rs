@@ -8,7 +8,7 @@ use dolmen_rt::{CoreIo, File, LocalFuture};
 use dolmen_types::{Options, Result, ResultExt, os_name};
 
 use super::driver::grow;
-use super::options::{no_files, plain};
+use super::shared::{no_files, plain};
 
 /// A file to be made. One that is there already is opened and emptied like any other node instead, so that nobody who
 /// uses it is robbed of its content.

@@ -22,7 +22,7 @@ use dolmen_rt::{Cached, CoreIo, Fallocate, File, Guard, Hold, IoVec, LocalFuture
 use dolmen_types::{Actions, BlkEvent, Error, ErrorKind, Result, ResultExt, Span, Value, WriteFlags};
 
 use super::lock::{Locks, Stance};
-use super::options::{EINVAL, no_files};
+use super::shared::{EINVAL, no_files};
 
 /// Zeroes are written in buffers of this size where the file system can't zero by itself.
 const ZERO_CHUNK: u64 = 1 << 20;

@@ -18,7 +18,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
-use super::options::no_files;
+use super::shared::no_files;
 use dolmen_graph::Prepared;
 use dolmen_rt::sys::{self, LockHolder, Storage};
 use dolmen_rt::{CoreIo, File, Rt};

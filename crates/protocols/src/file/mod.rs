@@ -1,13 +1,14 @@
 //! `file`, `host_device` and `host_cdrom`: images in files and on block devices of this host.
 //!
-//! - `options`: options and opening; `create`: making new files.
+//! - `row`: options and opening; `create`: making new files.
 //! - `lock`: image locks between processes and between nodes.
 //! - `driver`: requests.
 
 mod create;
 mod driver;
 mod lock;
-mod options;
+mod row;
+mod shared;
 
 pub(crate) use lock::{Entry, Identity, Stance, TableGuard, enter_table};
-pub use options::{FILE, HOST_CDROM, HOST_DEVICE};
+pub use row::{FILE, HOST_CDROM, HOST_DEVICE};

@@ -16,6 +16,7 @@
 mod address;
 mod history;
 mod link;
+mod names;
 mod shares;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -54,28 +55,28 @@ const RETRY_PAUSE: Duration = Duration::from_millis(250);
 
 /// The registry row.
 pub static NBD: DriverKind = DriverKind {
-    name: "nbd",
-    class: Class::Protocol,
-    help: "a disk on an NBD server",
-    options: &[
-        OptionSpec::required("server", OptionType::SocketAddress, "where the server listens"),
-        OptionSpec::optional("export", OptionType::Str, "name of the export (default: the empty name)"),
-        OptionSpec::optional(
-            "reconnect-delay",
-            OptionType::Int,
-            "seconds that requests wait for a new connection when the old one breaks (default 0)",
-        ),
-        OptionSpec::optional(
-            "open-timeout",
-            OptionType::Int,
-            "seconds for which connecting is tried again when opening (default 0: once)",
-        ),
-    ],
-    create_options: &[],
-    maps: false,
-    parse,
-    probe: None,
-    create: None,
+    protocols: names::PROTOCOLS,
+    from_name: Some(|_, name| names::from_name(name)),
+    ..DriverKind::new(
+        "nbd",
+        Class::Protocol,
+        "a disk on an NBD server",
+        &[
+            OptionSpec::required("server", OptionType::SocketAddress, "where the server listens"),
+            OptionSpec::optional("export", OptionType::Str, "name of the export (default: the empty name)"),
+            OptionSpec::optional(
+                "reconnect-delay",
+                OptionType::Int,
+                "seconds that requests wait for a new connection when the old one breaks (default 0)",
+            ),
+            OptionSpec::optional(
+                "open-timeout",
+                OptionType::Int,
+                "seconds for which connecting is tried again when opening (default 0: once)",
+            ),
+        ],
+        parse,
+    )
 };
 
 #[derive(Clone, Debug)]

@@ -439,7 +439,7 @@ fn creating_over_an_image_in_use() {
         let rt = w.rt.clone();
         let policy = OpenPolicy { implicit: Implicit::Deny, probe: false, permit_with: "", probe_with: "" };
         let registry = Registry::new(dolmen_protocols::DRIVERS);
-        let opener = NodeOpener { registry, policy, names: dolmen_graph::protocol_name, rt: &rt };
+        let opener = NodeOpener { registry, policy, names: dolmen_graph::Registry::protocol_name, rt: &rt };
         let image = |options: Options| NewImage {
             beneath: None,
             file: Options::new().with("driver", "file").with("filename", path.to_str().unwrap()),

@@ -8,9 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dolmen_graph::{
-    DriverKind, GraphOwner, Implicit, NodeOpener, OpInfo, OpenPolicy, Registry, UserEdge, protocol_name,
-};
+use dolmen_graph::{DriverKind, GraphOwner, Implicit, NodeOpener, OpInfo, OpenPolicy, Registry, UserEdge};
 use dolmen_protocols::NBD;
 use dolmen_rt::{Memory, Rt, block_on};
 use dolmen_types::{Actions, Claim, OpId, Options, ReadFlags, Result, Span, WriteFlags};
@@ -107,7 +105,7 @@ impl Rig {
         let opener = NodeOpener {
             registry: Registry::new(DRIVERS),
             policy: OpenPolicy { implicit: Implicit::Deny, probe: false, permit_with: "", probe_with: "" },
-            names: protocol_name,
+            names: Registry::protocol_name,
             rt: &self.rt,
         };
         let mut draft = owner.draft();

@@ -4,9 +4,7 @@ use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use dolmen_graph::{
-    Draft, GraphOwner, Implicit, NodeOpener, OpInfo, OpenPolicy, Registry, Token, UserEdge, protocol_name,
-};
+use dolmen_graph::{Draft, GraphOwner, Implicit, NodeOpener, OpInfo, OpenPolicy, Registry, Token, UserEdge};
 use dolmen_rt::{Config, CoreIo, EngineKind, Rt, block_on_with};
 use dolmen_types::{Actions, Claim, NodeName, OpId, Options, Result};
 
@@ -50,7 +48,7 @@ impl World {
         let opener = NodeOpener {
             registry: Registry::new(dolmen_protocols::DRIVERS),
             policy,
-            names: protocol_name,
+            names: Registry::protocol_name,
             rt: &rt,
         };
         let mut draft = self.owner.draft();

@@ -16,7 +16,7 @@ mod entries;
 mod repair;
 mod scan;
 
-use dolmen_graph::{Io, Read, Resize, Write};
+use dolmen_graph::{CheckResult, Io, Read, RepairWhat, Resize, Write};
 use dolmen_types::{Error, ErrorKind, Result, WriteFlags};
 
 use super::header::{AUTOCLEAR_BITMAPS, Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY};
@@ -25,63 +25,8 @@ use scan::Scan;
 
 /// Bytes of L1 tables of all snapshots together.
 const MAX_ALL_L1_BYTES: u64 = 4 << 30;
-/// Problems that are described one by one; the rest is only counted.
-const MAX_MESSAGES: usize = 200;
 /// Steps of a repair, each followed by another look: lowering counts may show copied flags that are wrong then.
 const MAX_STEPS: usize = 4;
-
-/// What to repair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Repair {
-    /// Only clusters that are counted but not used.
-    Leaks,
-    /// Everything that can be.
-    All,
-}
-
-/// The result of a check, with the fields that users of image tools know.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct CheckResult {
-    /// Errors in the metadata that were found and are still there.
-    pub corruptions: u64,
-    /// Clusters that are counted but not used, and still are.
-    pub leaks: u64,
-    /// Parts that could not be checked.
-    pub check_errors: u64,
-    /// Errors that were repaired.
-    pub corruptions_fixed: u64,
-    /// Leaks that were repaired.
-    pub leaks_fixed: u64,
-    /// Entries whose data a repair could not find: they read as zeroes now, or are gone.
-    pub lost: u64,
-    /// Where the last used cluster ends, in bytes.
-    pub image_end_offset: u64,
-    /// Guest clusters.
-    pub total_clusters: u64,
-    /// Guest clusters with data.
-    pub allocated_clusters: u64,
-    /// Guest clusters whose data do not follow those of the one before.
-    pub fragmented_clusters: u64,
-    /// Guest clusters with compressed data.
-    pub compressed_clusters: u64,
-    /// The problems, in words; at most a few hundred.
-    pub messages: Vec<String>,
-}
-
-impl CheckResult {
-    fn corruption(&mut self, message: impl FnOnce() -> String) {
-        self.corruptions += 1;
-        if self.messages.len() < MAX_MESSAGES {
-            self.messages.push(format!("ERROR {}", message()));
-        }
-    }
-
-    fn say(&mut self, message: String) {
-        if self.messages.len() < MAX_MESSAGES {
-            self.messages.push(message);
-        }
-    }
-}
 
 async fn write_header_fields(io: Io<'_, Read>, write: Io<'_, Write>, h: &Header) -> Result<()> {
     let mut sector = [0u8; 512];
@@ -108,7 +53,7 @@ pub async fn check_and_repair(
     read: Io<'_, Read>,
     write: Io<'_, Write>,
     resize: Io<'_, Resize>,
-    repair: Repair,
+    repair: RepairWhat,
 ) -> Result<CheckResult> {
     let scan = Scan::of(read).await?;
     carry_out(scan, write, resize, repair).await
@@ -122,7 +67,7 @@ pub async fn check_and_repair(
 pub(super) async fn recount(read: Io<'_, Read>, write: Io<'_, Write>, resize: Io<'_, Resize>) -> Result<()> {
     let scan = Scan::of(read).await?;
     check_loss(&scan)?;
-    let result = carry_out(scan, write, resize, Repair::All).await?;
+    let result = carry_out(scan, write, resize, RepairWhat::All).await?;
     if result.corruptions == 0 { Ok(()) } else { Err(damaged(&result)) }
 }
 
@@ -151,7 +96,7 @@ async fn carry_out(
     mut scan: Scan<'_>,
     write: Io<'_, Write>,
     resize: Io<'_, Resize>,
-    repair: Repair,
+    repair: RepairWhat,
 ) -> Result<CheckResult> {
     let read = scan.io;
     let before = scan.result.clone();
@@ -165,7 +110,7 @@ async fn carry_out(
     let mut left = u64::MAX;
     for _ in 0..MAX_STEPS {
         let damaged = scan.result.corruptions;
-        if damaged > 0 && damaged < left && repair == Repair::All {
+        if damaged > 0 && damaged < left && repair == RepairWhat::All {
             left = damaged;
             repair::rewrite(&scan, write, resize).await?;
             rewritten = true;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use dolmen_graph::{Io, Read};
+use dolmen_graph::{CheckResult, Io, Read};
 use dolmen_types::{Error, ErrorKind, Result};
 
 use super::super::entry::{L1Entry, L2Entry, OFFSET_MASK, REFTABLE_RESERVED, refcount_get};
@@ -10,9 +10,9 @@ use super::super::header::Header;
 use super::super::image::{load_bitmaps, load_header, load_l1, load_reftable, read_bytes, read_table};
 use super::super::layout::{Geometry, MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOTS};
 use super::super::snapshot::{self, Snapshot, Step};
+use super::MAX_ALL_L1_BYTES;
 use super::counts::Counts;
 use super::entries::{Judge, L1Judged};
-use super::{CheckResult, MAX_ALL_L1_BYTES};
 
 /// Clusters behind the end of the file that are kept in mind.
 const MAX_NAMED_BEHIND: usize = 128;
@@ -553,7 +553,7 @@ impl<'a> Scan<'a> {
     fn compare(&mut self) {
         let mut wrong: Vec<(u64, u64, u64)> = Vec::new();
         let mut note = |c: u64, have: u64, want: u64, r: &mut CheckResult| {
-            if wrong.len() < super::MAX_MESSAGES {
+            if wrong.len() < CheckResult::MAX_MESSAGES {
                 wrong.push((c, have, want));
             }
             if have > want { r.leaks += 1 } else { r.corruptions += 1 }

@@ -1,5 +1,7 @@
-//! Options of `file` and `host_device`, and how they open.
+//! The registry rows of `file`, `host_device` and `host_cdrom`: options, and how they open.
 
+use std::fs::Metadata;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use dolmen_graph::{AccessRule, Class, Common, DriverKind, OpenCx, Opened, Opener, Parsed};
@@ -9,6 +11,7 @@ use dolmen_types::{Error, ErrorKind, OptionSpec, OptionType, Options, Result, Re
 
 use super::create::create;
 use super::driver::{FileDriver, Made};
+use super::shared::{EINVAL, no_files, plain};
 
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec::required("filename", OptionType::Str, "path of the image file"),
@@ -41,42 +44,58 @@ const CREATE_OPTIONS: &[OptionSpec] = &[
 
 /// Registry row of `file`.
 pub static FILE: DriverKind = DriverKind {
-    name: "file",
-    class: Class::Protocol,
-    help: "a regular file",
-    options: OPTIONS,
     create_options: CREATE_OPTIONS,
-    maps: false,
-    parse: |options, common| parse(options, common, &FILE, FileKind::Regular),
-    probe: None,
     create: Some(create),
+    protocols: &["file"],
+    from_name: Some(|_, name| Ok(Options::new().with("driver", FILE.name).with("filename", name.rest))),
+    // Whatever is there, and what is not there yet.
+    path: Some(|_, _| 1),
+    details: true,
+    counts_discards: true,
+    ..DriverKind::new("file", Class::Protocol, "a regular file", OPTIONS, |options, common| {
+        parse(options, common, &FILE, FileKind::Regular)
+    })
 };
 
 /// Registry row of `host_device`.
 pub static HOST_DEVICE: DriverKind = DriverKind {
-    name: "host_device",
-    class: Class::Protocol,
-    help: "a block device of this host",
-    options: OPTIONS,
-    create_options: &[],
-    maps: false,
-    parse: |options, common| parse(options, common, &HOST_DEVICE, FileKind::Block),
-    probe: None,
-    create: None,
+    path: Some(|_, found| if found.is_some_and(is_device) { 2 } else { 0 }),
+    counts_discards: true,
+    ..DriverKind::new(
+        "host_device",
+        Class::Protocol,
+        "a block device of this host",
+        OPTIONS,
+        |options, common| parse(options, common, &HOST_DEVICE, FileKind::Block),
+    )
 };
 
 /// Registry row of `host_cdrom`.
-pub static HOST_CDROM: DriverKind = DriverKind {
-    name: "host_cdrom",
-    class: Class::Protocol,
-    help: "an optical drive of this host",
-    options: OPTIONS,
-    create_options: &[],
-    maps: false,
-    parse: |options, common| parse(options, common, &HOST_CDROM, FileKind::Block),
-    probe: None,
-    create: None,
-};
+pub static HOST_CDROM: DriverKind =
+    DriverKind {
+        path: Some(|path, found| {
+            if found.is_some_and(|m| m.file_type().is_block_device()) && is_cdrom(path) { 3 } else { 0 }
+        }),
+        ..DriverKind::new(
+            "host_cdrom",
+            Class::Protocol,
+            "an optical drive of this host",
+            OPTIONS,
+            |options, common| parse(options, common, &HOST_CDROM, FileKind::Block),
+        )
+    };
+
+fn is_device(found: &Metadata) -> bool {
+    found.file_type().is_block_device() || found.file_type().is_char_device()
+}
+
+/// Linux names optical drives so.
+fn is_cdrom(name: &Path) -> bool {
+    let real = std::fs::canonicalize(name).unwrap_or_else(|_| name.to_owned());
+    let last = real.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    let number = last.strip_prefix("sr").or_else(|| last.strip_prefix("scd"));
+    real.starts_with("/dev") && number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+}
 
 /// Whether the image is locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,11 +139,6 @@ fn parse(
     let beneath = options.take_str("x-beneath")?.map(|dir| PathBuf::from(os_name(&dir)));
     let open = Box::new(OpenFile { kind, wanted, filename: plain(filename), beneath, locking });
     Ok(Parsed { children: Vec::new(), rule: AccessRule::LEAF, relies_down_to: None, open })
-}
-
-/// `file:` before a path says only that it is one.
-pub(super) fn plain(filename: String) -> String {
-    filename.strip_prefix("file:").map_or(filename.clone(), str::to_owned)
 }
 
 impl Opener for OpenFile {
@@ -171,10 +185,6 @@ impl Opener for OpenFile {
     }
 }
 
-pub(super) fn no_files() -> Error {
-    Error::new(ErrorKind::Unsupported, "there are no files in a simulation")
-}
-
 fn open(path: &Path, beneath: Option<&Path>, how: OpenHow) -> Result<std::os::fd::OwnedFd> {
     let opened = match beneath {
         None => sys::open(path, how),
@@ -198,14 +208,13 @@ fn open(path: &Path, beneath: Option<&Path>, how: OpenHow) -> Result<std::os::fd
 }
 
 const EXDEV: i32 = 18;
-pub(super) const EINVAL: i32 = 22;
 
 /// The file can't be written, but may well be read.
 fn is_read_only(e: &Error) -> bool {
     matches!(e.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly)
 }
 
-pub(super) fn check_kind(wanted: FileKind, found: FileKind) -> Result<()> {
+fn check_kind(wanted: FileKind, found: FileKind) -> Result<()> {
     match (wanted, found) {
         (FileKind::Regular, FileKind::Regular) | (FileKind::Block, FileKind::Block) => Ok(()),
         (FileKind::Regular, FileKind::Block) => Err(Error::new(
