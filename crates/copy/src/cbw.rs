@@ -25,13 +25,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dolmen_graph::{
-    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits,
-    Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, Request, Where,
+    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Driver, DriverKind, Extent, Node, Op, OpenCx, Opened,
+    Opener, Parsed, Plan, Request, Where,
 };
 use dolmen_rt::LocalFuture;
 use dolmen_types::{
-    BlkEvent, ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, Result, ResultExt, Span,
-    WriteFlags,
+    ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, Result, ResultExt, Span, WriteFlags,
 };
 
 use crate::PointInTime;
@@ -311,14 +310,7 @@ impl Driver for CopyBeforeWrite {
         &COPY_BEFORE_WRITE
     }
 
-    fn size(&self, node: &Node) -> u64 {
-        node.children[FILE].node.size()
-    }
-
-    fn limits(&self, node: &Node) -> Limits {
-        let child = &node.children[FILE].node;
-        child.driver.limits(child)
-    }
+    dolmen_graph::pass_through! { FILE: size, limits, event, prepare, close, image, describe }
 
     fn access_rule(&self) -> AccessRule {
         self.rule
@@ -363,34 +355,5 @@ impl Driver for CopyBeforeWrite {
         Box::pin(async move {
             Ok(Extent { len: span.len(), place: Where::Through { child: FILE as u8, at: span.offset() } })
         })
-    }
-
-    fn event(&self, node: &Node, event: BlkEvent) -> Result<()> {
-        let child = &node.children[FILE].node;
-        child.driver.event(child, event)
-    }
-
-    fn prepare<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        change: &'a NodeChange,
-    ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
-        dolmen_graph::prepare_child(cx, FILE, change)
-    }
-
-    fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
-        Box::pin(async { Ok(()) })
-    }
-
-    fn set_backing<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        _: Option<dolmen_graph::BackingName<'a>>,
-    ) -> LocalFuture<'a, Result<()>> {
-        dolmen_graph::no_backing(cx)
-    }
-
-    fn describe(&self, _: &Node) -> Description {
-        Description::default()
     }
 }

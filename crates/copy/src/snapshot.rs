@@ -10,8 +10,8 @@
 use std::sync::Arc;
 
 use dolmen_graph::{
-    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits,
-    Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, Request, SELF, Where,
+    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Driver, DriverKind, Extent, Limits, Node, NodeChange,
+    Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, Request, SELF, Where,
 };
 use dolmen_rt::LocalFuture;
 use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, Result, Span};
@@ -101,6 +101,8 @@ impl Driver for SnapshotAccess {
         &SNAPSHOT_ACCESS
     }
 
+    dolmen_graph::pass_through! { 0: close, image, describe }
+
     fn size(&self, _: &Node) -> u64 {
         self.point.size()
     }
@@ -164,21 +166,5 @@ impl Driver for SnapshotAccess {
             NodeChange::Resize { .. } => Box::pin(async move { Err(unchangeable(cx.node)) }),
             NodeChange::Access { .. } | NodeChange::Backing(_) => dolmen_graph::prepare_nothing(cx, change),
         }
-    }
-
-    fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
-        Box::pin(async { Ok(()) })
-    }
-
-    fn set_backing<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        _: Option<dolmen_graph::BackingName<'a>>,
-    ) -> LocalFuture<'a, Result<()>> {
-        dolmen_graph::no_backing(cx)
-    }
-
-    fn describe(&self, _: &Node) -> Description {
-        Description::default()
     }
 }

@@ -19,14 +19,12 @@
 use std::sync::Arc;
 
 use dolmen_graph::{
-    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Duty, Extent,
-    Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, Request, Where,
-    chain_status, own_status,
+    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Driver, DriverKind, Duty, Extent, Node, Op, OpenCx,
+    Opened, Opener, Parsed, Plan, Request, Where, chain_status, own_status,
 };
 use dolmen_rt::{IoVec, LocalFuture};
 use dolmen_types::{
-    Actions, BlkEvent, ChildRole, Error, ErrorKind, NodeName, OptionSpec, OptionType, Options, ReadFlags,
-    Result, Span,
+    Actions, ChildRole, Error, ErrorKind, NodeName, OptionSpec, OptionType, Options, ReadFlags, Result, Span,
 };
 
 /// Registry row.
@@ -192,14 +190,7 @@ impl Driver for CopyOnRead {
         &COPY_ON_READ
     }
 
-    fn size(&self, node: &Node) -> u64 {
-        node.children[FILE].node.size()
-    }
-
-    fn limits(&self, node: &Node) -> Limits {
-        let child = &node.children[FILE].node;
-        child.driver.limits(child)
-    }
+    dolmen_graph::pass_through! { FILE: size, limits, event, prepare, close, image, describe }
 
     fn access_rule(&self) -> AccessRule {
         AccessRule::POPULATES
@@ -237,34 +228,5 @@ impl Driver for CopyOnRead {
         Box::pin(async move {
             Ok(Extent { len: span.len(), place: Where::Through { child: FILE as u8, at: span.offset() } })
         })
-    }
-
-    fn event(&self, node: &Node, event: BlkEvent) -> Result<()> {
-        let child = &node.children[FILE].node;
-        child.driver.event(child, event)
-    }
-
-    fn prepare<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        change: &'a NodeChange,
-    ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
-        dolmen_graph::prepare_child(cx, FILE, change)
-    }
-
-    fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
-        Box::pin(async { Ok(()) })
-    }
-
-    fn set_backing<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        _: Option<dolmen_graph::BackingName<'a>>,
-    ) -> LocalFuture<'a, Result<()>> {
-        dolmen_graph::no_backing(cx)
-    }
-
-    fn describe(&self, _: &Node) -> Description {
-        Description::default()
     }
 }

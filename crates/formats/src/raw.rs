@@ -12,9 +12,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use dolmen_graph::{
-    AccessRule, BackingName, ChildDef, ChildSpec, Class, Common, CreateCx, Creation, Cx, Description, Driver,
-    DriverKind, Extent, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prealloc,
-    Prepared, RAW_FORMAT, Request, Where,
+    AccessRule, BackingName, ChildDef, ChildSpec, Class, Common, CreateCx, Creation, Cx, Driver, DriverKind,
+    Extent, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prealloc, Prepared,
+    RAW_FORMAT, Request, Where,
 };
 use dolmen_rt::{IoVec, LocalFuture};
 use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, Result, Span};
@@ -254,6 +254,8 @@ impl Driver for Raw {
         &RAW
     }
 
+    dolmen_graph::pass_through! { 0: event, close, image, describe }
+
     fn size(&self, node: &Node) -> u64 {
         match &self.len {
             None => node.children[0].node.size(),
@@ -327,11 +329,6 @@ impl Driver for Raw {
         Box::pin(async move { Ok(Extent { len: span.len(), place }) })
     }
 
-    fn event(&self, node: &Node, event: BlkEvent) -> Result<()> {
-        let file = &node.children[0].node;
-        file.driver.event(file, event)
-    }
-
     fn prepare<'a>(
         &'a self,
         cx: Cx<'a>,
@@ -348,22 +345,6 @@ impl Driver for Raw {
                 }
             }
         })
-    }
-
-    fn close<'a>(&'a self, _cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {
-        Box::pin(async { Ok(()) })
-    }
-
-    fn set_backing<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        _: Option<dolmen_graph::BackingName<'a>>,
-    ) -> LocalFuture<'a, Result<()>> {
-        dolmen_graph::no_backing(cx)
-    }
-
-    fn describe(&self, _node: &Node) -> Description {
-        Description::default()
     }
 }
 

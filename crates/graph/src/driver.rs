@@ -342,15 +342,34 @@ pub struct BackingName<'a> {
     pub format: Option<&'a str>,
 }
 
-/// The answer of drivers without backing files to [`Driver::set_backing`].
-pub fn no_backing<'a>(cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {
-    let (node, kind) = (&cx.node.name, cx.node.driver.kind().name);
-    Box::pin(async move {
-        Err(Error::new(
-            ErrorKind::Unsupported,
-            format!("node '{node}' has driver '{kind}', whose images name no backing file"),
-        ))
-    })
+/// What drivers of images can do with an image besides serving requests: a facet of [`Driver`].
+pub trait ImageOps {
+    /// Makes the image name another backing file, or none, without touching any data. The
+    /// data in memory are written out first; durable when it returns. The node's links
+    /// stay as they are.
+    ///
+    /// Fails with `InvalidInput` or `NoSpace` for a name that does not fit into the header; the old
+    /// name then still stands. Not to be cancelled.
+    fn set_backing<'a>(&'a self, cx: Cx<'a>, to: Option<BackingName<'a>>) -> LocalFuture<'a, Result<()>>;
+}
+
+/// Makes the image of a node name another backing file: see [`ImageOps::set_backing`].
+///
+/// # Errors
+/// As there; `Unsupported` if the driver has no such images.
+pub async fn set_backing(cx: Cx<'_>, to: Option<BackingName<'_>>) -> Result<()> {
+    match cx.node.driver.image() {
+        Some(image) => image.set_backing(cx, to).await,
+        None => Err(no_backing(cx.node)),
+    }
+}
+
+fn no_backing(node: &Node) -> Error {
+    let (name, kind) = (&node.name, node.driver.kind().name);
+    Error::new(
+        ErrorKind::Unsupported,
+        format!("node '{name}' has driver '{kind}', whose images name no backing file"),
+    )
 }
 
 /// A change that a driver has to prepare for.
@@ -370,7 +389,7 @@ pub enum NodeChange {
         /// The new size in bytes.
         size: u64,
     },
-    /// [`Driver::set_backing`] follows, with this name and format. The same goes for it.
+    /// [`ImageOps::set_backing`] follows, with this name and format. The same goes for it.
     Backing(Option<(String, Option<String>)>),
 }
 
@@ -379,7 +398,7 @@ pub fn prepare_nothing<'a>(cx: Cx<'a>, change: &'a NodeChange) -> LocalFuture<'a
     Box::pin(async move {
         match change {
             NodeChange::Access { .. } | NodeChange::Resize { .. } => {}
-            NodeChange::Backing(_) => no_backing(cx).await?,
+            NodeChange::Backing(_) => return Err(no_backing(cx.node)),
         }
         Ok(Box::new(()) as Box<dyn Prepared>)
     })
@@ -459,16 +478,80 @@ pub trait Driver: fmt::Debug + std::any::Any + Send + Sync + 'static {
     /// gone afterwards even if it fails; but a format is also closed when its node is about to
     /// be reopened, and goes on as before if that comes to nothing.
     fn close<'a>(&'a self, cx: Cx<'a>) -> LocalFuture<'a, Result<()>>;
-    /// Makes the image name another backing file, or none, without touching any data. The
-    /// data in memory are written out first; durable when it returns. The node's links
-    /// stay as they are.
-    ///
-    /// Fails with `Unsupported` if the format has no backing files ([`no_backing`]), and with
-    /// `InvalidInput` or `NoSpace` for a name that does not fit into the header; the old
-    /// name then still stands. Not to be cancelled.
-    fn set_backing<'a>(&'a self, cx: Cx<'a>, to: Option<BackingName<'a>>) -> LocalFuture<'a, Result<()>>;
+    /// What it can do with an image, if it has one. A new facet concerns every driver once, a new method of a
+    /// facet only those that have it.
+    fn image(&self) -> Option<&dyn ImageOps>;
     /// What it can tell about itself.
     fn describe(&self, node: &Node) -> Description;
+}
+
+/// Methods of [`Driver`] that a filter has its child answer, one by one: `pass_through! { FILE: size, limits, event }`
+/// with the index of the child. What is not listed, the filter says itself.
+///
+/// - `size`, `limits`: the child's.
+/// - `status`: it is the child's business, at the same place.
+/// - `event`: passed on.
+/// - `prepare`: a change of size is the child's as well; other changes need nothing.
+/// - `close`: nothing is held.
+/// - `image`: it has none of its own.
+/// - `describe`: nothing to say.
+#[macro_export]
+macro_rules! pass_through {
+    ($child:tt : $($method:ident),+ $(,)?) => { $($crate::pass_through!(@$method $child);)+ };
+    (@size $child:tt) => {
+        fn size(&self, node: &$crate::Node) -> u64 {
+            node.children[$child].node.size()
+        }
+    };
+    (@limits $child:tt) => {
+        fn limits(&self, node: &$crate::Node) -> $crate::Limits {
+            let child = &node.children[$child].node;
+            child.driver.limits(child)
+        }
+    };
+    (@status $child:tt) => {
+        fn status<'a>(
+            &'a self,
+            _: $crate::Cx<'a>,
+            span: $crate::types::Span,
+        ) -> $crate::types::LocalFuture<'a, $crate::types::Result<$crate::Extent>> {
+            let place = $crate::Where::Through { child: $child as u8, at: span.offset() };
+            Box::pin(async move { Ok($crate::Extent { len: span.len(), place }) })
+        }
+    };
+    (@event $child:tt) => {
+        fn event(&self, node: &$crate::Node, event: $crate::types::BlkEvent) -> $crate::types::Result<()> {
+            let child = &node.children[$child].node;
+            child.driver.event(child, event)
+        }
+    };
+    (@prepare $child:tt) => {
+        fn prepare<'a>(
+            &'a self,
+            cx: $crate::Cx<'a>,
+            change: &'a $crate::NodeChange,
+        ) -> $crate::types::LocalFuture<'a, $crate::types::Result<Box<dyn $crate::Prepared>>> {
+            $crate::prepare_child(cx, $child, change)
+        }
+    };
+    (@close $child:tt) => {
+        fn close<'a>(
+            &'a self,
+            _: $crate::Cx<'a>,
+        ) -> $crate::types::LocalFuture<'a, $crate::types::Result<()>> {
+            Box::pin(async { Ok(()) })
+        }
+    };
+    (@image $child:tt) => {
+        fn image(&self) -> Option<&dyn $crate::ImageOps> {
+            None
+        }
+    };
+    (@describe $child:tt) => {
+        fn describe(&self, _: &$crate::Node) -> $crate::Description {
+            $crate::Description::default()
+        }
+    };
 }
 
 #[cfg(test)]

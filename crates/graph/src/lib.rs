@@ -131,13 +131,13 @@ pub use count::{Counters, Counts, Tally};
 pub use create::{ImageMaker, NewImage, check_room, create_image};
 pub use draft::{ClaimScope, Draft, NodeDef, OpClaim, OpInfo};
 pub use driver::{
-    BackingName, Class, Description, Driver, Extent, Limits, NodeChange, Op, Plan, Prealloc, Prepared,
-    Request, SELF, SnapshotInfo, Where, no_backing, prepare_child, prepare_nothing,
+    BackingName, Class, Description, Driver, Extent, ImageOps, Limits, NodeChange, Op, Plan, Prealloc,
+    Prepared, Request, SELF, SnapshotInfo, Where, prepare_child, prepare_nothing, set_backing,
 };
 pub use epoch::{Epochs, Lease, Stamp};
 pub use filename::{Filenames, header_name, header_name_given, is_use, node_filename, own_file};
 pub use io::{Access, Cx, Io, Read, Resize, Write, WriteUnchanged};
-pub use names::{ProtocolName, encode_uri};
+pub use names::encode_uri;
 pub use node::{ChildEdge, DetectZeroes, Node, NodeFlags, NodeState};
 pub use notice::{Notice, Notices};
 pub use open::{
@@ -149,8 +149,8 @@ pub use published::Graph;
 pub use range_lock::{RangeGuard, RangeLock};
 pub use registry::{
     ChangeBackingFn, CheckFn, ChildDef, ChildSpec, Common, CreateCx, CreateFn, Creation, DriverKind, Duty,
-    Foreign, ImplicitChild, NameFn, OpenCx, Opened, Opener, Parsed, PathFn, RAW_FORMAT, Registry, Repair,
-    common_options,
+    Foreign, ImplicitChild, NameFn, OpenCx, Opened, Opener, Parsed, PathFn, ProtocolName, RAW_FORMAT,
+    Registry, Repair, common_options,
 };
 pub use same::{content, same_chain, same_image};
 pub use solver::{
@@ -158,3 +158,10 @@ pub use solver::{
 };
 pub use status::{ChainStatus, chain_status, first_allocated, own_status};
 pub use user::{Observer, Token, UserEdge};
+
+/// What macros of this crate name.
+#[doc(hidden)]
+pub mod types {
+    pub use dolmen_rt::LocalFuture;
+    pub use dolmen_types::{BlkEvent, OptionSpec, Options, Result, Span};
+}

@@ -2,33 +2,13 @@
 //! protocol is the business of the driver that has it ([`DriverKind::from_name`]).
 
 use std::fs::{self, Metadata};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use dolmen_types::{Error, ErrorKind, Options, Result, os_name};
+use dolmen_rt::Rt;
+use dolmen_types::{Options, Result, os_name};
 use percent_encoding::{AsciiSet, CONTROLS, percent_encode, utf8_percent_encode};
 
-use crate::{DriverKind, Registry};
-
-/// A name with a protocol, in its parts.
-#[derive(Clone, Copy, Debug)]
-pub struct ProtocolName<'a> {
-    /// All of it.
-    pub whole: &'a str,
-    /// What stands before the first colon.
-    pub protocol: &'a str,
-    /// What comes after it.
-    pub rest: &'a str,
-}
-
-impl ProtocolName<'_> {
-    /// The error for a protocol that no driver has.
-    pub fn unknown(self) -> Error {
-        Error::new(ErrorKind::Unsupported, format!("Unknown protocol '{}'", self.protocol)).remedy(format!(
-            "write './{}' for a file of that name, or name a driver and its options instead",
-            self.whole
-        ))
-    }
-}
+use crate::{DriverKind, ProtocolName, Registry};
 
 impl Registry {
     /// The options that a name with a protocol stands for.
@@ -70,6 +50,15 @@ impl Registry {
         let surest = self.rows().iter().filter_map(|d| sure(d)).max_by_key(|(sure, _)| *sure);
         surest.filter(|(sure, _)| *sure > 0).map(|(_, kind)| kind)
     }
+}
+
+/// [`Registry::path_options`] in a task.
+pub(crate) async fn path_options_in(registry: Registry, rt: &Rt, name: &str) -> Options {
+    let Some(io) = rt.io() else {
+        return registry.path_options_for(name, None);
+    };
+    let (path, name) = (PathBuf::from(os_name(name)), name.to_owned());
+    io.blocking_at(&path, move || registry.path_options(&name)).await
 }
 
 /// Text as a part of a URI, as QEMU writes it: only what would end the part becomes `%XX`, and what is no text.

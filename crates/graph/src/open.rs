@@ -185,9 +185,9 @@ impl Opener<'_> {
     /// What the parser of names says.
     pub async fn file_options(&self, name: &str) -> Result<Options> {
         match name.strip_prefix("file:") {
-            Some(path) => Ok(crate::place::path_options_in(self.registry, self.rt, path).await),
+            Some(path) => Ok(crate::names::path_options_in(self.registry, self.rt, path).await),
             None if has_protocol(name) => (self.names)(self.registry, name),
-            None => Ok(crate::place::path_options_in(self.registry, self.rt, name).await),
+            None => Ok(crate::names::path_options_in(self.registry, self.rt, name).await),
         }
     }
 
@@ -311,7 +311,7 @@ impl Opener<'_> {
             // Beside an image on a server: on the same server.
             ((self.names)(self.registry, &full)?, full)
         } else if plain {
-            let mut file = crate::place::path_options_in(self.registry, self.rt, &full).await;
+            let mut file = crate::names::path_options_in(self.registry, self.rt, &full).await;
             if self.policy.implicit == Implicit::Beneath {
                 file.set("x-beneath", directory(image));
             }

@@ -8,9 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use dolmen_rt::{Rt, sys};
-use dolmen_types::{Error, ErrorKind, Options, Result, ResultExt, os_name};
-
-use crate::Registry;
+use dolmen_types::{Error, ErrorKind, Result, ResultExt, os_name};
 
 /// Which file it is: device and inode; of a block device its number, unless it is a loop device over a whole file.
 pub type FileId = (u64, u64);
@@ -25,15 +23,6 @@ pub(crate) enum Place {
     Present(FileId),
     /// To nothing yet: the entry that would be made, in a directory without symbolic links.
     Absent(PathBuf),
-}
-
-/// [`Registry::path_options`] in a task.
-pub(crate) async fn path_options_in(registry: Registry, rt: &Rt, name: &str) -> Options {
-    let Some(io) = rt.io() else {
-        return registry.path_options_for(name, None);
-    };
-    let (path, name) = (PathBuf::from(os_name(name)), name.to_owned());
-    io.blocking_at(&path, move || registry.path_options(&name)).await
 }
 
 /// Which file metadata are of.

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use crate::{
     AccessRule, BackingName, CheckResult, ChildEdge, Class, Cx, DetectZeroes, Driver, Io, NodeFlags,
-    Prepared, ProtocolName, Read, Repairing, Resize, Write,
+    Prepared, Read, Repairing, Resize, Write,
 };
 
 /// A driver's registry row: everything that the rest of the program asks about it. No driver is known by its name
@@ -97,6 +97,27 @@ impl DriverKind {
     /// Whether it has an option of that name.
     pub fn has_option(&self, name: &str) -> bool {
         self.options.iter().any(|o| o.name == name)
+    }
+}
+
+/// A name with a protocol, in its parts.
+#[derive(Clone, Copy, Debug)]
+pub struct ProtocolName<'a> {
+    /// All of it.
+    pub whole: &'a str,
+    /// What stands before the first colon.
+    pub protocol: &'a str,
+    /// What comes after it.
+    pub rest: &'a str,
+}
+
+impl ProtocolName<'_> {
+    /// The error for a protocol that no driver has.
+    pub fn unknown(self) -> Error {
+        Error::new(ErrorKind::Unsupported, format!("Unknown protocol '{}'", self.protocol)).remedy(format!(
+            "write './{}' for a file of that name, or name a driver and its options instead",
+            self.whole
+        ))
     }
 }
 

@@ -12,8 +12,8 @@ use dolmen_rt::LocalFuture;
 use dolmen_types::{BlkEvent, Result, Span};
 
 use crate::{
-    AccessRule, BackingName, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op, Plan,
-    Prepared, Request, SELF, Where, no_backing, prepare_nothing,
+    AccessRule, Cx, Description, Driver, DriverKind, Extent, ImageOps, Limits, Node, NodeChange, Op, Plan,
+    Prepared, Request, SELF, Where, prepare_nothing,
 };
 
 const PAGE: u64 = 4096;
@@ -161,8 +161,8 @@ impl Driver for StandIn {
         Box::pin(async { Ok(()) })
     }
 
-    fn set_backing<'a>(&'a self, cx: Cx<'a>, _: Option<BackingName<'a>>) -> LocalFuture<'a, Result<()>> {
-        no_backing(cx)
+    fn image(&self) -> Option<&dyn ImageOps> {
+        None
     }
 
     fn describe(&self, _: &Node) -> Description {

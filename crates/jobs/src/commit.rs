@@ -327,7 +327,7 @@ impl Commit {
             let given = self.backing_file.as_deref();
             let (name, format) = header_name_given(base, &own_file(node), given, self.mask_protocol)?;
             let to = BackingName { name: &name, format: Some(format) };
-            node.driver.set_backing(Cx { node, rt: cx.rt }, Some(to)).await?;
+            dolmen_graph::set_backing(Cx { node, rt: cx.rt }, Some(to)).await?;
         }
         Ok(())
     }

@@ -8,8 +8,8 @@
 use std::sync::Arc;
 
 use dolmen_graph::{
-    AccessRule, BackingName, Class, Cx, Description, Draft, Driver, DriverKind, Extent, Limits, Node,
-    NodeChange, NodeDef, NodeFlags, Op, Plan, Prepared, Request, no_backing,
+    AccessRule, Class, Cx, Description, Draft, Driver, DriverKind, Extent, ImageOps, Limits, Node,
+    NodeChange, NodeDef, NodeFlags, Op, Plan, Prepared, Request,
 };
 use dolmen_rt::LocalFuture;
 use dolmen_types::{BlkEvent, Error, ErrorKind, NodeName, OpId, Result, Span, Value};
@@ -113,8 +113,8 @@ impl Driver for Gone {
         }
     }
 
-    fn set_backing<'a>(&'a self, cx: Cx<'a>, _: Option<BackingName<'a>>) -> LocalFuture<'a, Result<()>> {
-        no_backing(cx)
+    fn image(&self) -> Option<&dyn ImageOps> {
+        None
     }
 
     fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {

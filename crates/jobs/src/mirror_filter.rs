@@ -40,11 +40,10 @@ use std::sync::{Arc, Mutex, Weak};
 
 use dolmen_copy::Tracker;
 use dolmen_graph::{
-    AccessRule, BackingName, ChildEdge, Class, Common, CreateCx, Cx, Description, Driver, DriverKind, Extent,
-    Limits, Node, NodeChange, Op, Parsed, Plan, Prepared, Request, Where, no_backing,
+    AccessRule, ChildEdge, Class, Common, CreateCx, Cx, Driver, DriverKind, Node, Op, Parsed, Plan, Request,
 };
 use dolmen_rt::{Guard, Hold, IoVec, LocalFuture, Rt, carry};
-use dolmen_types::{BlkEvent, Error, ErrorKind, Options, Result, Span, WriteFlags};
+use dolmen_types::{Error, ErrorKind, Options, Result, Span, WriteFlags};
 use event_listener::{Event, EventListener};
 
 /// Registry row of the filter. It is made by jobs, never from options, so that it is not in the registry.
@@ -428,14 +427,7 @@ impl Driver for MirrorFilter {
         &MIRROR_TOP
     }
 
-    fn size(&self, node: &Node) -> u64 {
-        node.children[SOURCE].node.size()
-    }
-
-    fn limits(&self, node: &Node) -> Limits {
-        let child = &node.children[SOURCE].node;
-        child.driver.limits(child)
-    }
+    dolmen_graph::pass_through! { SOURCE: size, limits, status, event, prepare, close, image, describe }
 
     fn access_rule(&self) -> AccessRule {
         self.rule
@@ -476,35 +468,5 @@ impl Driver for MirrorFilter {
             | Op::WriteZeroes { .. }
             | Op::Discard { .. } => Box::pin(async move { cx.forward(SOURCE, op).await }),
         }
-    }
-
-    fn status<'a>(&'a self, _: Cx<'a>, span: Span) -> LocalFuture<'a, Result<Extent>> {
-        let place = Where::Through { child: SOURCE as u8, at: span.offset() };
-        Box::pin(async move { Ok(Extent { len: span.len(), place }) })
-    }
-
-    fn event(&self, node: &Node, event: BlkEvent) -> Result<()> {
-        let child = &node.children[SOURCE].node;
-        child.driver.event(child, event)
-    }
-
-    fn prepare<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        change: &'a NodeChange,
-    ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
-        dolmen_graph::prepare_child(cx, SOURCE, change)
-    }
-
-    fn set_backing<'a>(&'a self, cx: Cx<'a>, _: Option<BackingName<'a>>) -> LocalFuture<'a, Result<()>> {
-        no_backing(cx)
-    }
-
-    fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
-        Box::pin(async { Ok(()) })
-    }
-
-    fn describe(&self, _: &Node) -> Description {
-        Description::default()
     }
 }

@@ -76,7 +76,7 @@ impl Overlays {
             let (name, format) = header_name(new, &own_file(node))?;
             let before = node.driver.describe(node).backing;
             let to = BackingName { name: &name, format: Some(format) };
-            node.driver.set_backing(Cx { node, rt }, Some(to)).await?;
+            dolmen_graph::set_backing(Cx { node, rt }, Some(to)).await?;
             self.renamed.borrow_mut().push(Renamed { node: node.name.clone(), before, rt: rt.clone() });
         }
         Ok(())
@@ -92,7 +92,7 @@ impl Overlays {
             rt.spawn(async move {
                 let to =
                     r.before.as_ref().map(|(name, format)| BackingName { name, format: format.as_deref() });
-                drop(node.driver.set_backing(Cx { node: &node, rt: &r.rt }, to).await);
+                drop(dolmen_graph::set_backing(Cx { node: &node, rt: &r.rt }, to).await);
             });
         }
     }

@@ -283,7 +283,7 @@ impl Work for Stream {
                 None => None,
             };
             let to = named.as_ref().map(|(name, format)| BackingName { name, format: Some(format) });
-            let set = top.driver.set_backing(Cx { node: &top, rt: cx.rt }, to).await;
+            let set = dolmen_graph::set_backing(Cx { node: &top, rt: cx.rt }, to).await;
             drop(token);
             set.context(|| format!("the backing file of node '{}' can't be changed", plan.top))
         })

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use dolmen_graph::{
-    AccessRule, Class, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op, OpenCx,
-    Opened, Opener, Parsed, Plan, Prepared, ProtocolName, Registry, Request, SELF, Where,
+    AccessRule, Class, Cx, Description, Driver, DriverKind, Extent, ImageOps, Limits, Node, NodeChange, Op,
+    OpenCx, Opened, Opener, Parsed, Plan, Prepared, ProtocolName, Registry, Request, SELF, Where,
 };
 use dolmen_rt::LocalFuture;
 use dolmen_types::{BlkEvent, Error, ErrorKind, OptionSpec, OptionType, Options, Result, Span};
@@ -174,12 +174,8 @@ impl Driver for Null {
         Box::pin(async { Ok(()) })
     }
 
-    fn set_backing<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        _: Option<dolmen_graph::BackingName<'a>>,
-    ) -> LocalFuture<'a, Result<()>> {
-        dolmen_graph::no_backing(cx)
+    fn image(&self) -> Option<&dyn ImageOps> {
+        None
     }
 
     fn describe(&self, _: &Node) -> Description {

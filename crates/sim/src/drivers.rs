@@ -4,8 +4,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use dolmen_graph::{
-    AccessRule, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op,
-    OpenCx, Opened, Opener, Parsed, Plan, Prepared, Request, SELF, Where,
+    AccessRule, Class, Common, Cx, Description, Driver, DriverKind, Extent, ImageOps, Limits, Node,
+    NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, Request, SELF, Where,
 };
 use dolmen_rt::LocalFuture;
 use dolmen_types::{BlkEvent, Error, ErrorKind, OptionSpec, OptionType, Options, Result, Span};
@@ -147,12 +147,8 @@ macro_rules! leaf_methods {
             Box::pin(async { Ok(()) })
         }
 
-        fn set_backing<'a>(
-            &'a self,
-            cx: Cx<'a>,
-            _: Option<dolmen_graph::BackingName<'a>>,
-        ) -> LocalFuture<'a, Result<()>> {
-            dolmen_graph::no_backing(cx)
+        fn image(&self) -> Option<&dyn ImageOps> {
+            None
         }
 
         fn describe(&self, _: &Node) -> Description {

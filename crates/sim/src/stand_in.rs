@@ -17,13 +17,12 @@
 use std::sync::Arc;
 
 use dolmen_graph::{
-    AccessRule, ClaimScope, Class, Common, Cx, Description, Draft, Driver, DriverKind, Extent, GraphOwner,
-    Limits, Node, NodeChange, NodeDef, NodeFlags, Op, OpClaim, OpInfo, Parsed, Plan, Prepared, Request,
-    Where,
+    AccessRule, ClaimScope, Class, Common, Cx, Draft, Driver, DriverKind, GraphOwner, Node, NodeDef,
+    NodeFlags, Op, OpClaim, OpInfo, Parsed, Plan, Request,
 };
 use dolmen_rt::{Instant, LocalFuture, Rt};
 use dolmen_types::{
-    Actions, BlkEvent, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Span, Value,
+    Actions, ChildRole, Claim, Error, ErrorKind, NodeName, OpId, Options, Result, Span, Value,
 };
 
 use crate::{Image, MEMORY, MemoryDisk};
@@ -83,14 +82,7 @@ impl Driver for StandIn {
         self.kind
     }
 
-    fn size(&self, node: &Node) -> u64 {
-        node.children[0].node.size()
-    }
-
-    fn limits(&self, node: &Node) -> Limits {
-        let child = &node.children[0].node;
-        child.driver.limits(child)
-    }
+    dolmen_graph::pass_through! { 0: size, limits, status, event, prepare, close, image, describe }
 
     fn access_rule(&self) -> AccessRule {
         self.rule
@@ -102,40 +94,6 @@ impl Driver for StandIn {
 
     fn run<'a>(&'a self, cx: Cx<'a>, op: Op<'a>) -> LocalFuture<'a, Result<()>> {
         Box::pin(async move { cx.forward(0, op).await })
-    }
-
-    fn status<'a>(&'a self, _: Cx<'a>, span: Span) -> LocalFuture<'a, Result<Extent>> {
-        let place = Where::Through { child: 0, at: span.offset() };
-        Box::pin(async move { Ok(Extent { len: span.len(), place }) })
-    }
-
-    fn event(&self, node: &Node, event: BlkEvent) -> Result<()> {
-        let child = &node.children[0].node;
-        child.driver.event(child, event)
-    }
-
-    fn prepare<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        change: &'a NodeChange,
-    ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
-        dolmen_graph::prepare_child(cx, 0, change)
-    }
-
-    fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
-        Box::pin(async { Ok(()) })
-    }
-
-    fn set_backing<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        _: Option<dolmen_graph::BackingName<'a>>,
-    ) -> LocalFuture<'a, Result<()>> {
-        dolmen_graph::no_backing(cx)
-    }
-
-    fn describe(&self, _: &Node) -> Description {
-        Description::default()
     }
 }
 

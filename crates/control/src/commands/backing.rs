@@ -44,7 +44,7 @@ impl Act for ChangeBackingFile {
                 let gone = || invalid(format!("node '{}' is gone", self.image));
                 let node = graph.node(&self.image).ok_or_else(gone)?;
                 let name = backing_name(node, &self.file)?;
-                Ok(node.driver.set_backing(Cx { node, rt: &rt }, name).await?)
+                Ok(dolmen_graph::set_backing(Cx { node, rt: &rt }, name).await?)
             };
             guarded(guard, rewritten).await
         })

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use dolmen_control::{Config, Control};
 use dolmen_graph::{
-    AccessRule, Class, Cx, Description, Driver, DriverKind, Extent, Implicit, Limits, Node, NodeChange, Op,
-    OpenCx, OpenPolicy, Opened, Opener, Parsed, Plan, Prepared, Registry, Request, Where,
+    AccessRule, Class, Cx, Description, Driver, DriverKind, Extent, ImageOps, Implicit, Limits, Node,
+    NodeChange, Op, OpenCx, OpenPolicy, Opened, Opener, Parsed, Plan, Prepared, Registry, Request, Where,
 };
 use dolmen_rt::{LocalFuture, Rt};
 use dolmen_sim::Sim;
@@ -141,12 +141,8 @@ impl Driver for Gated {
     fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
         Box::pin(async { Ok(()) })
     }
-    fn set_backing<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        _: Option<dolmen_graph::BackingName<'a>>,
-    ) -> LocalFuture<'a, Result<()>> {
-        dolmen_graph::no_backing(cx)
+    fn image(&self) -> Option<&dyn ImageOps> {
+        None
     }
     fn describe(&self, _: &Node) -> Description {
         Description::default()

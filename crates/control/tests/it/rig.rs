@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use dolmen_control::{Config, Control, MonitorOptions, listen_monitor};
 use dolmen_graph::{
-    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Implicit,
-    Limits, Node, NodeChange, Op, OpenCx, OpenPolicy, Opened, Opener, Parsed, Plan, Prepared, Registry,
-    Request, Where,
+    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, ImageOps,
+    Implicit, Limits, Node, NodeChange, Op, OpenCx, OpenPolicy, Opened, Opener, Parsed, Plan, Prepared,
+    Registry, Request, Where,
 };
 use dolmen_qmp::{Framer, Request as Command};
 use dolmen_rt::{Addr, LocalFuture, Memory, Rt, Stream, block_on};
@@ -106,12 +106,8 @@ impl Driver for Pass {
         };
         Box::pin(async move { result })
     }
-    fn set_backing<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        _: Option<dolmen_graph::BackingName<'a>>,
-    ) -> LocalFuture<'a, Result<()>> {
-        dolmen_graph::no_backing(cx)
+    fn image(&self) -> Option<&dyn ImageOps> {
+        None
     }
 
     fn describe(&self, _: &Node) -> Description {

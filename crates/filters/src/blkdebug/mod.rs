@@ -27,8 +27,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use dolmen_graph::{
     AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits,
-    Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, ProtocolName, RangeLock, Registry,
-    Request, RuleTable, Where, has_protocol, is_use, node_filename, own_status,
+    Node, Op, OpenCx, Opened, Opener, Parsed, Plan, ProtocolName, RangeLock, Registry, Request, RuleTable,
+    Where, has_protocol, is_use, node_filename, own_status,
 };
 use dolmen_rt::{IoVec, LocalFuture, Memory};
 use dolmen_types::{
@@ -570,9 +570,7 @@ impl Driver for BlkDebug {
         &BLKDEBUG
     }
 
-    fn size(&self, node: &Node) -> u64 {
-        node.children[IMAGE].node.size()
-    }
+    dolmen_graph::pass_through! { IMAGE: size, prepare, close, image }
 
     fn limits(&self, node: &Node) -> Limits {
         let child = &node.children[IMAGE].node;
@@ -651,26 +649,6 @@ impl Driver for BlkDebug {
         }
         let child = &node.children[IMAGE].node;
         child.driver.event(child, event)
-    }
-
-    fn prepare<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        change: &'a NodeChange,
-    ) -> LocalFuture<'a, Result<Box<dyn Prepared>>> {
-        dolmen_graph::prepare_child(cx, IMAGE, change)
-    }
-
-    fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
-        Box::pin(async { Ok(()) })
-    }
-
-    fn set_backing<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        _: Option<dolmen_graph::BackingName<'a>>,
-    ) -> LocalFuture<'a, Result<()>> {
-        dolmen_graph::no_backing(cx)
     }
 
     /// `blkdebug:CONFIG:FILE`, where that says it all.

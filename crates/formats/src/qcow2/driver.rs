@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use dolmen_graph::{
-    AccessRule, BackingName, Cx, Description, Driver, DriverKind, Extent, Io, Limits, Node, NodeChange, Op,
-    Plan, Prepared, RangeLock, Read, Repair, Request, SnapshotInfo, Where,
+    AccessRule, BackingName, Cx, Description, Driver, DriverKind, Extent, ImageOps, Io, Limits, Node,
+    NodeChange, Op, Plan, Prepared, RangeLock, Read, Repair, Request, SnapshotInfo, Where,
 };
 use dolmen_rt::{Buffers, LocalFuture};
 use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, ReadFlags, Result, Span, Value, WriteFlags};
@@ -470,11 +470,17 @@ impl Driver for Qcow2 {
         Box::pin(self.core.close(Env::of(cx)))
     }
 
-    fn set_backing<'a>(&'a self, cx: Cx<'a>, to: Option<BackingName<'a>>) -> LocalFuture<'a, Result<()>> {
-        Box::pin(self.core.set_backing(Env::of(cx), to))
+    fn image(&self) -> Option<&dyn ImageOps> {
+        Some(self)
     }
 
     fn describe(&self, _node: &Node) -> Description {
         self.core.describe()
+    }
+}
+
+impl ImageOps for Qcow2 {
+    fn set_backing<'a>(&'a self, cx: Cx<'a>, to: Option<BackingName<'a>>) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.core.set_backing(Env::of(cx), to))
     }
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use dolmen_graph::{
     AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Graph,
-    GraphOwner, Implicit, ImplicitChild, Limits, MAX_CHAIN, Node, NodeChange, NodeOpener, Op, OpenCx,
-    OpenPolicy, Opened, Opener, Parsed, Plan, Prepared, Registry, Request,
+    GraphOwner, ImageOps, Implicit, ImplicitChild, Limits, MAX_CHAIN, Node, NodeChange, NodeOpener, Op,
+    OpenCx, OpenPolicy, Opened, Opener, Parsed, Plan, Prepared, Registry, Request,
 };
 use dolmen_rt::{LocalFuture, Rt};
 use dolmen_sim::stand_in::{FORMAT, RAW, StandIn};
@@ -131,12 +131,8 @@ impl Driver for File {
     fn close<'a>(&'a self, cx: Cx<'a>) -> LocalFuture<'a, Result<()>> {
         self.disk.close(cx)
     }
-    fn set_backing<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        _: Option<dolmen_graph::BackingName<'a>>,
-    ) -> LocalFuture<'a, Result<()>> {
-        dolmen_graph::no_backing(cx)
+    fn image(&self) -> Option<&dyn ImageOps> {
+        None
     }
 
     fn describe(&self, _: &Node) -> Description {

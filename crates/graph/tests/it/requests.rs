@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use dolmen_graph::{
     AccessRule, Class, Common, Counts, Cx, Description, Draft, Driver, DriverKind, Extent, GraphOwner,
-    Limits, Node, NodeChange, Notice, Op, Parsed, Plan, Prepared, RangeLock, Request, Token, Where,
+    ImageOps, Limits, Node, NodeChange, Notice, Op, Parsed, Plan, Prepared, RangeLock, Request, Token, Where,
 };
 use dolmen_rt::{IoVec, LocalFuture, Memory, Rt};
 use dolmen_sim::stand_in as op;
@@ -212,12 +212,8 @@ impl Driver for Layer {
     fn close<'a>(&'a self, _: Cx<'a>) -> LocalFuture<'a, Result<()>> {
         Box::pin(async { Ok(()) })
     }
-    fn set_backing<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        _: Option<dolmen_graph::BackingName<'a>>,
-    ) -> LocalFuture<'a, Result<()>> {
-        dolmen_graph::no_backing(cx)
+    fn image(&self) -> Option<&dyn ImageOps> {
+        None
     }
 
     fn describe(&self, _: &Node) -> Description {

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use dolmen_graph::{
-    AccessRule, Class, Common, Cx, Description, Draft, Driver, DriverKind, Extent, GraphOwner, Limits, Node,
-    NodeChange, Op, Parsed, Plan, Prepared, Request, SELF, UserEdge, Where,
+    AccessRule, Class, Common, Cx, Description, Draft, Driver, DriverKind, Extent, GraphOwner, ImageOps,
+    Limits, Node, NodeChange, Op, Parsed, Plan, Prepared, Request, SELF, UserEdge, Where,
 };
 use dolmen_rt::{CoreIo, Instant, Lane, LocalFuture, Rt, Runtime};
 use dolmen_sim::stand_in;
@@ -229,12 +229,8 @@ impl Driver for Probe {
         })
     }
 
-    fn set_backing<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        _: Option<dolmen_graph::BackingName<'a>>,
-    ) -> LocalFuture<'a, Result<()>> {
-        dolmen_graph::no_backing(cx)
+    fn image(&self) -> Option<&dyn ImageOps> {
+        None
     }
 
     fn describe(&self, _: &Node) -> Description {

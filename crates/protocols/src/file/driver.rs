@@ -14,8 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Mutex, Weak};
 
 use dolmen_graph::{
-    AccessRule, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op, Plan, Prealloc,
-    Prepared, RangeGuard, RangeLock, Request, SELF, Where,
+    AccessRule, Cx, Description, Driver, DriverKind, Extent, ImageOps, Limits, Node, NodeChange, Op, Plan,
+    Prealloc, Prepared, RangeGuard, RangeLock, Request, SELF, Where,
 };
 use dolmen_rt::sys::{self, FileFacts, FileKind};
 use dolmen_rt::{Cached, CoreIo, Fallocate, File, Guard, Hold, IoVec, LocalFuture, Memory, Rt, Seek, carry};
@@ -647,12 +647,8 @@ impl Driver for FileDriver {
         })
     }
 
-    fn set_backing<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        _: Option<dolmen_graph::BackingName<'a>>,
-    ) -> LocalFuture<'a, Result<()>> {
-        dolmen_graph::no_backing(cx)
+    fn image(&self) -> Option<&dyn ImageOps> {
+        None
     }
 
     fn describe(&self, _: &Node) -> Description {

@@ -23,8 +23,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use dolmen_graph::{
-    AccessRule, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op,
-    OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock, Request as GraphRequest, SELF, Where,
+    AccessRule, Class, Common, Cx, Description, Driver, DriverKind, Extent, ImageOps, Limits, Node,
+    NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock, Request as GraphRequest, SELF,
+    Where,
 };
 use dolmen_nbd::consts::{STATE_ZERO, cmd};
 use dolmen_nbd::{CommandFlags, TransmissionFlags};
@@ -737,12 +738,8 @@ impl Driver for Nbd {
         })
     }
 
-    fn set_backing<'a>(
-        &'a self,
-        cx: Cx<'a>,
-        _: Option<dolmen_graph::BackingName<'a>>,
-    ) -> LocalFuture<'a, Result<()>> {
-        dolmen_graph::no_backing(cx)
+    fn image(&self) -> Option<&dyn ImageOps> {
+        None
     }
 
     fn describe(&self, _node: &Node) -> Description {
