@@ -83,7 +83,7 @@ fn node_stats(node: &Arc<Node>, with_backing: bool) -> BlockStats {
         device: None,
         node_name: Some(node.name.as_str().to_owned()),
         stats: shown(&counts),
-        driver_specific: kind.counts_discards.then(|| FileStats {
+        driver_specific: kind.counts_discards.then_some(FileStats {
             driver: kind.name,
             discard_nb_ok: counts.discards.requests,
             discard_nb_failed: counts.discards.failed,
