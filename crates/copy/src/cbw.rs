@@ -24,14 +24,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dolmen_graph::{
-    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Driver, DriverKind, Extent, Node, Op, OpenCx, Opened,
-    Opener, Parsed, Plan, Request, Where,
-};
+use dolmen_graph::option::{Child, Number, OptionKind, Size, Word};
+use dolmen_graph::{AccessRule, ChildSpec, Class, Common, Cx, Driver, DriverKind, Extent, Node, Op, OpenCx, Opened, Opener, Parsed, Plan, Request, Where};
 use dolmen_rt::LocalFuture;
-use dolmen_types::{
-    ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, Result, ResultExt, Span, WriteFlags,
-};
+use dolmen_types::{ChildRole, Error, ErrorKind, Options, Result, ResultExt, Span, WriteFlags};
 
 use crate::PointInTime;
 use crate::point::FILE;
@@ -41,29 +37,22 @@ pub static COPY_BEFORE_WRITE: DriverKind = DriverKind::new(
     "copy-before-write",
     Class::Filter,
     "saves old data to another node before they are overwritten",
-    &[
-        OptionSpec::required("file", OptionType::Node, "the node whose old data are saved"),
-        OptionSpec::required("target", OptionType::Node, "the node that they are saved in"),
-        OptionSpec::optional(
-            "on-cbw-error",
-            OptionType::Enum(ON_ERROR),
-            "what fails when old data can't be saved (default break-guest-write)",
-        ),
-        OptionSpec::optional(
-            "cbw-timeout",
-            OptionType::Int,
-            "saving that takes longer than this many seconds has failed (default 0: never)",
-        ),
-        OptionSpec::optional(
-            "min-cluster-size",
-            OptionType::Size,
-            "smallest piece that is saved, a power of two (default: 64 KiB, or the target's cluster)",
-        ),
-    ],
+    CbwOptions::ROWS,
     parse,
 );
 
-const ON_ERROR: &[&str] = &["break-guest-write", "break-snapshot"];
+dolmen_graph::options! {
+    struct CbwOptions {
+        required "file" file: Child => "the node whose old data are saved";
+        required "target" target: Child => "the node that they are saved in";
+        default "on-cbw-error" on_error: Word<OnCbwError> = "break-guest-write" =>
+            "what fails when old data can't be saved";
+        default "cbw-timeout" timeout_sec: Number = "0" =>
+            "saving that takes longer than this many seconds has failed; 0 for never";
+        default "min-cluster-size" min_chunk: Size = "0" =>
+            "smallest piece that is saved, a power of two; 0 for 64 KiB, or the target's cluster";
+    }
+}
 
 /// The smallest chunk by default, in bytes.
 const DEFAULT_CHUNK: u64 = 64 << 10;
@@ -71,14 +60,16 @@ const DEFAULT_CHUNK: u64 = 64 << 10;
 /// The largest chunk, in bytes: a guest's smallest write waits for the copy of a whole one.
 const CHUNK_MAX: u64 = 64 << 20;
 
-/// Who suffers when old data can't be saved.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnCbwError {
-    /// The guest's write fails; nothing is lost.
-    #[default]
-    BreakGuestWrite,
-    /// The point in time can't be read any more.
-    BreakSnapshot,
+dolmen_graph::words! {
+    /// Who suffers when old data can't be saved.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub enum OnCbwError {
+        /// The guest's write fails; nothing is lost.
+        #[default]
+        BreakGuestWrite = "break-guest-write",
+        /// The point in time can't be read any more.
+        BreakSnapshot = "break-snapshot",
+    }
 }
 
 impl OnCbwError {
@@ -87,10 +78,7 @@ impl OnCbwError {
     /// # Errors
     /// `InvalidInput` for another word.
     pub fn take(options: &mut Options, name: &str) -> Result<OnCbwError> {
-        Ok(match options.take_enum(name, ON_ERROR)? {
-            Some("break-snapshot") => OnCbwError::BreakSnapshot,
-            _ => OnCbwError::BreakGuestWrite,
-        })
+        Ok(Word::<OnCbwError>::take(options, name)?.unwrap_or_default())
     }
 }
 
@@ -112,21 +100,17 @@ pub fn chunk_size(target: &Node, wish: u64) -> Result<u64> {
 }
 
 fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
-    let file = ChildDef::take(options, "file")?;
-    let target = ChildDef::take(options, "target")?;
     if options.has("bitmap") {
         return Err(Error::new(ErrorKind::Unsupported, "'bitmap' of copy-before-write is not supported yet")
             .remedy("leave it out: everything is saved then"));
     }
-    let on_error = OnCbwError::take(options, "on-cbw-error")?;
-    let timeout_sec = options.take_size("cbw-timeout")?.unwrap_or(0);
+    let CbwOptions { file, target, on_error, timeout_sec, min_chunk } = CbwOptions::take(options)?;
     if timeout_sec > u64::from(u32::MAX) {
         return Err(Error::new(
             ErrorKind::InvalidInput,
             format!("'cbw-timeout' expects at most {} seconds", u32::MAX),
         ));
     }
-    let min_chunk = options.take_size("min-cluster-size")?.unwrap_or(0);
     Ok(Parsed {
         children: vec![
             ChildSpec { name: "file", role: ChildRole::Filtered, def: file },

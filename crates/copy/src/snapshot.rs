@@ -9,12 +9,10 @@
 
 use std::sync::Arc;
 
-use dolmen_graph::{
-    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Driver, DriverKind, Extent, Limits, Node, NodeChange,
-    Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, Request, SELF, Where,
-};
+use dolmen_graph::option::Child;
+use dolmen_graph::{AccessRule, ChildSpec, Class, Common, Cx, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, Request, SELF, Where};
 use dolmen_rt::LocalFuture;
-use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, Result, Span};
+use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, Options, Result, Span};
 
 use crate::{CopyBeforeWrite, PointInTime};
 
@@ -23,14 +21,20 @@ pub static SNAPSHOT_ACCESS: DriverKind = DriverKind::new(
     "snapshot-access",
     Class::Filter,
     "shows the point in time that a copy-before-write node keeps",
-    &[OptionSpec::required("file", OptionType::Node, "a copy-before-write node")],
+    ViewOptions::ROWS,
     parse,
 );
+
+dolmen_graph::options! {
+    struct ViewOptions {
+        required "file" file: Child => "a copy-before-write node";
+    }
+}
 
 const FILE: usize = 0;
 
 fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
-    let file = ChildDef::take(options, "file")?;
+    let ViewOptions { file } = ViewOptions::take(options)?;
     Ok(Parsed {
         children: vec![ChildSpec { name: "file", role: ChildRole::Data, def: file }],
         rule: AccessRule::POINT_IN_TIME,

@@ -18,14 +18,10 @@
 
 use std::sync::Arc;
 
-use dolmen_graph::{
-    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Driver, DriverKind, Duty, Extent, Node, Op, OpenCx,
-    Opened, Opener, Parsed, Plan, Request, Where, chain_status, own_status,
-};
+use dolmen_graph::option::{Child, Text};
+use dolmen_graph::{AccessRule, ChildSpec, Class, Common, Cx, Driver, DriverKind, Duty, Extent, Node, Op, OpenCx, Opened, Opener, Parsed, Plan, Request, Where, chain_status, own_status};
 use dolmen_rt::{IoVec, LocalFuture};
-use dolmen_types::{
-    Actions, ChildRole, Error, ErrorKind, NodeName, OptionSpec, OptionType, Options, ReadFlags, Result, Span,
-};
+use dolmen_types::{Actions, ChildRole, Error, ErrorKind, NodeName, Options, ReadFlags, Result, Span};
 
 /// Registry row.
 pub static COPY_ON_READ: DriverKind = DriverKind {
@@ -34,23 +30,23 @@ pub static COPY_ON_READ: DriverKind = DriverKind {
         "copy-on-read",
         Class::Filter,
         "copies what is read from backing files into the node below",
-        &[
-            OptionSpec::required("file", OptionType::Node, "the node to read from and to copy into"),
-            OptionSpec::optional(
-                "bottom",
-                OptionType::Str,
-                "copy only what nodes down to this one hold (default: everything)",
-            ),
-        ],
+        CopyOnReadOptions::ROWS,
         parse,
     )
 };
 
+dolmen_graph::options! {
+    struct CopyOnReadOptions {
+        required "file" file: Child => "the node to read from and to copy into";
+        optional "bottom" bottom: Text => "copy only what nodes down to this one hold (default: everything)";
+    }
+}
+
 const FILE: usize = 0;
 
 fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
-    let file = ChildDef::take(options, "file")?;
-    let bottom = options.take_str("bottom")?.map(NodeName::internal);
+    let CopyOnReadOptions { file, bottom } = CopyOnReadOptions::take(options)?;
+    let bottom = bottom.map(NodeName::internal);
     Ok(Parsed {
         children: vec![ChildSpec { name: "file", role: ChildRole::Filtered, def: file }],
         rule: AccessRule::POPULATES,

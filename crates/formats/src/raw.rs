@@ -11,24 +11,14 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
-use dolmen_graph::{
-    AccessRule, BackingName, ChildDef, ChildSpec, Class, Common, CreateCx, Creation, Cx, Driver, DriverKind,
-    Extent, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prealloc, Prepared,
-    RAW_FORMAT, Request, Where,
-};
+use dolmen_graph::option::{Child, Size, Word};
+use dolmen_graph::{AccessRule, BackingName, ChildSpec, Class, Common, CreateCx, Creation, Cx, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prealloc, Prepared, RAW_FORMAT, Request, Where};
 use dolmen_rt::{IoVec, LocalFuture};
-use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, Result, Span};
+use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, Options, Result, Span};
 
 /// The registry row of raw.
 pub static RAW: DriverKind = DriverKind {
-    create_options: &[
-        OptionSpec::required("size", OptionType::Size, "size in bytes, rounded up to 512"),
-        OptionSpec::optional(
-            "preallocation",
-            OptionType::Enum(&["off", "falloc", "full"]),
-            "off, falloc (reserve space), full (write zeroes); default off",
-        ),
-    ],
+    create_options: NewRawOptions::ROWS,
     // Anything is raw, but only when it is nothing else: the registry falls back to it.
     probe: Some(|_, _| 1),
     create: Some(create),
@@ -36,14 +26,30 @@ pub static RAW: DriverKind = DriverKind {
         RAW_FORMAT,
         Class::Format,
         "the bytes of a file, or a window of them",
-        &[
-            OptionSpec::required("file", OptionType::Node, "the file"),
-            OptionSpec::optional("offset", OptionType::Size, "first byte of the window (default 0)"),
-            OptionSpec::optional("size", OptionType::Size, "bytes of the window (default: to the end)"),
-        ],
+        RawOptions::ROWS,
         parse,
     )
 };
+
+dolmen_graph::options! {
+    struct RawOptions {
+        required "file" file: Child => "the file";
+        optional "offset" offset: Size => "first byte of the window (default 0)";
+        optional "size" size: Size => "bytes of the window (default: to the end)";
+    }
+}
+
+dolmen_graph::options! {
+    struct NewRawOptions {
+        required "size" size: Size => "size in bytes, rounded up to 512";
+        default "preallocation" preallocation: Word<Space> = "off" =>
+            "off, falloc (reserve space), full (write zeroes)";
+    }
+}
+
+dolmen_graph::words! {
+    enum Space { Off = "off", Falloc = "falloc", Full = "full" }
+}
 
 /// Bytes at the start of a disk that probing looks at.
 const PROBED: u64 = 512;
@@ -71,9 +77,7 @@ fn looks_like_a_format(sector: &[u8]) -> bool {
 }
 
 fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
-    let file = ChildDef::take(options, "file")?;
-    let offset = options.take_size("offset")?;
-    let size = options.take_size("size")?;
+    let RawOptions { file, offset, size } = RawOptions::take(options)?;
     let probed = options.take_bool("x-probed")?.unwrap_or(false);
     let window = offset.is_some() || size.is_some();
     let open = Open { offset: offset.unwrap_or(0), size, window, probed };
@@ -148,13 +152,14 @@ struct NewRaw {
 }
 
 fn create(mut options: Options) -> Result<Box<dyn Creation>> {
-    let size = options
-        .take_size("size")?
-        .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "Image creation needs a size parameter"))?;
-    let prealloc = match options.take_enum("preallocation", &["off", "falloc", "full"])? {
-        Some("falloc") => Prealloc::Falloc,
-        Some("full") => Prealloc::Full,
-        _ => Prealloc::Off,
+    if !options.has("size") {
+        return Err(Error::new(ErrorKind::InvalidInput, "Image creation needs a size parameter"));
+    }
+    let NewRawOptions { size, preallocation } = NewRawOptions::take(&mut options)?;
+    let prealloc = match preallocation {
+        Space::Off => Prealloc::Off,
+        Space::Falloc => Prealloc::Falloc,
+        Space::Full => Prealloc::Full,
     };
     options.finish("format 'raw'")?;
     let size = size

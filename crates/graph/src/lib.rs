@@ -109,6 +109,7 @@ mod names;
 mod node;
 mod notice;
 mod open;
+pub mod option;
 mod overlays;
 mod owner;
 mod place;

@@ -8,14 +8,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use dolmen_graph::option::{Flag, Number, Size};
 use dolmen_graph::{
     AccessRule, Class, Cx, Description, Driver, DriverKind, Extent, ImageOps, Limits, Node, NodeChange, Op,
     OpenCx, Opened, Opener, Parsed, Plan, Prepared, ProtocolName, Registry, Request, SELF, Where,
 };
 use dolmen_rt::LocalFuture;
-use dolmen_types::{BlkEvent, Error, ErrorKind, OptionSpec, OptionType, Options, Result, Span};
-
-const DEFAULT_SIZE: u64 = 1 << 30;
+use dolmen_types::{BlkEvent, Error, ErrorKind, Options, Result, Span};
 
 /// Registry row.
 pub static NULL_CO: DriverKind = DriverKind {
@@ -25,7 +24,7 @@ pub static NULL_CO: DriverKind = DriverKind {
         "null-co",
         Class::Protocol,
         "accepts every request and keeps nothing",
-        OPTIONS,
+        NullOptions::ROWS,
         |options, _| parse(options, &NULL_CO),
     )
 };
@@ -34,7 +33,7 @@ pub static NULL_CO: DriverKind = DriverKind {
 pub static NULL_AIO: DriverKind = DriverKind {
     protocols: &["null-aio"],
     from_name: Some(from_name),
-    ..DriverKind::new("null-aio", Class::Protocol, "the same under another name", OPTIONS, |options, _| {
+    ..DriverKind::new("null-aio", Class::Protocol, "the same under another name", NullOptions::ROWS, |options, _| {
         parse(options, &NULL_AIO)
     })
 };
@@ -49,27 +48,23 @@ fn from_name(_: Registry, name: ProtocolName<'_>) -> Result<Options> {
     }
 }
 
-const OPTIONS: &[OptionSpec] = &[
-    OptionSpec::optional("size", OptionType::Size, "size in bytes (default 1G)"),
-    OptionSpec::optional(
-        "latency-ns",
-        OptionType::Int,
-        "how long a request takes, in nanoseconds (default 0)",
-    ),
-    OptionSpec::optional(
-        "read-zeroes",
-        OptionType::Bool,
-        "reads give zeroes; off leaves the buffer as it is (default off)",
-    ),
-];
+dolmen_graph::options! {
+    struct NullOptions {
+        default "size" size: Size = "1G" => "size in bytes";
+        default "latency-ns" latency: Number = "0" => "how long a request takes, in nanoseconds";
+        default "read-zeroes" read_zeroes: Flag = "off" => "reads give zeroes; off leaves the buffer as it is";
+    }
+}
 
 fn parse(options: &mut Options, kind: &'static DriverKind) -> Result<Parsed> {
+    let plain = !NullOptions::ROWS.iter().any(|o| options.has(o.name));
+    let NullOptions { size, latency, read_zeroes } = NullOptions::take(options)?;
     let null = Null {
         kind,
-        plain: !["size", "latency-ns", "read-zeroes"].iter().any(|o| options.has(o)),
-        size: AtomicU64::new(options.take_size("size")?.unwrap_or(DEFAULT_SIZE)),
-        latency: Duration::from_nanos(options.take_size("latency-ns")?.unwrap_or(0)),
-        read_zeroes: options.take_bool("read-zeroes")?.unwrap_or(false),
+        plain,
+        size: AtomicU64::new(size),
+        latency: Duration::from_nanos(latency),
+        read_zeroes,
     };
     Ok(Parsed {
         children: Vec::new(),

@@ -46,6 +46,8 @@ pub struct OptionSpec {
     pub required: bool,
     /// One line for help and documentation, with units and the default.
     pub help: &'static str,
+    /// What it is if it is not given, as a user would write it.
+    pub default: Option<&'static str>,
     /// It asks for a way of doing things, never for a result, so that it may be accepted without an effect.
     pub hint: bool,
 }
@@ -53,15 +55,31 @@ pub struct OptionSpec {
 impl OptionSpec {
     /// An option that may be left out.
     pub const fn optional(name: &'static str, ty: OptionType, help: &'static str) -> OptionSpec {
-        OptionSpec { name, ty, required: false, help, hint: false }
+        OptionSpec { name, ty, required: false, help, default: None, hint: false }
+    }
+    /// An option that has a value if it is left out.
+    pub const fn with_default(
+        name: &'static str,
+        ty: OptionType,
+        default: &'static str,
+        help: &'static str,
+    ) -> OptionSpec {
+        OptionSpec { name, ty, required: false, help, default: Some(default), hint: false }
     }
     /// An option that is accepted and has no effect, as it asks for no result that could be missed. The help says why.
     pub const fn hint(name: &'static str, ty: OptionType, help: &'static str) -> OptionSpec {
-        OptionSpec { name, ty, required: false, help, hint: true }
+        OptionSpec { name, ty, required: false, help, default: None, hint: true }
     }
     /// An option that must be given.
     pub const fn required(name: &'static str, ty: OptionType, help: &'static str) -> OptionSpec {
-        OptionSpec { name, ty, required: true, help, hint: false }
+        OptionSpec { name, ty, required: true, help, default: None, hint: false }
+    }
+    /// The line for help, with the default.
+    pub fn help_text(&self) -> String {
+        match self.default {
+            Some(default) => format!("{} (default {default})", self.help),
+            None => self.help.to_owned(),
+        }
     }
 }
 

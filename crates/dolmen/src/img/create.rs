@@ -291,7 +291,7 @@ fn list(kind: &DriverKind, with_file: bool) {
             OptionType::Size => "size",
             _ => "str",
         };
-        out!("  {:22} - {}", format!("{}=<{ty}>", o.name), o.help);
+        out!("  {:22} - {}", format!("{}=<{ty}>", o.name), o.help_text());
     }
     if !with_file {
         out!(

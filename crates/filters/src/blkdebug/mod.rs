@@ -25,16 +25,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use dolmen_graph::{
-    AccessRule, ChildDef, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits,
-    Node, Op, OpenCx, Opened, Opener, Parsed, Plan, ProtocolName, RangeLock, Registry, Request, RuleTable,
-    Where, has_protocol, is_use, node_filename, own_status,
-};
+use dolmen_graph::option::{Child, OptionKind, Size, Text};
+use dolmen_graph::{AccessRule, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits, Node, Op, OpenCx, Opened, Opener, Parsed, Plan, ProtocolName, RangeLock, Registry, Request, RuleTable, Where, has_protocol, is_use, node_filename, own_status};
 use dolmen_rt::{IoVec, LocalFuture, Memory};
-use dolmen_types::{
-    Actions, BlkEvent, ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, ReadFlags, Result,
-    ResultExt, Span, Value, WriteFlags,
-};
+use dolmen_types::{Actions, BlkEvent, ChildRole, Error, ErrorKind, OptionType, Options, ReadFlags, Result, ResultExt, Span, Value, WriteFlags};
 
 use rules::{INJECT, IoType, Machine, Rules, SET_STATE};
 
@@ -46,55 +40,74 @@ pub static BLKDEBUG: DriverKind = DriverKind {
         "blkdebug",
         Class::Filter,
         "injects errors, for tests",
-        &[
-            OptionSpec::required("image", OptionType::Node, "the node to stand on"),
-            OptionSpec::optional(
-                "config",
-                OptionType::Str,
-                "file with [inject-error] and [set-state] sections",
-            ),
-            OptionSpec::optional(
-                "align",
-                OptionType::Size,
-                "pretend to need this alignment (default: the image's)",
-            ),
-            OptionSpec::optional(
-                "max-transfer",
-                OptionType::Size,
-                "split longer reads and writes (default: none)",
-            ),
-            OptionSpec::optional("opt-write-zero", OptionType::Size, "preferred multiple for zero writes"),
-            OptionSpec::optional(
-                "max-write-zero",
-                OptionType::Size,
-                "split longer zero writes (default: none)",
-            ),
-            OptionSpec::optional("opt-discard", OptionType::Size, "preferred multiple for discards"),
-            OptionSpec::optional("max-discard", OptionType::Size, "split longer discards (default: none)"),
-            OptionSpec::optional(
-                "inject-error",
-                OptionType::ObjectList(INJECT),
-                "rules that make requests fail",
-            ),
-            OptionSpec::optional(
-                "set-state",
-                OptionType::ObjectList(SET_STATE),
-                "rules that change the state",
-            ),
-            OptionSpec::optional(
-                "take-child-perms",
-                OptionType::EnumList(PERMISSIONS),
-                "permissions to take on the image besides what users of this node need",
-            ),
-            OptionSpec::optional(
-                "unshare-child-perms",
-                OptionType::EnumList(PERMISSIONS),
-                "permissions on the image to keep from others",
-            ),
-        ],
+        BlkdebugOptions::ROWS,
         parse,
     )
 };
+
+dolmen_graph::options! {
+    struct BlkdebugOptions {
+        required "image" image: Child => "the node to stand on";
+        default "config" config: Text = "" => "file with [inject-error] and [set-state] sections";
+        default "align" align: Size = "0" => "pretend to need this alignment; 0 for the image's";
+        default "max-transfer" max_transfer: Size = "0" => "split longer reads and writes; 0 for no limit";
+        default "opt-write-zero" opt_write_zero: Size = "0" => "preferred multiple for zero writes";
+        default "max-write-zero" max_write_zero: Size = "0" => "split longer zero writes; 0 for no limit";
+        default "opt-discard" opt_discard: Size = "0" => "preferred multiple for discards";
+        default "max-discard" max_discard: Size = "0" => "split longer discards; 0 for no limit";
+        optional "inject-error" inject_error: Inject => "rules that make requests fail";
+        optional "set-state" set_state: SetState => "rules that change the state";
+        optional "take-child-perms" take: Permissions =>
+            "permissions to take on the image besides what users of this node need";
+        optional "unshare-child-perms" unshare: Permissions =>
+            "permissions on the image to keep from others";
+    }
+}
+
+/// A list of rules that make requests fail.
+enum Inject {}
+
+impl OptionKind for Inject {
+    const TYPE: OptionType = OptionType::ObjectList(INJECT);
+    type Value = Vec<Options>;
+    fn take(options: &mut Options, name: &str) -> Result<Option<Vec<Options>>> {
+        objects(options, name)
+    }
+}
+
+/// A list of rules that change the state.
+enum SetState {}
+
+impl OptionKind for SetState {
+    const TYPE: OptionType = OptionType::ObjectList(SET_STATE);
+    type Value = Vec<Options>;
+    fn take(options: &mut Options, name: &str) -> Result<Option<Vec<Options>>> {
+        objects(options, name)
+    }
+}
+
+fn objects(options: &mut Options, name: &str) -> Result<Option<Vec<Options>>> {
+    let Some(list) = options.take_list(name)? else { return Ok(None) };
+    let object = |v| match v {
+        Value::Map(_) => Options::from_value(v),
+        other => Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("'{name}' expects objects, not {}", other.kind()),
+        )),
+    };
+    list.into_iter().map(object).collect::<Result<_>>().map(Some)
+}
+
+/// Permissions, by the words that clients know.
+enum Permissions {}
+
+impl OptionKind for Permissions {
+    const TYPE: OptionType = OptionType::EnumList(PERMISSIONS);
+    type Value = Actions;
+    fn take(options: &mut Options, name: &str) -> Result<Option<Actions>> {
+        permissions(options, name).map(Some)
+    }
+}
 
 /// `blkdebug:CONFIG:IMAGE`.
 fn from_name(registry: Registry, name: ProtocolName<'_>) -> Result<Options> {
@@ -125,30 +138,21 @@ const COPY_MAX: u64 = 16 << 20;
 const ALIGN_MAX: u64 = 1 << 30;
 
 fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
-    let image = ChildDef::take(options, "image")?;
+    let given = BlkdebugOptions::take(options)?;
     let held = Held {
-        take: permissions(options, "take-child-perms")?,
-        unshare: permissions(options, "unshare-child-perms")?,
+        take: given.take.unwrap_or_default(),
+        unshare: given.unshare.unwrap_or_default(),
     };
-    let config = options.take_str("config")?.filter(|c| !c.is_empty());
-    let shape = Shape::take(options)?;
+    let shape = Shape::of(&given)?;
     let mut rules = Rules::default();
-    for section in ["inject-error", "set-state"] {
-        for rule in options.take_list(section)?.unwrap_or_default() {
-            let rule = match rule {
-                Value::Map(_) => Options::from_value(rule)?,
-                other => {
-                    return Err(Error::new(
-                        ErrorKind::InvalidInput,
-                        format!("'{section}' expects objects, not {}", other.kind()),
-                    ));
-                }
-            };
+    for (section, list) in [("inject-error", given.inject_error), ("set-state", given.set_state)] {
+        for rule in list.unwrap_or_default() {
             rules.add(section, rule)?;
         }
     }
+    let config = Some(given.config).filter(|c| !c.is_empty());
     Ok(Parsed {
-        children: vec![ChildSpec { name: "image", role: ChildRole::Filtered, def: image }],
+        children: vec![ChildSpec { name: "image", role: ChildRole::Filtered, def: given.image }],
         rule: held.rule(),
         relies_down_to: None,
         open: Box::new(Open { config, shape, held, rules }),
@@ -257,20 +261,20 @@ struct Shape {
 }
 
 impl Shape {
-    fn take(options: &mut Options) -> Result<Shape> {
-        let align = match options.take_size("align")?.unwrap_or(0) {
+    fn of(given: &BlkdebugOptions) -> Result<Shape> {
+        let align = match given.align {
             a if a <= ALIGN_MAX && (a == 0 || a.is_power_of_two()) => a,
             a => return Err(unmet("align", a)),
         };
-        let mut size = |name: &str, multiple_of: u64| match options.take_size(name)?.unwrap_or(0) {
+        let size = |name: &str, value: u64, multiple_of: u64| match value {
             n if n <= i32::MAX as u64 && n.is_multiple_of(multiple_of.max(1)) => Ok(n),
             n => Err(unmet(name, n)),
         };
-        let max_transfer = size("max-transfer", align)?;
-        let opt_write_zero = size("opt-write-zero", align)?;
-        let max_write_zero = size("max-write-zero", opt_write_zero.max(align))?;
-        let opt_discard = size("opt-discard", align)?;
-        let max_discard = size("max-discard", opt_discard.max(align))?;
+        let max_transfer = size("max-transfer", given.max_transfer, align)?;
+        let opt_write_zero = size("opt-write-zero", given.opt_write_zero, align)?;
+        let max_write_zero = size("max-write-zero", given.max_write_zero, opt_write_zero.max(align))?;
+        let opt_discard = size("opt-discard", given.opt_discard, align)?;
+        let max_discard = size("max-discard", given.max_discard, opt_discard.max(align))?;
         Ok(Shape {
             align: align as u32,
             max_transfer: max_transfer as u32,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use dolmen_graph::option::{Flag, Number, OptionKind, Size, Text, Word};
 use dolmen_graph::{BackingName, CreateCx, Creation, Io, NodeState, Prealloc, Read, Write};
 use dolmen_rt::LocalFuture;
 use dolmen_types::{Error, ErrorKind, OptionSpec, OptionType, Options, Result, Span, WriteFlags};
@@ -13,41 +14,51 @@ use super::image::{Env, File, load_header, read_bytes};
 use super::layout::{Geometry, HostOffset, put64};
 use super::replace::Replacement;
 
-const PREALLOCATION: &[&str] = &["off", "metadata", "falloc", "full"];
-const COMPAT: &[&str] = &["0.10", "1.1", "v2", "v3"];
+dolmen_graph::options! {
+    struct NewQcow2Options {
+        required "size" size: Size => "virtual size in bytes, rounded up to 512";
+        optional "compat" compat: Word<Compat> => "version: 0.10 or v2, 1.1 or v3 (default 1.1)";
+        optional "version" version: Word<Version> => "the same as compat";
+        optional "backing_file" backing_file: Text => "name of the backing file, stored as it is";
+        optional "backing_fmt" backing_fmt: Text => "format of the backing file";
+        default "cluster_size" cluster_size: Size = "64k" => "power of two from 512 to 2M";
+        default "preallocation" preallocation: Word<Space> = "off" =>
+            "off, metadata (mapping only), falloc (reserve space), full (write zeroes)";
+        default "lazy_refcounts" lazy_refcounts: Flag = "off" => "let other programs postpone refcounts";
+        default "refcount_bits" refcount_bits: Number = "16" => "width of a refcount: 1 to 64, power of two";
+        default "compression_type" compression_type: Compression = "zlib" =>
+            "how compressed clusters are to be stored";
+        default "extended_l2" extended_l2: Flag = "off" => "subclusters: only off can be had";
+        default "data_file_raw" data_file_raw: Flag = "off" => "external data file: only off can be had";
+        default "encryption" encryption: Flag = "off" => "only off can be had";
+    }
+}
 
-/// The options for making an image.
-pub(super) const CREATE_OPTIONS: &[OptionSpec] = &[
-    OptionSpec::required("size", OptionType::Size, "virtual size in bytes, rounded up to 512"),
-    OptionSpec::optional("compat", OptionType::Enum(COMPAT), "version: 0.10 or v2, 1.1 or v3 (default 1.1)"),
-    OptionSpec::optional("version", OptionType::Enum(&["v2", "v3"]), "the same as compat"),
-    OptionSpec::optional("backing_file", OptionType::Str, "name of the backing file, stored as it is"),
-    OptionSpec::optional("backing_fmt", OptionType::Str, "format of the backing file"),
-    OptionSpec::optional("cluster_size", OptionType::Size, "power of two from 512 to 2M (default 64k)"),
-    OptionSpec::optional(
-        "preallocation",
-        OptionType::Enum(PREALLOCATION),
-        "off, metadata (mapping only), falloc (reserve space), full (write zeroes); default off",
-    ),
-    OptionSpec::optional(
-        "lazy_refcounts",
-        OptionType::Bool,
-        "let other programs postpone refcounts (default off)",
-    ),
-    OptionSpec::optional(
-        "refcount_bits",
-        OptionType::Int,
-        "width of a refcount: 1 to 64, power of two (default 16)",
-    ),
-    OptionSpec::optional(
-        "compression_type",
-        OptionType::Enum(&["zlib"]),
-        "how compressed clusters are to be stored (default zlib)",
-    ),
-    OptionSpec::optional("extended_l2", OptionType::Bool, "subclusters: only off can be had"),
-    OptionSpec::optional("data_file_raw", OptionType::Bool, "external data file: only off can be had"),
-    OptionSpec::optional("encryption", OptionType::Bool, "only off can be had"),
-];
+/// The rows.
+pub(super) const CREATE_OPTIONS: &[OptionSpec] = NewQcow2Options::ROWS;
+
+dolmen_graph::words! {
+    enum Compat { Old = "0.10" | "v2", New = "1.1" | "v3" }
+}
+
+dolmen_graph::words! {
+    enum Version { Two = "v2", Three = "v3" }
+}
+
+dolmen_graph::words! {
+    enum Space { Off = "off", Metadata = "metadata", Falloc = "falloc", Full = "full" }
+}
+
+/// A word that this program knows and a word that the format knows.
+enum Compression {}
+
+impl OptionKind for Compression {
+    const TYPE: OptionType = OptionType::Enum(&["zlib"]);
+    type Value = String;
+    fn take(options: &mut Options, name: &str) -> Result<Option<String>> {
+        options.take_str(name)
+    }
+}
 
 /// What the options mean.
 #[derive(Debug)]
@@ -69,43 +80,33 @@ fn not_yet(what: &str) -> Error {
         .remedy(format!("leave {what} out"))
 }
 
-/// Options come with underscores from image tools and with hyphens from QMP.
-fn either(options: &mut Options, name: &str) -> String {
-    let hyphened = name.replace('_', "-");
-    if options.has(&hyphened) { hyphened } else { name.to_owned() }
-}
-
 fn understand(mut o: Options) -> Result<Wanted> {
-    let size = o.take_size("size")?.ok_or_else(|| invalid("Image creation needs a size parameter"))?;
-    let compat = o.take_enum("compat", COMPAT)?.or(o.take_enum("version", &["v2", "v3"])?);
-    let version = match compat {
-        Some("0.10" | "v2") => 2,
-        _ => 3,
+    if !o.has("size") {
+        return Err(invalid("Image creation needs a size parameter"));
+    }
+    let given = NewQcow2Options::take(&mut o)?;
+    let version = match (given.compat, given.version) {
+        (Some(Compat::Old), _) | (None, Some(Version::Two)) => 2,
+        (Some(Compat::New), _) | (None, Some(Version::Three) | None) => 3,
     };
-    let key = either(&mut o, "backing_file");
-    let name = o.take_str(&key)?.filter(|n| !n.is_empty());
-    let key = either(&mut o, "backing_fmt");
-    let format = o.take_str(&key)?;
-    let key = either(&mut o, "cluster_size");
-    let cluster = o.take_size(&key)?.unwrap_or(65536);
+    let (size, cluster, format) = (given.size, given.cluster_size, given.backing_fmt);
+    let name = given.backing_file.filter(|n| !n.is_empty());
     if !cluster.is_power_of_two() || !(512..=2 << 20).contains(&cluster) {
         return Err(invalid("Cluster size must be a power of two between 512 and 2048k"));
     }
-    let prealloc = match o.take_enum("preallocation", PREALLOCATION)? {
-        Some("metadata") => Prealloc::Metadata,
-        Some("falloc") => Prealloc::Falloc,
-        Some("full") => Prealloc::Full,
-        _ => Prealloc::Off,
+    let prealloc = match given.preallocation {
+        Space::Off => Prealloc::Off,
+        Space::Metadata => Prealloc::Metadata,
+        Space::Falloc => Prealloc::Falloc,
+        Space::Full => Prealloc::Full,
     };
-    let key = either(&mut o, "lazy_refcounts");
-    let lazy = o.take_bool(&key)?.unwrap_or(false);
+    let lazy = given.lazy_refcounts;
     if lazy && version < 3 {
         return Err(invalid(
             "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)",
         ));
     }
-    let key = either(&mut o, "refcount_bits");
-    let bits = o.take_size(&key)?.unwrap_or(16);
+    let bits = given.refcount_bits;
     if !bits.is_power_of_two() || bits > 64 {
         return Err(invalid("Refcount width must be a power of two and may not exceed 64 bits"));
     }
@@ -115,16 +116,18 @@ fn understand(mut o: Options) -> Result<Wanted> {
              greater)",
         ));
     }
-    let key = either(&mut o, "compression_type");
-    match o.take_str(&key)?.as_deref() {
-        None | Some("zlib") => {}
-        Some("zstd") => return Err(not_yet("compression type zstd")),
-        Some(other) => return Err(invalid(format!("Invalid parameter '{other}'"))),
+    match given.compression_type.as_str() {
+        "zlib" => {}
+        "zstd" => return Err(not_yet("compression type zstd")),
+        other => return Err(invalid(format!("Invalid parameter '{other}'"))),
     }
-    for name in ["extended_l2", "data_file_raw", "encryption"] {
-        let key = either(&mut o, name);
-        if o.take_bool(&key)?.unwrap_or(false) {
-            return Err(not_yet(name));
+    for (asked, what) in [
+        (given.extended_l2, "extended_l2"),
+        (given.data_file_raw, "data_file_raw"),
+        (given.encryption, "encryption"),
+    ] {
+        if asked {
+            return Err(not_yet(what));
         }
     }
     if format.is_some() && name.is_none() {

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use dolmen_graph::option::{Child, ChildOrNull, Flag, Size, Word};
 use dolmen_graph::{
     AccessRule, CheckResult, ChildDef, ChildSpec, Class, Common, DriverKind, Duty, ImplicitChild, Io, OpenCx,
     Opened, Opener, Parsed, Read, Repair, Repairing,
 };
 use dolmen_rt::LocalFuture;
-use dolmen_types::{ChildRole, Error, ErrorKind, OptionSpec, OptionType, Options, Result};
+use dolmen_types::{ChildRole, Error, ErrorKind, Options, Result};
 
 use super::check::{check, check_and_repair};
 use super::create;
@@ -30,7 +31,7 @@ pub static QCOW2: DriverKind = DriverKind {
         "qcow2",
         Class::Format,
         "copy-on-write image with backing file, snapshots and compression (versions 2 and 3)",
-        OPTIONS,
+        Qcow2Options::ROWS,
         parse,
     )
 };
@@ -63,77 +64,45 @@ fn check_image<'a>(
     })
 }
 
-const OPTIONS: &[OptionSpec] = &[
-    OptionSpec::required("file", OptionType::Node, "the image file"),
-    OptionSpec::optional(
-        "backing",
-        OptionType::NodeOrNull,
-        "the backing node, or null for none (default: as the image says)",
-    ),
-    OptionSpec::optional(
-        "x-backing-may-change",
-        OptionType::Bool,
-        "others may write and resize the backing node while this one is read: what it shows changes then",
-    ),
-    OptionSpec::hint(
-        "lazy-refcounts",
-        OptionType::Bool,
-        "no effect: refcounts are always kept up to date at each flush",
-    ),
-    OptionSpec::optional(
-        "pass-discard-request",
-        OptionType::Bool,
-        "discard freed clusters in the file (default: as the node's discard option)",
-    ),
-    OptionSpec::hint(
-        "overlap-check",
-        OptionType::Enum(&["none", "constant", "cached", "all"]),
-        "no effect: writes are always checked against all active metadata",
-    ),
-    OptionSpec::hint("l2-cache-size", OptionType::Size, "no effect: the cache of mappings has 32 MiB"),
-    OptionSpec::hint("cache-size", OptionType::Size, "no effect: the caches have their sizes"),
-    OptionSpec::hint("refcount-cache-size", OptionType::Size, "no effect: the cache of refcounts has 4 MiB"),
-    OptionSpec::hint(
-        "l2-cache-entry-size",
-        OptionType::Size,
-        "no effect: mappings are cached in whole clusters",
-    ),
-    OptionSpec::hint("cache-clean-interval", OptionType::Size, "no effect: the caches keep what they have"),
-    OptionSpec::hint(
-        "pass-discard-snapshot",
-        OptionType::Bool,
-        "no effect: snapshots are not deleted while a node is open",
-    ),
-    OptionSpec::hint(
-        "pass-discard-other",
-        OptionType::Bool,
-        "no effect: freed metadata clusters are used again",
-    ),
-];
+dolmen_graph::options! {
+    struct Qcow2Options {
+        required "file" file: Child => "the image file";
+        optional "backing" backing: ChildOrNull =>
+            "the backing node, or null for none (default: as the image says)";
+        default "x-backing-may-change" backing_may_change: Flag = "off" =>
+            "others may write and resize the backing node while this one is read: what it shows changes then";
+        default "lazy-refcounts" lazy: Flag = "off" =>
+            "no effect but on images of version 2, which can't have them: refcounts are always kept up to date at each flush";
+        optional "pass-discard-request" pass_discard: Flag =>
+            "discard freed clusters in the file (default: as the node's discard option)";
+        hint "overlap-check" : Word<OverlapCheck> =>
+            "no effect: writes are always checked against all active metadata";
+        hint "l2-cache-size" : Size => "no effect: the cache of mappings has 32 MiB";
+        hint "cache-size" : Size => "no effect: the caches have their sizes";
+        hint "refcount-cache-size" : Size => "no effect: the cache of refcounts has 4 MiB";
+        hint "l2-cache-entry-size" : Size => "no effect: mappings are cached in whole clusters";
+        hint "cache-clean-interval" : Size => "no effect: the caches keep what they have";
+        hint "pass-discard-snapshot" : Flag => "no effect: snapshots are not deleted while a node is open";
+        hint "pass-discard-other" : Flag => "no effect: freed metadata clusters are used again";
+    }
+}
+
+dolmen_graph::words! {
+    enum OverlapCheck { None = "none", Constant = "constant", Cached = "cached", All = "all" }
+}
 
 fn parse(options: &mut Options, common: &Common) -> Result<Parsed> {
-    let file = ChildDef::take(options, "file")?;
-    let backing = match options.take("backing") {
-        None => ChildDef::FromImage,
-        Some(v) => ChildDef::from_value("backing", v, true)?,
-    };
-    let rule = match options.take_bool("x-backing-may-change")?.unwrap_or(false) {
+    let given = Qcow2Options::take(options)?;
+    let backing = given.backing.unwrap_or(ChildDef::FromImage);
+    let rule = match given.backing_may_change {
         true => AccessRule::FORMAT_OVER_CHANGING,
         false => AccessRule::FORMAT,
     };
-    let lazy = options.take_bool("lazy-refcounts")?.unwrap_or(false);
-    options.take_enum("overlap-check", &["none", "constant", "cached", "all"])?;
-    for name in ["l2-cache-size", "l2-cache-entry-size", "cache-size", "refcount-cache-size"] {
-        options.take_size(name)?;
-    }
-    options.take_size("cache-clean-interval")?;
-    for name in ["pass-discard-snapshot", "pass-discard-other"] {
-        options.take_bool(name)?;
-    }
-    let pass_discard = options.take_bool("pass-discard-request")?.unwrap_or(common.flags.unmap);
+    let pass_discard = given.pass_discard.unwrap_or(common.flags.unmap);
+    let lazy = given.lazy;
     Ok(Parsed {
         children: vec![
-            ChildSpec { name: "file", role: ChildRole::Metadata, def: file },
+            ChildSpec { name: "file", role: ChildRole::Metadata, def: given.file },
             ChildSpec { name: "backing", role: ChildRole::Backing, def: backing.clone() },
         ],
         rule,

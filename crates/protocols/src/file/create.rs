@@ -2,13 +2,29 @@
 
 use std::path::PathBuf;
 
+use dolmen_graph::option::{Size, Text, Word};
 use dolmen_graph::{BackingName, CreateCx, Creation, Prealloc};
 use dolmen_rt::sys::{self, OpenHow};
 use dolmen_rt::{CoreIo, File, LocalFuture};
-use dolmen_types::{Options, Result, ResultExt, os_name};
+use dolmen_types::{Options, Result, ResultExt, os_name, OptionSpec};
 
 use super::driver::grow;
 use super::shared::{no_files, plain};
+
+dolmen_graph::options! {
+    struct NewFileOptions {
+        required "filename" filename: Text => "path of the new file";
+        default "size" size: Size = "0" => "virtual size in bytes";
+        default "preallocation" preallocation: Word<Space> = "off" => "space for the file";
+    }
+}
+
+/// The rows.
+pub(super) const CREATE_OPTIONS: &[OptionSpec] = NewFileOptions::ROWS;
+
+dolmen_graph::words! {
+    enum Space { Off = "off", Falloc = "falloc", Full = "full" }
+}
 
 /// A file to be made. One that is there already is opened and emptied like any other node instead, so that nobody who
 /// uses it is robbed of its content.
@@ -19,15 +35,14 @@ struct NewFile {
 }
 
 pub(super) fn create(mut options: Options) -> Result<Box<dyn Creation>> {
-    let filename = plain(options.require_str("filename")?);
-    let size = options.take_size("size")?.unwrap_or(0);
-    let prealloc = match options.take_enum("preallocation", &["off", "falloc", "full"])? {
-        None | Some("off") => Prealloc::Off,
-        Some("falloc") => Prealloc::Falloc,
-        Some(_) => Prealloc::Full,
+    let NewFileOptions { filename, size, preallocation } = NewFileOptions::take(&mut options)?;
+    let prealloc = match preallocation {
+        Space::Off => Prealloc::Off,
+        Space::Falloc => Prealloc::Falloc,
+        Space::Full => Prealloc::Full,
     };
     options.finish("driver 'file'")?;
-    Ok(Box::new(NewFile { filename, size, prealloc }))
+    Ok(Box::new(NewFile { filename: plain(filename), size, prealloc }))
 }
 
 impl Creation for NewFile {

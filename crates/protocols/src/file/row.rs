@@ -4,43 +4,26 @@ use std::fs::Metadata;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
+use dolmen_graph::option::{Text, Word};
 use dolmen_graph::{AccessRule, Class, Common, DriverKind, OpenCx, Opened, Opener, Parsed};
 use dolmen_rt::sys::{self, FileKind, OpenHow};
 use dolmen_rt::{File, LocalFuture};
-use dolmen_types::{Error, ErrorKind, OptionSpec, OptionType, Options, Result, ResultExt, os_name};
+use dolmen_types::{Error, ErrorKind, Options, Result, ResultExt, os_name};
 
-use super::create::create;
+use super::create::{CREATE_OPTIONS, create};
 use super::driver::{FileDriver, Made};
 use super::shared::{EINVAL, no_files, plain};
 
-const OPTIONS: &[OptionSpec] = &[
-    OptionSpec::required("filename", OptionType::Str, "path of the image file"),
-    OptionSpec::optional(
-        "locking",
-        OptionType::Enum(&["auto", "on", "off"]),
-        "lock the image against other processes (default auto: where the file system can)",
-    ),
-    OptionSpec::hint(
-        "aio",
-        OptionType::Enum(&["threads", "native", "io_uring"]),
-        "no effect: the runtime chooses once for the whole process",
-    ),
-    OptionSpec::optional(
-        "x-beneath",
-        OptionType::Str,
-        "the file must lie beneath this directory, symbolic links included",
-    ),
-];
-
-const CREATE_OPTIONS: &[OptionSpec] = &[
-    OptionSpec::required("filename", OptionType::Str, "path of the new file"),
-    OptionSpec::required("size", OptionType::Size, "virtual size in bytes"),
-    OptionSpec::optional(
-        "preallocation",
-        OptionType::Enum(&["off", "falloc", "full"]),
-        "space for the file (default off)",
-    ),
-];
+dolmen_graph::options! {
+    struct FileOptions {
+        required "filename" filename: Text => "path of the image file";
+        default "locking" locking: Word<Locking> = "auto" =>
+            "lock the image against other processes; auto locks where the file system can";
+        optional "aio" aio: Word<Aio> => "no effect but for native, which needs cache.direct: the runtime chooses once for the whole process";
+        optional "x-beneath" beneath: Text =>
+            "the file must lie beneath this directory, symbolic links included";
+    }
+}
 
 /// Registry row of `file`.
 pub static FILE: DriverKind = DriverKind {
@@ -52,7 +35,7 @@ pub static FILE: DriverKind = DriverKind {
     path: Some(|_, _| 1),
     details: true,
     counts_discards: true,
-    ..DriverKind::new("file", Class::Protocol, "a regular file", OPTIONS, |options, common| {
+    ..DriverKind::new("file", Class::Protocol, "a regular file", FileOptions::ROWS, |options, common| {
         parse(options, common, &FILE, FileKind::Regular)
     })
 };
@@ -65,7 +48,7 @@ pub static HOST_DEVICE: DriverKind = DriverKind {
         "host_device",
         Class::Protocol,
         "a block device of this host",
-        OPTIONS,
+        FileOptions::ROWS,
         |options, common| parse(options, common, &HOST_DEVICE, FileKind::Block),
     )
 };
@@ -80,7 +63,7 @@ pub static HOST_CDROM: DriverKind =
             "host_cdrom",
             Class::Protocol,
             "an optical drive of this host",
-            OPTIONS,
+            FileOptions::ROWS,
             |options, common| parse(options, common, &HOST_CDROM, FileKind::Block),
         )
     };
@@ -97,15 +80,27 @@ fn is_cdrom(name: &Path) -> bool {
     real.starts_with("/dev") && number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
 }
 
-/// Whether the image is locked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Locking {
-    /// Where the file system can.
-    Auto,
-    /// It has to.
-    On,
-    /// Not at all: other processes are not kept away.
-    Off,
+dolmen_graph::words! {
+    /// Whether the image is locked.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Locking {
+        /// Where the file system can.
+        Auto = "auto",
+        /// It has to.
+        On = "on",
+        /// Not at all: other processes are not kept away.
+        Off = "off",
+    }
+}
+
+dolmen_graph::words! {
+    /// How requests get to the kernel.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Aio {
+        Threads = "threads",
+        Native = "native",
+        IoUring = "io_uring",
+    }
 }
 
 struct OpenFile {
@@ -122,21 +117,15 @@ fn parse(
     kind: &'static DriverKind,
     wanted: FileKind,
 ) -> Result<Parsed> {
-    let filename = options.require_str("filename")?;
-    let locking = match options.take_enum("locking", &["auto", "on", "off"])? {
-        None | Some("auto") => Locking::Auto,
-        Some("on") => Locking::On,
-        Some(_) => Locking::Off,
-    };
-    let aio = options.take_enum("aio", &["threads", "native", "io_uring"])?;
-    if aio == Some("native") && !common.flags.direct {
+    let FileOptions { filename, locking, aio, beneath } = FileOptions::take(options)?;
+    if aio == Some(Aio::Native) && !common.flags.direct {
         return Err(Error::new(
             ErrorKind::InvalidInput,
             "aio=native was specified, but it requires cache.direct=on, which was not specified.",
         )
         .remedy("add cache.direct=on, or leave aio out"));
     }
-    let beneath = options.take_str("x-beneath")?.map(|dir| PathBuf::from(os_name(&dir)));
+    let beneath = beneath.map(|dir| PathBuf::from(os_name(&dir)));
     let open = Box::new(OpenFile { kind, wanted, filename: plain(filename), beneath, locking });
     Ok(Parsed { children: Vec::new(), rule: AccessRule::LEAF, relies_down_to: None, open })
 }

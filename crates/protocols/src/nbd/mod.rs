@@ -22,6 +22,7 @@ mod shares;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use dolmen_graph::option::{Number, OptionKind, Text};
 use dolmen_graph::{
     AccessRule, Class, Common, Cx, Description, Driver, DriverKind, Extent, ImageOps, Limits, Node,
     NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, RangeLock, Request as GraphRequest, SELF,
@@ -30,9 +31,7 @@ use dolmen_graph::{
 use dolmen_nbd::consts::{STATE_ZERO, cmd};
 use dolmen_nbd::{CommandFlags, TransmissionFlags};
 use dolmen_rt::{Instant, IoVec, LocalFuture, Memory, Rt};
-use dolmen_types::{
-    Actions, BlkEvent, Error, ErrorKind, OptionSpec, OptionType, Options, ReadFlags, Result, Span, WriteFlags,
-};
+use dolmen_types::{Actions, BlkEvent, Error, ErrorKind, OptionType, Options, ReadFlags, Result, Span, WriteFlags};
 
 use address::Address;
 use history::History;
@@ -62,23 +61,32 @@ pub static NBD: DriverKind = DriverKind {
         "nbd",
         Class::Protocol,
         "a disk on an NBD server",
-        &[
-            OptionSpec::required("server", OptionType::SocketAddress, "where the server listens"),
-            OptionSpec::optional("export", OptionType::Str, "name of the export (default: the empty name)"),
-            OptionSpec::optional(
-                "reconnect-delay",
-                OptionType::Int,
-                "seconds that requests wait for a new connection when the old one breaks (default 0)",
-            ),
-            OptionSpec::optional(
-                "open-timeout",
-                OptionType::Int,
-                "seconds for which connecting is tried again when opening (default 0: once)",
-            ),
-        ],
+        NbdOptions::ROWS,
         parse,
     )
 };
+
+dolmen_graph::options! {
+    struct NbdOptions {
+        required "server" address: Server => "where the server listens";
+        default "export" export: Text = "" => "name of the export";
+        default "reconnect-delay" reconnect_delay: Number = "0" =>
+            "seconds that requests wait for a new connection when the old one breaks";
+        default "open-timeout" open_timeout: Number = "0" =>
+            "seconds for which connecting is tried again when opening; with 0 it is tried once";
+    }
+}
+
+/// The option `server`, in all its spellings.
+enum Server {}
+
+impl OptionKind for Server {
+    const TYPE: OptionType = OptionType::SocketAddress;
+    type Value = Address;
+    fn take(options: &mut Options, _: &str) -> Result<Option<Address>> {
+        Address::take(options).map(Some)
+    }
+}
 
 #[derive(Clone, Debug)]
 struct Config {
@@ -89,14 +97,14 @@ struct Config {
 }
 
 fn parse(options: &mut Options, _common: &Common) -> Result<Parsed> {
-    let address = Address::take(options)?;
-    let export = options.take_str("export")?.unwrap_or_default();
-    let seconds = |o: &mut Options, name| -> Result<Duration> {
-        Ok(Duration::from_secs(o.take_size(name)?.unwrap_or(0).min(u32::MAX.into())))
+    let NbdOptions { address, export, reconnect_delay, open_timeout } = NbdOptions::take(options)?;
+    let seconds = |n: u64| Duration::from_secs(n.min(u32::MAX.into()));
+    let config = Config {
+        address,
+        export,
+        reconnect_delay: seconds(reconnect_delay),
+        open_timeout: seconds(open_timeout),
     };
-    let reconnect_delay = seconds(options, "reconnect-delay")?;
-    let open_timeout = seconds(options, "open-timeout")?;
-    let config = Config { address, export, reconnect_delay, open_timeout };
     Ok(Parsed {
         children: Vec::new(),
         rule: AccessRule::LEAF,
