@@ -35,6 +35,8 @@ pub struct RoleRule {
     pub allows_if: [Actions; 2],
     /// This is never allowed.
     pub denies: Actions,
+    /// This is not allowed if the node was opened for writing.
+    pub denies_if_writable: Actions,
     /// If the parents need one of the first, the second is not allowed.
     pub denies_if: [Actions; 2],
     /// This is not allowed while the node has parents.
@@ -58,6 +60,7 @@ impl RoleRule {
         allows_add: Actions::NONE,
         allows_if: [Actions::NONE; 2],
         denies: Actions::NONE,
+        denies_if_writable: Actions::NONE,
         denies_if: [Actions::NONE; 2],
         denies_below_parents: Actions::NONE,
         events: true,
@@ -138,6 +141,9 @@ impl RoleRule {
             allowed = allowed.with(self.allows_if[1]);
         }
         allowed = allowed.without(self.denies);
+        if facts.writable {
+            allowed = allowed.without(self.denies_if_writable);
+        }
         if above.intersects(self.denies_if[0]) {
             allowed = allowed.without(self.denies_if[1]);
         }

@@ -29,7 +29,7 @@ use futures_lite::FutureExt;
 
 use crate::effect::{Effect, given_up, in_flight};
 use crate::state::Setting;
-use crate::{Class, Draft, Grants, Graph, Node, Notices, OpClaim, OpInfo, UserEdge};
+use crate::{Draft, Grants, Graph, Node, Notices, OpClaim, OpInfo, UserEdge};
 
 /// How long a drain may take before the command that asked for it fails.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
@@ -300,7 +300,7 @@ impl GraphOwner {
                     .context(|| format!("node '{}' must be flushed before its links change", old.name))?;
                 // The image may not be written any more from here on, or be left: nothing must
                 // remain to be given back later.
-                if *reopened && old.driver.kind().class == Class::Format {
+                if *reopened && old.driver.kind().closes_before_reopen {
                     crate::io::close(old, &self.rt)
                         .await
                         .context(|| format!("node '{}' can't be reopened", old.name))?;

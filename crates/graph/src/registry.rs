@@ -57,6 +57,8 @@ pub struct DriverKind {
     pub change_backing: Option<ChangeBackingFn>,
     /// The create options that the image tool reports, in this order, with their defaults; the others follow.
     pub create_report: &'static [(&'static str, Option<&'static str>)],
+    /// It holds something back that closing writes out or gives back, so it is closed before it is reopened.
+    pub closes_before_reopen: bool,
     /// `info` has details of its images (the flag for an unclean end).
     pub details: bool,
     /// `query-blockstats` has its counts of discards.
@@ -89,6 +91,7 @@ impl DriverKind {
             check: None,
             change_backing: None,
             create_report: &[("size", None)],
+            closes_before_reopen: false,
             details: false,
             counts_discards: false,
         }

@@ -26,6 +26,7 @@ pub static QCOW2: DriverKind = DriverKind {
     change_backing: Some(|read, write, to| Box::pin(create::change_backing(read, write, to))),
     duties: &[Duty::Overlay],
     create_report: CREATE_REPORT,
+    closes_before_reopen: true,
     details: true,
     ..DriverKind::new(
         "qcow2",
