@@ -6,9 +6,11 @@
 #![forbid(unsafe_code)]
 
 mod blkdebug;
+mod blkverify;
 mod copy_on_read;
 #[cfg(test)]
 mod tests;
 
 pub use blkdebug::BLKDEBUG;
+pub use blkverify::BLKVERIFY;
 pub use copy_on_read::COPY_ON_READ;

@@ -22,7 +22,7 @@
 
 use std::cell::RefCell;
 
-use dolmen_graph::{BackingName, ClaimScope, Class, Cx, Draft, OpClaim, header_name_given, own_file, Duty};
+use dolmen_graph::{BackingName, ClaimScope, Class, Cx, Draft, Duty, OpClaim, header_name_given, own_file};
 use dolmen_rt::LocalFuture;
 use dolmen_types::{
     Actions, Claim, Error, ErrorKind, NodeName, OpId, OptionSpec, OptionType, Options, Result, ResultExt,

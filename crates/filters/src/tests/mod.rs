@@ -2,6 +2,7 @@
 //! a format.
 
 mod blkdebug;
+mod blkverify;
 mod copy_on_read;
 mod overlay;
 
@@ -10,7 +11,7 @@ use dolmen_sim::{Image, Leaf, MEMORY, MemoryDisk};
 use dolmen_types::{Options, Value};
 
 static REGISTRY: Registry =
-    Registry::new(&[&crate::COPY_ON_READ, &crate::BLKDEBUG, &overlay::OVERLAY, &MEMORY]);
+    Registry::new(&[&crate::COPY_ON_READ, &crate::BLKDEBUG, &crate::BLKVERIFY, &overlay::OVERLAY, &MEMORY]);
 
 /// A disk of `clusters` clusters filled with `byte`, and the leaf for it.
 fn disk(name: &'static str, clusters: u64, byte: u8) -> (MemoryDisk, Leaf) {
