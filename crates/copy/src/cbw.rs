@@ -25,7 +25,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dolmen_graph::option::{Child, Number, OptionKind, Size, Word};
-use dolmen_graph::{AccessRule, ChildSpec, Class, Common, Cx, Driver, DriverKind, Extent, Node, Op, OpenCx, Opened, Opener, Parsed, Plan, Request, Where};
+use dolmen_graph::{
+    AccessRule, ChildSpec, Class, Common, Cx, Driver, DriverKind, Extent, Node, Op, OpenCx, Opened, Opener,
+    Parsed, Plan, Request, Where,
+};
 use dolmen_rt::LocalFuture;
 use dolmen_types::{ChildRole, Error, ErrorKind, Options, Result, ResultExt, Span, WriteFlags};
 

@@ -10,7 +10,10 @@
 use std::sync::Arc;
 
 use dolmen_graph::option::Child;
-use dolmen_graph::{AccessRule, ChildSpec, Class, Common, Cx, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prepared, Request, SELF, Where};
+use dolmen_graph::{
+    AccessRule, ChildSpec, Class, Common, Cx, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op,
+    OpenCx, Opened, Opener, Parsed, Plan, Prepared, Request, SELF, Where,
+};
 use dolmen_rt::LocalFuture;
 use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, Options, Result, Span};
 

@@ -1,7 +1,7 @@
 //! The drivers that Dolmen has: the one list that everything else derives from.
 
 use dolmen_copy::{COPY_BEFORE_WRITE, SNAPSHOT_ACCESS};
-use dolmen_filters::{BLKDEBUG, BLKVERIFY, COPY_ON_READ};
+use dolmen_filters::{BLKDEBUG, BLKVERIFY, COPY_ON_READ, PREALLOCATE};
 use dolmen_formats::{QCOW2, RAW};
 use dolmen_graph::{DriverKind, Registry};
 use dolmen_protocols::{FILE, HOST_CDROM, HOST_DEVICE, NBD, NULL_AIO, NULL_CO};
@@ -20,6 +20,7 @@ static DRIVERS: &[&DriverKind] = &[
     &SNAPSHOT_ACCESS,
     &BLKDEBUG,
     &BLKVERIFY,
+    &PREALLOCATE,
 ];
 
 /// All drivers.

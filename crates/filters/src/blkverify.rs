@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 use dolmen_graph::option::Child;
 use dolmen_graph::{
-    AccessRule, ChildSpec, Class, Common, Cx, Driver, DriverKind, Limits, Node, NodeChange, Op, OpenCx, Opened,
-    Opener, Parsed, Plan, Prepared, ProtocolName, RangeLock, Registry, Request, RoleRule, RuleTable,
+    AccessRule, ChildSpec, Class, Common, Cx, Driver, DriverKind, Limits, Node, NodeChange, Op, OpenCx,
+    Opened, Opener, Parsed, Plan, Prepared, ProtocolName, RangeLock, Registry, Request, RoleRule, RuleTable,
     has_protocol, prepare_child,
 };
 use dolmen_rt::{IoVec, LocalFuture, Memory};
@@ -133,12 +133,19 @@ impl BlkVerify {
     }
 
     /// Reads a piece of `whole` from both nodes.
-    async fn compare(&self, cx: Cx<'_>, whole: Span, piece: Span, to: &IoVec, flags: ReadFlags) -> Result<()> {
+    async fn compare(
+        &self,
+        cx: Cx<'_>,
+        whole: Span,
+        piece: Span,
+        to: &IoVec,
+        flags: ReadFlags,
+    ) -> Result<()> {
         let expected = Memory::zeroed(piece.len() as usize).iovec();
         let _held = self.ranges.lock(piece).await;
-        cx.forward(TEST, Op::Read { span: piece, to, flags }).await.context(|| "the test image".into())?;
+        cx.forward(TEST, Op::Read { span: piece, to, flags }).await.context(|| "the test image")?;
         let raw = Op::Read { span: piece, to: &expected, flags: flags.without(ReadFlags::POPULATE) };
-        cx.forward(RAW, raw).await.context(|| "the raw image".into())?;
+        cx.forward(RAW, raw).await.context(|| "the raw image")?;
         let (mut is, mut should) = (vec![0u8; piece.len() as usize], vec![0u8; piece.len() as usize]);
         to.copy_to_slice(0, &mut is);
         expected.copy_to_slice(0, &mut should);
@@ -179,7 +186,11 @@ impl Driver for BlkVerify {
         });
         Limits {
             request_alignment: test.request_alignment.max(raw.request_alignment),
-            max_transfer: [test.max_transfer, raw.max_transfer].into_iter().filter(|m| *m > 0).min().unwrap_or(0),
+            max_transfer: [test.max_transfer, raw.max_transfer]
+                .into_iter()
+                .filter(|m| *m > 0)
+                .min()
+                .unwrap_or(0),
             fast_zeroes: test.fast_zeroes && raw.fast_zeroes,
             discards: false,
             ..test

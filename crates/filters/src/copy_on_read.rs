@@ -19,7 +19,10 @@
 use std::sync::Arc;
 
 use dolmen_graph::option::{Child, Text};
-use dolmen_graph::{AccessRule, ChildSpec, Class, Common, Cx, Driver, DriverKind, Duty, Extent, Node, Op, OpenCx, Opened, Opener, Parsed, Plan, Request, Where, chain_status, own_status};
+use dolmen_graph::{
+    AccessRule, ChildSpec, Class, Common, Cx, Driver, DriverKind, Duty, Extent, Node, Op, OpenCx, Opened,
+    Opener, Parsed, Plan, Request, Where, chain_status, own_status,
+};
 use dolmen_rt::{IoVec, LocalFuture};
 use dolmen_types::{Actions, ChildRole, Error, ErrorKind, NodeName, Options, ReadFlags, Result, Span};
 

@@ -8,9 +8,11 @@
 mod blkdebug;
 mod blkverify;
 mod copy_on_read;
+mod preallocate;
 #[cfg(test)]
 mod tests;
 
 pub use blkdebug::BLKDEBUG;
 pub use blkverify::BLKVERIFY;
 pub use copy_on_read::COPY_ON_READ;
+pub use preallocate::PREALLOCATE;

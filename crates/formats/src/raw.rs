@@ -12,7 +12,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use dolmen_graph::option::{Child, Size, Word};
-use dolmen_graph::{AccessRule, BackingName, ChildSpec, Class, Common, CreateCx, Creation, Cx, Driver, DriverKind, Extent, Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prealloc, Prepared, RAW_FORMAT, Request, Where};
+use dolmen_graph::{
+    AccessRule, BackingName, ChildSpec, Class, Common, CreateCx, Creation, Cx, Driver, DriverKind, Extent,
+    Limits, Node, NodeChange, Op, OpenCx, Opened, Opener, Parsed, Plan, Prealloc, Prepared, RAW_FORMAT,
+    Request, Where,
+};
 use dolmen_rt::{IoVec, LocalFuture};
 use dolmen_types::{BlkEvent, ChildRole, Error, ErrorKind, Options, Result, Span};
 

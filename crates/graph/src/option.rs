@@ -263,8 +263,5 @@ macro_rules! options {
 
 /// The error for an option that has to be given.
 pub fn missing(name: &str) -> dolmen_types::Error {
-    dolmen_types::Error::new(
-        dolmen_types::ErrorKind::InvalidInput,
-        format!("Parameter '{name}' is missing"),
-    )
+    dolmen_types::Error::new(dolmen_types::ErrorKind::InvalidInput, format!("Parameter '{name}' is missing"))
 }

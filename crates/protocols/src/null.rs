@@ -33,9 +33,13 @@ pub static NULL_CO: DriverKind = DriverKind {
 pub static NULL_AIO: DriverKind = DriverKind {
     protocols: &["null-aio"],
     from_name: Some(from_name),
-    ..DriverKind::new("null-aio", Class::Protocol, "the same under another name", NullOptions::ROWS, |options, _| {
-        parse(options, &NULL_AIO)
-    })
+    ..DriverKind::new(
+        "null-aio",
+        Class::Protocol,
+        "the same under another name",
+        NullOptions::ROWS,
+        |options, _| parse(options, &NULL_AIO),
+    )
 };
 
 fn from_name(_: Registry, name: ProtocolName<'_>) -> Result<Options> {
@@ -59,13 +63,8 @@ dolmen_graph::options! {
 fn parse(options: &mut Options, kind: &'static DriverKind) -> Result<Parsed> {
     let plain = !NullOptions::ROWS.iter().any(|o| options.has(o.name));
     let NullOptions { size, latency, read_zeroes } = NullOptions::take(options)?;
-    let null = Null {
-        kind,
-        plain,
-        size: AtomicU64::new(size),
-        latency: Duration::from_nanos(latency),
-        read_zeroes,
-    };
+    let null =
+        Null { kind, plain, size: AtomicU64::new(size), latency: Duration::from_nanos(latency), read_zeroes };
     Ok(Parsed {
         children: Vec::new(),
         rule: AccessRule::LEAF,

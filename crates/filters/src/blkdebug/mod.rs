@@ -26,9 +26,16 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use dolmen_graph::option::{Child, OptionKind, Size, Text};
-use dolmen_graph::{AccessRule, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits, Node, Op, OpenCx, Opened, Opener, Parsed, Plan, ProtocolName, RangeLock, Registry, Request, RuleTable, Where, has_protocol, is_use, node_filename, own_status};
+use dolmen_graph::{
+    AccessRule, ChildSpec, Class, Common, Cx, Description, Driver, DriverKind, Extent, Limits, Node, Op,
+    OpenCx, Opened, Opener, Parsed, Plan, ProtocolName, RangeLock, Registry, Request, RuleTable, Where,
+    has_protocol, is_use, node_filename, own_status,
+};
 use dolmen_rt::{IoVec, LocalFuture, Memory};
-use dolmen_types::{Actions, BlkEvent, ChildRole, Error, ErrorKind, OptionType, Options, ReadFlags, Result, ResultExt, Span, Value, WriteFlags};
+use dolmen_types::{
+    Actions, BlkEvent, ChildRole, Error, ErrorKind, OptionType, Options, ReadFlags, Result, ResultExt, Span,
+    Value, WriteFlags,
+};
 
 use rules::{INJECT, IoType, Machine, Rules, SET_STATE};
 
@@ -36,13 +43,7 @@ use rules::{INJECT, IoType, Machine, Rules, SET_STATE};
 pub static BLKDEBUG: DriverKind = DriverKind {
     protocols: &["blkdebug"],
     from_name: Some(from_name),
-    ..DriverKind::new(
-        "blkdebug",
-        Class::Filter,
-        "injects errors, for tests",
-        BlkdebugOptions::ROWS,
-        parse,
-    )
+    ..DriverKind::new("blkdebug", Class::Filter, "injects errors, for tests", BlkdebugOptions::ROWS, parse)
 };
 
 dolmen_graph::options! {
@@ -139,10 +140,7 @@ const ALIGN_MAX: u64 = 1 << 30;
 
 fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
     let given = BlkdebugOptions::take(options)?;
-    let held = Held {
-        take: given.take.unwrap_or_default(),
-        unshare: given.unshare.unwrap_or_default(),
-    };
+    let held = Held { take: given.take.unwrap_or_default(), unshare: given.unshare.unwrap_or_default() };
     let shape = Shape::of(&given)?;
     let mut rules = Rules::default();
     for (section, list) in [("inject-error", given.inject_error), ("set-state", given.set_state)] {

@@ -5,13 +5,20 @@ mod blkdebug;
 mod blkverify;
 mod copy_on_read;
 mod overlay;
+mod preallocate;
 
 use dolmen_graph::Registry;
 use dolmen_sim::{Image, Leaf, MEMORY, MemoryDisk};
 use dolmen_types::{Options, Value};
 
-static REGISTRY: Registry =
-    Registry::new(&[&crate::COPY_ON_READ, &crate::BLKDEBUG, &crate::BLKVERIFY, &overlay::OVERLAY, &MEMORY]);
+static REGISTRY: Registry = Registry::new(&[
+    &crate::COPY_ON_READ,
+    &crate::BLKDEBUG,
+    &crate::BLKVERIFY,
+    &crate::PREALLOCATE,
+    &overlay::OVERLAY,
+    &MEMORY,
+]);
 
 /// A disk of `clusters` clusters filled with `byte`, and the leaf for it.
 fn disk(name: &'static str, clusters: u64, byte: u8) -> (MemoryDisk, Leaf) {

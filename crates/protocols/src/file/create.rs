@@ -6,7 +6,7 @@ use dolmen_graph::option::{Size, Text, Word};
 use dolmen_graph::{BackingName, CreateCx, Creation, Prealloc};
 use dolmen_rt::sys::{self, OpenHow};
 use dolmen_rt::{CoreIo, File, LocalFuture};
-use dolmen_types::{Options, Result, ResultExt, os_name, OptionSpec};
+use dolmen_types::{OptionSpec, Options, Result, ResultExt, os_name};
 
 use super::driver::grow;
 use super::shared::{no_files, plain};

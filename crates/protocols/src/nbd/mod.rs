@@ -31,7 +31,9 @@ use dolmen_graph::{
 use dolmen_nbd::consts::{STATE_ZERO, cmd};
 use dolmen_nbd::{CommandFlags, TransmissionFlags};
 use dolmen_rt::{Instant, IoVec, LocalFuture, Memory, Rt};
-use dolmen_types::{Actions, BlkEvent, Error, ErrorKind, OptionType, Options, ReadFlags, Result, Span, WriteFlags};
+use dolmen_types::{
+    Actions, BlkEvent, Error, ErrorKind, OptionType, Options, ReadFlags, Result, Span, WriteFlags,
+};
 
 use address::Address;
 use history::History;
@@ -57,13 +59,7 @@ const RETRY_PAUSE: Duration = Duration::from_millis(250);
 pub static NBD: DriverKind = DriverKind {
     protocols: names::PROTOCOLS,
     from_name: Some(|_, name| names::from_name(name)),
-    ..DriverKind::new(
-        "nbd",
-        Class::Protocol,
-        "a disk on an NBD server",
-        NbdOptions::ROWS,
-        parse,
-    )
+    ..DriverKind::new("nbd", Class::Protocol, "a disk on an NBD server", NbdOptions::ROWS, parse)
 };
 
 dolmen_graph::options! {
