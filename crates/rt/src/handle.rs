@@ -110,7 +110,25 @@ impl Rt {
     pub fn lane(&self) -> &crate::Lane {
         self.0.lane()
     }
+
+    /// Does work that takes the processor for more than a few microseconds (decompression, encryption, digests)
+    /// where it holds up no other request of this core, and waits for the result. Dropping the future does not stop
+    /// the work, which therefore owns what it needs. In the simulation it takes a reproducible time and is done
+    /// in between other tasks, as its result is elsewhere.
+    pub async fn compute<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> T {
+        match self.io() {
+            Some(io) => io.compute(f).await,
+            None => {
+                let ns = self.random() % SIMULATED_WORK_NS;
+                self.sleep(Duration::from_nanos(ns)).await;
+                f()
+            }
+        }
+    }
 }
+
+/// Work takes less than this in the simulation.
+const SIMULATED_WORK_NS: u64 = 50_000;
 
 impl fmt::Debug for Rt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -122,7 +122,16 @@ impl CoreIo {
         }
     }
 
-    /// The same for what a file system of this host knows about an open file without asking anybody (its status, its
+    /// Runs work for the processor on a thread for such work, of which there are as many as processors. A panic there
+    /// comes out here. A tool does one thing only, and does it at once.
+    pub(crate) async fn compute<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> T {
+        if self.core.is_tool() {
+            return f();
+        }
+        self.blocking(WaitsFor::Processor, f).await
+    }
+
+    /// [`CoreIo::blocking`] for what a file system of this host knows about an open file without asking anybody (its status, its
     /// locks): done at once there.
     pub async fn blocking_on<T: Send + 'static>(
         &self,

@@ -28,6 +28,20 @@ pub enum WaitsFor {
     Names,
     /// Nobody but this host and its user.
     Host,
+    /// The processor: work, and no waiting.
+    Processor,
+}
+
+impl WaitsFor {
+    /// Threads for such calls at most. Those that wait cost little, those that work need a processor each.
+    fn threads(self) -> usize {
+        match self {
+            WaitsFor::Device(_) | WaitsFor::Peer(_) | WaitsFor::Names | WaitsFor::Host => MAX_THREADS,
+            WaitsFor::Processor => {
+                std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS)
+            }
+        }
+    }
 }
 
 struct State {
@@ -71,7 +85,7 @@ pub(crate) fn submit(what: WaitsFor, job: Job) {
         pool.work.notify_one();
         return;
     }
-    if s.threads < MAX_THREADS {
+    if s.threads < what.threads() {
         s.threads += 1;
         drop(s);
         let at = pool.clone();
@@ -138,7 +152,13 @@ mod tests {
                 }),
             );
         }
-        for other in [WaitsFor::Device(u64::MAX - 1), WaitsFor::Peer(7), WaitsFor::Names, WaitsFor::Host] {
+        for other in [
+            WaitsFor::Device(u64::MAX - 1),
+            WaitsFor::Peer(7),
+            WaitsFor::Names,
+            WaitsFor::Host,
+            WaitsFor::Processor,
+        ] {
             let done = done.clone();
             submit(other, Box::new(move || done.send(false).expect("somebody waits")));
             assert!(!results.recv().expect("done"), "{other:?} has waited for something else");

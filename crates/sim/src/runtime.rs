@@ -305,6 +305,31 @@ mod tests {
         assert!(real.elapsed() < Duration::from_secs(60));
     }
 
+    /// Work is done somewhere else: other tasks run before it is, in an order that the seed says.
+    #[test]
+    fn work_ends_when_the_seed_says() {
+        let order = |seed| {
+            Sim::run(seed, |rt| async move {
+                let done = Rc::new(std::cell::RefCell::new(Vec::new()));
+                let finished = Rc::new(event_listener::Event::new());
+                for n in 0..5 {
+                    let (rt2, done, finished) = (rt.clone(), done.clone(), finished.clone());
+                    rt.spawn(async move {
+                        let result = rt2.compute(move || n).await;
+                        done.borrow_mut().push(result);
+                        finished.notify(usize::MAX);
+                    });
+                }
+                while done.borrow().len() < 5 {
+                    finished.listen().await;
+                }
+                done.take()
+            })
+        };
+        assert_eq!(order(1), order(1));
+        assert!((0..20).map(order).collect::<std::collections::HashSet<_>>().len() > 10);
+    }
+
     #[test]
     #[should_panic(expected = "deadlock in the simulation with seed 42")]
     fn a_deadlock_is_named() {

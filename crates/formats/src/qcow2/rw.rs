@@ -257,7 +257,13 @@ impl Core {
         in_file("a compressed cluster", host.0, 1, io.size()).context(|| format!("guest offset {at:#x}"))?;
         let mut packed = vec![0u8; len.min(io.size() - host.0) as usize];
         read_bytes(io, host.0, &mut packed).await?;
-        let data = super::compress::unpack(compression, &packed, geo.cluster_len())
+        // Some hundred microseconds for a cluster: the core has other requests to serve meanwhile.
+        let cluster_len = geo.cluster_len();
+        let data = env
+            .file
+            .rt()
+            .compute(move || super::compress::unpack(compression, &packed, cluster_len))
+            .await
             .context(|| format!("compressed cluster at {host} (guest offset {at:#x})"))?;
         let data = Arc::new(data);
         let mut m = self.meta();

@@ -156,6 +156,15 @@ fn blocking_calls() {
     });
 }
 
+#[test]
+fn work_for_the_processor_is_done_elsewhere() {
+    on_both(async |rt, _| {
+        let here = std::thread::current().id();
+        assert_ne!(rt.compute(|| std::thread::current().id()).await, here);
+        assert_eq!(rt.compute(|| 6 * 7).await, 42);
+    });
+}
+
 /// The story: a tool that showed what an image says about itself started four threads for it, although nobody else was
 /// there who could have been held up.
 #[test]
