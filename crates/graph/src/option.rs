@@ -31,7 +31,8 @@
 //! ```
 //!
 //! An option that no code reads is a field that is never read, which the compiler reports: what nothing implements
-//! has no row. A `hint` has no field; it is accepted because it asks for a way of doing things and never for a result.
+//! has no row. A `hint` needs no field; it is accepted because it asks for a way of doing things and never for a result.
+//! One with a field is looked at, for a value that can't be accepted.
 
 use std::marker::PhantomData;
 
@@ -222,6 +223,10 @@ macro_rules! options {
         $crate::options!(@struct $head
             {$($done)* $field: Option<<$kind as $crate::option::OptionKind>::Value>,} $($rest)*);
     };
+    (@struct $head:tt {$($done:tt)*} hint $text:literal [$field:ident] $kind:ty []; $($rest:tt)*) => {
+        $crate::options!(@struct $head
+            {$($done)* $field: Option<<$kind as $crate::option::OptionKind>::Value>,} $($rest)*);
+    };
     (@struct $head:tt {$($done:tt)*} $how:ident $text:literal [$field:ident] $kind:ty [$($d:literal)?]; $($rest:tt)*) => {
         $crate::options!(@struct $head
             {$($done)* $field: <$kind as $crate::option::OptionKind>::Value,} $($rest)*);
@@ -233,6 +238,10 @@ macro_rules! options {
         $crate::options!(@take $options $name $done $($rest)*)
     }};
     (@take $options:ident $name:ident {$($done:tt)*} optional $text:literal [$field:ident] $kind:ty []; $($rest:tt)*) => {{
+        let $field = $crate::option::take::<$kind>($options, $text, None)?;
+        $crate::options!(@take $options $name {$($done)* $field,} $($rest)*)
+    }};
+    (@take $options:ident $name:ident {$($done:tt)*} hint $text:literal [$field:ident] $kind:ty []; $($rest:tt)*) => {{
         let $field = $crate::option::take::<$kind>($options, $text, None)?;
         $crate::options!(@take $options $name {$($done)* $field,} $($rest)*)
     }};

@@ -72,8 +72,8 @@ dolmen_graph::options! {
             "the backing node, or null for none (default: as the image says)";
         default "x-backing-may-change" backing_may_change: Flag = "off" =>
             "others may write and resize the backing node while this one is read: what it shows changes then";
-        default "lazy-refcounts" lazy: Flag = "off" =>
-            "no effect but on images of version 2, which can't have them: refcounts are always kept up to date at each flush";
+        hint "lazy-refcounts" lazy: Flag =>
+            "no effect: refcounts are always kept up to date at each flush";
         optional "pass-discard-request" pass_discard: Flag =>
             "discard freed clusters in the file (default: as the node's discard option)";
         hint "overlap-check" : Word<OverlapCheck> =>
@@ -100,7 +100,7 @@ fn parse(options: &mut Options, common: &Common) -> Result<Parsed> {
         false => AccessRule::FORMAT,
     };
     let pass_discard = given.pass_discard.unwrap_or(common.flags.unmap);
-    let lazy = given.lazy;
+    let lazy = given.lazy.unwrap_or(false);
     Ok(Parsed {
         children: vec![
             ChildSpec { name: "file", role: ChildRole::Metadata, def: given.file },

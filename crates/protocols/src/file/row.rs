@@ -19,7 +19,7 @@ dolmen_graph::options! {
         required "filename" filename: Text => "path of the image file";
         default "locking" locking: Word<Locking> = "auto" =>
             "lock the image against other processes; auto locks where the file system can";
-        optional "aio" aio: Word<Aio> => "no effect but for native, which needs cache.direct: the runtime chooses once for the whole process";
+        hint "aio" aio: Word<Aio> => "no effect: the runtime chooses once for the whole process";
         optional "x-beneath" beneath: Text =>
             "the file must lie beneath this directory, symbolic links included";
     }
