@@ -10,9 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dolmen_exports::{Export, NbdExport, NbdServer, NbdServerConfig};
-use dolmen_graph::{
-    GraphOwner, Implicit, Node, NodeOpener, OpInfo, OpenPolicy, Registry, UserEdge,
-};
+use dolmen_graph::{GraphOwner, Implicit, Node, NodeOpener, OpInfo, OpenPolicy, Registry, UserEdge};
 use dolmen_rt::{Addr, Memory, Rt, block_on};
 use dolmen_types::{Actions, Claim, OpId, Options, ReadFlags, Result, Span, WriteFlags};
 
