@@ -230,8 +230,12 @@ impl Session {
     /// As [`dolmen_graph::create_image`].
     pub async fn create(&mut self, filename: &str, format: &str, options: Options) -> Result<()> {
         let rt = self.rt.clone();
-        let image =
-            NewImage { file: spec::file(self.registry, filename)?, format: Some(format.to_owned()), options, beneath: None };
+        let image = NewImage {
+            file: spec::file(self.registry, filename)?,
+            format: Some(format.to_owned()),
+            options,
+            beneath: None,
+        };
         dolmen_graph::create_image(&self.opener(&rt), image).await
     }
 
