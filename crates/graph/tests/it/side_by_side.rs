@@ -164,3 +164,21 @@ fn parts_that_are_joined_or_fall_apart_meanwhile() {
         assert_eq!(state(&owner), (String::new(), String::new()));
     });
 }
+
+/// Whoever walks a chain may do it by recursion, so that stacks have a limit; it is found out without recursion.
+#[test]
+fn stacks_have_a_limit() {
+    Sim::run(1, |rt| async move {
+        let owner = GraphOwner::new(rt.clone());
+        let mut d = owner.draft();
+        let log = Log::default();
+        add_probe(&mut d, "n0", &log);
+        for i in 1..4096 {
+            add_filter(&mut d, &format!("n{i}"), &format!("n{}", i - 1));
+        }
+        d.solve().unwrap();
+        add_filter(&mut d, "one more", "n4095");
+        let e = d.solve().unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Limit, "{e}");
+    });
+}
