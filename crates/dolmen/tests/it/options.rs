@@ -114,6 +114,7 @@ const DAMAGED: &str = "image.driver=blkdebug,image.image.driver=null-co,image.im
     image.inject-error.1.event=none,image.inject-error.1.iotype=flush";
 
 const FILTER_TESTS: &str = "crates/filters/src/tests/blkdebug.rs";
+const PREALLOCATE_TESTS: &str = "crates/filters/src/tests/preallocate.rs";
 const CBW_TESTS: &str = "crates/copy/src/tests/cbw.rs";
 const FILE_TESTS: &str = "crates/protocols/tests/it/file.rs";
 const NBD_TESTS: &str = "crates/protocols/tests/it/nbd.rs";
@@ -259,6 +260,16 @@ const SHOWN: &[(&str, &str, Shown)] = &[
     ),
     ("copy-before-write", "cbw-timeout", By(CBW_TESTS, "a_slow_target_is_given_up")),
     ("copy-before-write", "min-cluster-size", By(CBW_TESTS, "min-cluster-size")),
+    (
+        "preallocate",
+        "prealloc-align",
+        By(PREALLOCATE_TESTS, "a_growing_file_gets_more_than_it_was_asked_for_and_gives_it_back"),
+    ),
+    (
+        "preallocate",
+        "prealloc-size",
+        By(PREALLOCATE_TESTS, "a_growing_file_gets_more_than_it_was_asked_for_and_gives_it_back"),
+    ),
 ];
 
 /// `detect-zeroes` was a row that nobody read. Every option of every driver is shown to do something, or says in its
