@@ -59,7 +59,7 @@ pub(crate) fn rows(modules: &[Module]) -> BTreeMap<String, String> {
             if s.path.segments.last().is_some_and(|l| ROWS.iter().any(|r| l.ident == r)) {
                 for f in &s.fields {
                     if let (syn::Member::Named(n), syn::Expr::Lit(l)) = (&f.member, &f.expr)
-                        && n == "name"
+                        && (n == "name" || n == "command")
                         && let syn::Lit::Str(name) = &l.lit
                     {
                         self.names.push(name.value());
