@@ -77,9 +77,10 @@ fn from_name(registry: Registry, name: ProtocolName<'_>) -> Result<Options> {
 fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
     let BlkverifyOptions { test, raw } = BlkverifyOptions::take(options)?;
     Ok(Parsed {
+        // Only together are they what the node shows, so claims on that end at the node.
         children: vec![
-            ChildSpec { name: "test", role: ChildRole::Filtered, def: test },
-            ChildSpec { name: "raw", role: ChildRole::Filtered, def: raw },
+            ChildSpec { name: "test", role: ChildRole::Metadata, def: test },
+            ChildSpec { name: "raw", role: ChildRole::Metadata, def: raw },
         ],
         rule: AccessRule::of(&RULE),
         relies_down_to: None,

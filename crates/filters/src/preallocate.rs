@@ -67,7 +67,8 @@ fn parse(options: &mut Options, _: &Common) -> Result<Parsed> {
         .remedy("prealloc-align is a multiple of 512, and neither is larger than an image can be"));
     }
     Ok(Parsed {
-        children: vec![ChildSpec { name: "file", role: ChildRole::Filtered, def: file }],
+        // The file holds more than the node shows, so claims on what the node shows end at the node.
+        children: vec![ChildSpec { name: "file", role: ChildRole::Metadata, def: file }],
         rule: AccessRule::of(&RULE),
         relies_down_to: None,
         open: Box::new(Open { align, size }),

@@ -418,3 +418,39 @@ fn discards_follow_the_options() {
     assert_eq!(left(&mut m, json!({"discard": "ignore"})), (5, true));
     assert_eq!(left(&mut m, json!({"discard": "unmap"})), (0, false));
 }
+
+/// The story: the size of a `preallocate` or `blkverify` node could not be changed. The claim of `block_resize` went
+/// through the node to its files, whose end the node keeps to itself.
+#[test]
+fn filters_that_keep_the_end_of_their_files_are_resized_and_cut_them_when_reopened() {
+    const M: u64 = 1 << 20;
+    let b = Bench::new();
+    for name in ["grows.raw", "test.raw", "raw.raw"] {
+        b.ok("dolmen", &["img", "create", "-q", "-f", "raw", name, "1M"]);
+    }
+    let size = |name: &str| std::fs::metadata(b.path(name)).expect("a file").len();
+    let mut d = Daemon::start(|_| serve(), &[]);
+    let mut m = d.monitor();
+    let file = |name: &str| json!({"driver": "file", "filename": b.path(name)});
+    m.ok("blockdev-add", with(&file("grows.raw"), json!({"node-name": "f"})));
+    let p = json!({"driver": "preallocate", "node-name": "p", "file": "f", "prealloc-size": 8 * M});
+    m.ok("blockdev-add", p.clone());
+    m.ok("block_resize", json!({"node-name": "p", "size": 3 * M}));
+    assert_eq!(size("grows.raw"), 11 * M);
+    assert_eq!(node(&mut m, "p")["image"]["virtual-size"], json!(3 * M));
+
+    reopen(&mut m, json!([with(&p, json!({"read-only": true}))])).expect("reopened");
+    assert_eq!(size("grows.raw"), 3 * M, "a node that is only read keeps nothing in reserve");
+    reopen(&mut m, json!([p])).expect("reopened");
+    m.ok("block_resize", json!({"node-name": "p", "size": 4 * M}));
+    reopen(&mut m, json!([with(&p, json!({"prealloc-size": 0}))])).expect("reopened");
+    assert_eq!(size("grows.raw"), 4 * M);
+
+    let v =
+        json!({"driver": "blkverify", "node-name": "v", "test": file("test.raw"), "raw": file("raw.raw")});
+    m.ok("blockdev-add", v);
+    m.ok("block_resize", json!({"node-name": "v", "size": 2 * M}));
+    assert_eq!((size("test.raw"), size("raw.raw")), (2 * M, 2 * M));
+    m.ok("blockdev-del", json!({"node-name": "p"}));
+    m.ok("quit", json!({}));
+}
