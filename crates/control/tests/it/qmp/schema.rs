@@ -223,7 +223,7 @@ fn command_line_errors() {
         ),
         ("{\"driver\":\"null-co\",\"size\":\"5\"}", "Invalid parameter type for 'size', expected: integer"),
         ("nbd,server.type=inet,server.host=h", "Parameter 'server.port' is missing"),
-        ("nbd,server.type=vsock", "Parameter 'type' does not accept value 'vsock'"),
+        ("nbd,server.type=vsock", "Parameter 'type' does not accept value 'vsock' (use one of: inet, unix)"),
     ] {
         assert_eq!(check(text), Err(desc.to_owned()), "{text}");
     }
