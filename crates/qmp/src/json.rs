@@ -290,7 +290,9 @@ mod tests {
         fn written_text_reads_back(v in any_json(), pretty: bool) {
             let text = to_text(&v, pretty);
             prop_assert!(text.is_ascii());
-            prop_assert_eq!(parse_unframed(&text).unwrap(), v);
+            // Bytes of file names that are no UTF-8 have code points of their own, which JSON can't carry.
+            let carried: Json = serde_json::from_str(&dolmen_types::lossy(&v.to_string())).unwrap();
+            prop_assert_eq!(parse_unframed(&text).unwrap(), carried);
         }
 
         #[test]
