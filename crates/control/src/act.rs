@@ -106,12 +106,15 @@ pub(crate) struct Proposal<'w> {
 
 impl<'w> Proposal<'w> {
     pub(crate) fn new(world: &'w Rc<World>) -> Proposal<'w> {
-        world.describe_jobs();
         Proposal { world, draft: None, jobs: Vec::new(), grouped: false, guard: None }
     }
 
     pub(crate) fn draft(&mut self) -> &mut Draft {
-        self.draft.get_or_insert_with(|| self.world.owner.draft())
+        self.draft.get_or_insert_with(|| {
+            // Refusals say what jobs do now.
+            self.world.describe_jobs();
+            self.world.owner.draft()
+        })
     }
 
     pub(crate) fn opener(&self) -> NodeOpener<'w> {

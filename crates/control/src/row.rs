@@ -97,9 +97,11 @@ impl CommandRow {
         self
     }
 
-    /// It can be an action of a transaction; of an edit only.
+    /// It can be an action of a transaction. Only an edit can: what has something to do after the commit could fail when
+    /// the rest of the transaction is done.
     pub(crate) const fn in_transactions(mut self) -> CommandRow {
-        self.schema.in_transactions = matches!(self.kind, Kind::Edit(_));
+        assert!(matches!(self.kind, Kind::Edit(_)), "only edits are part of transactions");
+        self.schema.in_transactions = true;
         self
     }
 

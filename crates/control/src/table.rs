@@ -54,7 +54,6 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::row::Kind;
 
     /// The second of two rows with one name would never be found.
     #[test]
@@ -63,14 +62,5 @@ mod tests {
         for row in TABLE.rows() {
             assert!(names.insert(row.schema.name), "{} twice", row.schema.name);
         }
-    }
-
-    /// Whatever has something to do after the commit could fail when the rest of the transaction is done.
-    #[test]
-    fn only_edits_are_part_of_transactions() {
-        for row in TABLE.rows().filter(|r| r.schema.in_transactions) {
-            assert!(matches!(row.kind, Kind::Edit(_)), "{}", row.schema.name);
-        }
-        assert!(TABLE.rows().any(|r| r.schema.in_transactions));
     }
 }

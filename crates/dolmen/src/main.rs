@@ -7,7 +7,7 @@
 //!   dolmen tour                                   shows what Dolmen does
 //! ```
 //!
-//! Called by one of the established names (a symbolic link will do) it takes that tool's
+//! Called by one of QEMU's names (a symbolic link will do) it takes that tool's
 //! options and gives its exit codes and output. The native names differ in one thing:
 //! they do not trust images (see `cli::Persona`).
 #![forbid(unsafe_code)]

@@ -190,7 +190,7 @@ async fn start_all(control: &Control, plan: &Plan) -> std::result::Result<Option
         .map(|p| PidFile::create(Path::new(&dolmen::types::os_name(p))))
         .transpose()
         .map_err(|e| Failed { option: None, message: QmpError::from(e).desc })?;
-    // Only now, as with the established daemon: whoever is greeted may rely on everything that the command line
+    // Only now, as with QEMU's daemon: whoever is greeted may rely on everything that the command line
     // asks for.
     for chardev in &mut chardevs {
         answer_on(control, chardev);

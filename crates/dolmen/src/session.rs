@@ -33,7 +33,7 @@ pub const fn beneath() -> OpenPolicy {
     OpenPolicy { implicit: Implicit::Beneath, probe: false, permit_with: PERMIT_WITH, probe_with: PROBE_WITH }
 }
 
-/// The policy of the established tools: everything that an image names is opened, and
+/// The policy of QEMU's tools: everything that an image names is opened, and
 /// formats are guessed.
 pub const fn trusting() -> OpenPolicy {
     OpenPolicy { implicit: Implicit::Anything, probe: true, permit_with: PERMIT_WITH, probe_with: PROBE_WITH }

@@ -1,6 +1,6 @@
 //! Image specifications: what a user types to name an image, as driver options.
 //!
-//! Three notations, as the established tools have them: a file name (with an optional
+//! Three notations, as QEMU's tools have them: a file name (with an optional
 //! protocol: `nbd://host/export`), a `json:{...}` pseudo name, and an option string
 //! (`driver=qcow2,file.filename=...`, with `--image-opts`). All end as [`Options`];
 //! nothing is opened here (a name is only asked whether it is a block device), so nothing

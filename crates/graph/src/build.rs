@@ -230,6 +230,9 @@ impl Draft {
     pub fn total(&self, name: &str) -> Result<Claim> {
         let around = self.around(name);
         let i = around.nodes.position(name).ok_or_else(|| no_such_node(name))?;
+        if std::ptr::eq(around, &*self.state) {
+            return Ok(self.solved()?.grants.total[i]);
+        }
         Ok(self.decide(around)?.total[i])
     }
 

@@ -31,7 +31,7 @@ pub enum Implicit {
     Deny,
     /// Plain file names beneath the image's own directory, with the format named too.
     Beneath,
-    /// Anything that the image names: as the established tools do.
+    /// Anything that the image names: as QEMU's tools do.
     Anything,
 }
 

@@ -133,8 +133,7 @@ impl GraphOwner {
     /// Gives an operation other words for messages: its state, for example.
     pub fn describe_op(&mut self, op: &OpId, detail: &str) {
         let mut graph = self.shared.current.borrow_mut();
-        let mut other = Graph::clone(&graph);
-        if other.describe_op(op, detail) {
+        if let Some(other) = graph.describe_op(op, detail) {
             *graph = Arc::new(other);
         }
     }

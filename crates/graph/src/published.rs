@@ -80,6 +80,12 @@ impl Graph {
         self.parts.values().flat_map(|p| p.nodes.values())
     }
 
+    /// The nodes that are linked to this one in any way, itself included; children before parents.
+    pub fn around(&self, node: &str) -> impl Iterator<Item = &Arc<Node>> + use<'_> {
+        let part = self.part_of_node(node).and_then(|p| self.part(p));
+        part.into_iter().flat_map(|p| p.nodes.values())
+    }
+
     /// All nodes, children before parents; of several orders that one which goes by names.
     pub fn nodes(&self) -> Vec<Arc<Node>> {
         let by_name: BTreeMap<&NodeName, &Arc<Node>> = self.each_node().map(|n| (&n.name, n)).collect();
@@ -168,17 +174,14 @@ impl Graph {
         self.parts.insert_mut(number, Arc::new(part));
     }
 
-    /// Gives an operation other words for messages; false if it has them already, or is not there.
-    pub(crate) fn describe_op(&mut self, op: &OpId, detail: &str) -> bool {
-        let Some(number) = self.part_of_op(op) else { return false };
-        let Some(part) = self.part(number) else { return false };
-        if part.state.op(op).is_none_or(|o| o.detail == detail) {
-            return false;
-        }
+    /// The graph with other words for an operation; `None` if it has them already, or is not there.
+    pub(crate) fn describe_op(&self, op: &OpId, detail: &str) -> Option<Graph> {
+        let number = self.part_of_op(op)?;
+        let part = self.part(number)?;
+        part.state.op(op).filter(|o| o.detail != detail)?;
         let mut part = Part::clone(part);
         part.state.ops.iter_mut().filter(|o| o.id == *op).for_each(|o| detail.clone_into(&mut o.detail));
-        self.parts.insert_mut(number, Arc::new(part));
-        true
+        Some(Graph { parts: self.parts.insert(number, Arc::new(part)), ..self.clone() })
     }
 }
 

@@ -178,7 +178,7 @@ impl Backup {
         self.stand.borrow().clone().ok_or_else(|| invalid(format!("{} has not begun", self.detail())))
     }
 
-    /// The node that a user named, for a message in the established words if there is none.
+    /// The node that a user named, for a message in QEMU's words if there is none.
     fn known(&self, draft: &Draft, name: &str) -> Result<NodeName> {
         draft.find(name)
     }

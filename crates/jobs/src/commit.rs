@@ -308,7 +308,11 @@ impl Commit {
             cx.checkpoint().await?;
             match zero_tail(cx.edge(1), cx.rt(), b).await {
                 Ok(()) => return Ok(()),
-                Err(e) => drop(cx.failed(Side::Target, self.on_error, e).await?),
+                Err(e) => match cx.failed(Side::Target, self.on_error, e).await? {
+                    Again::Retry => {}
+                    // It can't be left out: without it the end of the base would show up in the overlay.
+                    Again::Skip => cx.sleep_until(cx.rt().now() + crate::mirror_core::BACK_OFF).await?,
+                },
             }
         }
     }

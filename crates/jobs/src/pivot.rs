@@ -58,7 +58,7 @@ impl Overlays {
         let (Some(old), Some(new)) = (graph.node(replaced), graph.node(by)) else { return Ok(()) };
         // What lies below the new node stays as it is: an image must not come to name itself, nor one above it.
         let spared = new.subtree();
-        for node in &graph.nodes() {
+        for node in graph.around(replaced) {
             let is_over = node.backing().is_some_and(|b| Arc::ptr_eq(&content(b).state, &content(old).state));
             if !is_over || spared.iter().any(|n| Arc::ptr_eq(&n.state, &node.state)) {
                 continue;

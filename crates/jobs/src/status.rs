@@ -15,7 +15,7 @@
 //!
 //! Jobs of one transaction wait for each other in `waiting`; `pending` is left by
 //! `job-finalize` (or at once with auto-finalize), `concluded` by `job-dismiss` (or at
-//! once with auto-dismiss). The tables are the established ones, so that management
+//! once with auto-dismiss). The tables are QEMU's, so that management
 //! programs see the events in the order they know.
 
 use dolmen_types::{Error, ErrorKind, Result};

@@ -1,8 +1,8 @@
 //! `null-co` and `null-aio`: a disk of any size that keeps nothing, for measuring what lies above it. The two names are
-//! one driver: what differs in the established implementation is how its requests are scheduled there.
+//! one driver: what differs in QEMU is how its requests are scheduled there.
 //!
 //! Requests are answered by the plan, without a future, unless a latency is asked for or data have to be left as they
-//! are: reads then say that they did something although they did not, as the established driver does.
+//! are: reads then say that they did something although they did not, as QEMU's driver does.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -173,7 +173,7 @@ impl Driver for Null {
     }
 
     fn describe(&self, _: &Node) -> Description {
-        // It takes no space, and says so as the established driver does. Its name stands
+        // It takes no space, and says so as QEMU's driver does. Its name stands
         // for the disk without options.
         let filename = self.plain.then(|| format!("{}://", self.kind.name));
         Description { actual_size: Some(0), filename, ..Description::default() }

@@ -4,7 +4,7 @@
 //! one packet or one in several packets. The framer copies one top-level value at a
 //! time into a buffer of bounded size, without building anything: what comes out is
 //! parsed by [`crate::json::parse`]. Text in single quotes, which people type by
-//! hand and the established daemon accepts, is turned into double quotes on the way.
+//! hand and QEMU's daemon accepts, is turned into double quotes on the way.
 //!
 //! The invariant is that a bad byte costs at most the value it is in: after an
 //! error the framer is between two values again, and the connection goes on. Where a
@@ -189,7 +189,7 @@ impl Framer {
                         self.finish();
                     }
                 }
-                // The established daemon, too, gives the whole message up at a wrong bracket.
+                // QEMU's daemon, too, gives the whole message up at a wrong bracket.
                 _ => {
                     self.open.clear();
                     self.text.clear();

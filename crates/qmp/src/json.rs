@@ -1,7 +1,7 @@
 //! JSON text to values and back, as QMP wants it.
 //!
-//! Reading is strict (a key may occur once); writing uses the layout of the
-//! established daemon (`{"return": {}}`, a blank after `:` and `,`, ASCII only),
+//! Reading is strict (a key may occur once); writing uses the layout of
+//! QEMU's daemon (`{"return": {}}`, a blank after `:` and `,`, ASCII only),
 //! because shell scripts look for such pieces of text.
 
 use std::fmt;
@@ -17,7 +17,7 @@ use serde_json::ser::Formatter;
 /// (see [`crate::Framer`]).
 ///
 /// # Errors
-/// The message as the established daemon begins it: `JSON parse error, ...`.
+/// The message as QEMU's daemon begins it: `JSON parse error, ...`.
 pub fn parse(text: &str) -> Result<Json> {
     let mut de = serde_json::Deserializer::from_str(text);
     de.disable_recursion_limit();
@@ -105,7 +105,7 @@ pub fn from_value(value: &Value) -> Json {
     }
 }
 
-/// Writes a value in the layout of the established daemon.
+/// Writes a value in the layout of QEMU's daemon.
 pub fn to_text<T: Serialize + ?Sized>(value: &T, pretty: bool) -> String {
     let mut out = Vec::new();
     let done = if pretty {

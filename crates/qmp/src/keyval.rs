@@ -1,6 +1,6 @@
 //! Option arguments of a command line: `driver=qcow2,file.driver=file,...`.
 //!
-//! Two notations, as the established tools have them:
+//! Two notations, as QEMU's tools have them:
 //!
 //! - [`parse`]: `key.sub=value,list.0=x`, dots make objects, whole numbers make
 //!   lists, `,,` stands for a comma in a value; a text that begins with `{` is JSON.
@@ -43,7 +43,7 @@ enum Tree {
 /// `--blockdev qcow2,...`.
 ///
 /// # Errors
-/// In the words of the established tools; all are `InvalidInput`.
+/// In the words of QEMU's tools; all are `InvalidInput`.
 pub fn parse(text: &str, implied: Option<&str>) -> Result<(Json, Source)> {
     if text.len() > MAX_ARGUMENT {
         return Err(invalid(format!("argument is longer than {MAX_ARGUMENT} bytes")));
@@ -316,7 +316,7 @@ mod tests {
         assert_eq!(keys("raw,a=1,a=2"), Ok(json!({"driver": "raw", "a": "2"})));
     }
 
-    /// The texts are those of the established daemon for the same arguments.
+    /// The texts are those of QEMU's daemon for the same arguments.
     #[test]
     fn errors() {
         for (text, error) in [

@@ -15,7 +15,7 @@
 //! crate and from the option rows of the drivers and export types that the program
 //! really has. So `query-qmp-schema` can't claim what is not there.
 //!
-//! The texts and classes of errors follow the established daemon, because
+//! The texts and classes of errors follow QEMU's daemon, because
 //! management software and its tests look at them.
 #![forbid(unsafe_code)]
 

@@ -1,6 +1,6 @@
 //! What queries return: serialisable types beside their schema.
 //!
-//! [`reply!`](crate::reply) declares each struct together with its shape. Names are those of the established daemon, and so are the members
+//! [`reply!`](crate::reply) declares each struct together with its shape. Names are those of QEMU's daemon, and so are the members
 //! that Dolmen has no use for (`bps` and its kin are always 0: throttling is a node
 //! of its own).
 
@@ -258,7 +258,7 @@ reply! {
     }
 }
 
-/// The permission words of a set, in the order of the established daemon.
+/// The permission words of a set, in the order of QEMU's daemon.
 pub fn permission_words(actions: Actions) -> Vec<&'static str> {
     let mut words: Vec<_> = actions.iter().filter_map(Action::qmp_word).collect();
     words.reverse();

@@ -179,14 +179,14 @@ pub struct Event {
 /// What the greeting and `query-version` say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version {
-    /// The established version whose behaviour clients may expect.
+    /// QEMU's version whose behaviour clients may expect.
     pub compatible: (u32, u32, u32),
     /// Dolmen's own version.
     pub own: (u32, u32, u32),
 }
 
 impl Version {
-    /// Version 10.0.2 of the established daemon, and the version of this crate.
+    /// Version 10.0.2 of QEMU's daemon, and the version of this crate.
     pub fn current() -> Version {
         let number = |s: &str| s.parse().unwrap_or(0);
         Version {

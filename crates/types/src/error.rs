@@ -234,7 +234,7 @@ impl Error {
         self.0.conflict.as_ref()
     }
 
-    /// For a lock of another process: the words that the established tools use and scripts look for, such as
+    /// For a lock of another process: the words that QEMU's tools use and scripts look for, such as
     /// `Failed to get "write" lock`, and their hint on a second line. `None` for other errors.
     pub fn lock_text(&self) -> Option<String> {
         let c = self.conflict().filter(|_| self.0.kind == ErrorKind::Locked)?;

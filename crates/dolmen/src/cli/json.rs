@@ -1,4 +1,4 @@
-//! JSON laid out as the established image tools lay it out: four blanks of indentation, and
+//! JSON laid out as QEMU's image tools lay it out: four blanks of indentation, and
 //! an empty list or object still takes two lines.
 
 use serde_json::Value;

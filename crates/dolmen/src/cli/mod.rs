@@ -10,7 +10,7 @@ use std::io::Write;
 use dolmen::graph::{Implicit, OpenPolicy};
 use dolmen::types::{Error, Value};
 
-/// Under which name a command runs. The established names get the established behaviour;
+/// Under which name a command runs. QEMU's names get QEMU's behaviour;
 /// our own names get the safe defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Persona {
@@ -95,7 +95,7 @@ impl From<Error> for Failure {
     fn from(e: Error) -> Failure {
         let text = e.to_string();
         if let (Some(c), Some(lock)) = (e.conflict(), e.lock_text()) {
-            // The established words first, for those who look for them; then who it is.
+            // QEMU's words first, for those who look for them; then who it is.
             let before = text.split(&c.to_string()).next().unwrap_or_default();
             let message = format!("{before}{lock}");
             let mut c = c.clone();
@@ -179,8 +179,8 @@ macro_rules! out {
     };
 }
 
-/// Parses arguments with clap, with the established exit code for mistakes. Under an
-/// established name mistakes are told in the words of getopt, since scripts that try
+/// Parses arguments with clap, with QEMU's exit code for mistakes. Under one of
+/// QEMU's names mistakes are told in the words of getopt, since scripts that try
 /// whether an option exists look for them.
 pub(crate) fn parse<P: clap::Parser>(
     program: &str,

@@ -150,7 +150,7 @@ pub(crate) async fn file_of(
     }
 }
 
-/// Members in the established order; counts that are zero are left out where they are
+/// Members in QEMU's order; counts that are zero are left out where they are
 /// left out there.
 fn members(r: &CheckResult, filename: &str, format: &str) -> Json {
     let mut m = Map::new();

@@ -1,7 +1,7 @@
 //! `img info`.
 //!
 //! What an image says about itself is collected into a JSON value first, with the members
-//! in the established order; the human form is written from that value, so the two can't
+//! in QEMU's order; the human form is written from that value, so the two can't
 //! say different things.
 
 use std::sync::Arc;
@@ -105,7 +105,7 @@ async fn chain(session: &mut Session, options: Options) -> Result<Vec<Json>> {
     Ok(infos)
 }
 
-/// Whether the established tool would have details of the node ("dirty-flag"): formats and
+/// Whether QEMU's tool would have details of the node ("dirty-flag"): formats and
 /// plain files, and what lies over them.
 fn has_details(node: &Node) -> bool {
     match node.driver.kind().details {
@@ -170,7 +170,7 @@ fn bare(v: &Value) -> Value {
     }
 }
 
-/// Everything about a node, in the established order of members.
+/// Everything about a node, in QEMU's order of members.
 pub(crate) fn describe(node: &Arc<Node>) -> Json {
     let d = node.driver.describe(node);
     let mut m = Map::new();

@@ -111,7 +111,7 @@ fn help(program: &str) {
     out!("\nSupported image formats:\n\n  {}", formats.join(" "));
 }
 
-/// The version line. Under an established name the first number is that of the release
+/// The version line. Under one of QEMU's names the first number is that of the release
 /// whose behaviour it follows.
 pub(crate) fn version(program: &str, persona: Persona) {
     let ours = env!("CARGO_PKG_VERSION");

@@ -113,7 +113,7 @@ impl Source<'_> {
     }
 }
 
-/// The cache mode of an option, or the established message.
+/// The cache mode of an option, or QEMU's message.
 pub(crate) fn cache(mode: Option<&str>, what: &str) -> Result<CacheMode, Failure> {
     match mode {
         None => Ok(CacheMode::default()),

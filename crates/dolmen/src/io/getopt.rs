@@ -1,7 +1,7 @@
 //! Options of the commands of `io`, in the notation of getopt: `"Cqv:P:"`.
 //!
 //! The commands are little languages of their own (`read -qP 0xab 0 64k`), typed by
-//! scripts, so what is accepted has to be exactly what the established tool accepts.
+//! scripts, so what is accepted has to be exactly what QEMU's tool accepts.
 
 /// Arguments that have been taken apart.
 #[derive(Debug, Default, PartialEq, Eq)]

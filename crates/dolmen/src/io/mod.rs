@@ -2,7 +2,7 @@
 //!
 //! The commands come from `-c` options, or one a line from the standard input. The shell
 //! holds at most one image; each command is a row of [`table`]. Lines go to the standard
-//! output in the established form, failed commands among them, since scripts compare whole
+//! output in QEMU's form, failed commands among them, since scripts compare whole
 //! transcripts; the exit code is 1 if any command failed.
 
 mod getopt;
@@ -587,13 +587,13 @@ fn eprint_line(text: &str) {
 
 /// The system's words for the errno that a guest would see.
 fn errno_text(e: &dolmen::types::Error) -> String {
-    // A range beyond the end is an input/output error to the established tool.
+    // A range beyond the end is an input/output error to QEMU's tool.
     let errno = if e.kind() == ErrorKind::OutOfBounds { ErrorKind::Io.errno() } else { e.errno() };
     let text = std::io::Error::from_raw_os_error(errno).to_string();
     text.split(" (os error").next().unwrap_or_default().to_owned()
 }
 
-/// A number argument, or the established message.
+/// A number argument, or QEMU's message.
 fn number(text: &str) -> Result<u64, Failed> {
     Value::parse_size(text).filter(|n| *n <= i64::MAX as u64).ok_or_else(|| {
         out!("Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {text}");

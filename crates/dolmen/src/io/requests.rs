@@ -16,7 +16,7 @@ use super::{Done, Failed, Shell, errno_text, number, usage};
 use crate::cli::units::{io_size, io_time};
 use crate::{cli, out};
 
-/// The largest request of the established tool.
+/// The largest request of QEMU's tool.
 const MAX_REQUEST: u64 = (1 << 31) - 512;
 /// What write buffers hold unless a pattern is given.
 const WRITE_FILL: u8 = 0xcd;

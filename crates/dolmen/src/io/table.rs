@@ -130,7 +130,7 @@ impl Row {
     /// Checks the number of arguments.
     ///
     /// # Errors
-    /// The established message.
+    /// QEMU's message.
     pub(crate) fn check(&self, n: usize) -> Result<(), String> {
         if n >= self.min && self.max.is_none_or(|m| n <= m) {
             return Ok(());

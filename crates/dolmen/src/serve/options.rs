@@ -171,7 +171,7 @@ fn find(name: &str) -> Result<&'static Row> {
             None => format!("invalid option -- '{}'", name.trim_start_matches('-')),
         })
     };
-    // The established daemon takes long names with one dash as well.
+    // QEMU's daemon takes long names with one dash as well.
     let long = name.trim_start_matches('-');
     if let Some(row) = ROWS.iter().find(|r| r.long == long) {
         return Ok(row);
@@ -234,7 +234,7 @@ mod tests {
         assert_eq!(texts(&["--pid", "/x"]), Ok(vec!["--pidfile /x".into()]));
     }
 
-    /// The texts are those of the established daemon.
+    /// The texts are those of QEMU's daemon.
     #[test]
     fn mistakes() {
         for (args, error) in [

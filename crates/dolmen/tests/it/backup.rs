@@ -1,4 +1,4 @@
-//! Backups of a disk that is being written to, by ours and by the established daemon, judged by `qemu-img`.
+//! Backups of a disk that is being written to, by ours and by QEMU's daemon, judged by `qemu-img`.
 
 use std::path::Path;
 use std::process::Command;

@@ -1,5 +1,5 @@
 //! Clients that others have written: the public Python client and the crate `qapi`, whose types come
-//! from the established schema, so that every reply and event has to fit them.
+//! from QEMU's schema, so that every reply and event has to fit them.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};

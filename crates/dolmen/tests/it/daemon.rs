@@ -1,4 +1,4 @@
-//! Daemons as processes, and QMP clients for them: ours and the established one.
+//! Daemons as processes, and QMP clients for them: ours and QEMU's.
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -38,14 +38,14 @@ fn within<T>(patience: Duration, what: &str, mut ready: impl FnMut() -> Option<T
     }
 }
 
-/// The storage daemon under a name: `dolmen serve`, or the established name by a symbolic link.
+/// The storage daemon under a name: `dolmen serve`, or QEMU's name by a symbolic link.
 pub(crate) fn serve() -> Command {
     let mut c = Command::new(env!("CARGO_BIN_EXE_dolmen"));
     c.arg("serve");
     c
 }
 
-/// Our daemon, called as the established one.
+/// Our daemon, called as QEMU's.
 pub(crate) fn by_established_name(dir: &Path) -> Command {
     let link = dir.join("qemu-storage-daemon");
     if !link.exists() {
@@ -54,7 +54,7 @@ pub(crate) fn by_established_name(dir: &Path) -> Command {
     Command::new(link)
 }
 
-/// The established daemon itself; `None` where it is not installed.
+/// QEMU's daemon itself; `None` where it is not installed.
 pub(crate) fn established() -> Option<Command> {
     let found = Command::new("qemu-storage-daemon").arg("--version").output();
     match found {

@@ -1,4 +1,4 @@
-//! Which events `blkdebug` hears for which request: the same as in the established implementation.
+//! Which events `blkdebug` hears for which request: the same as in QEMU.
 //!
 //! A configuration makes the state of `blkdebug` a set of bits: each of a few events sets its own. At the end comes a
 //! request of which one event is known; its error number tells the state. So a run of the tool says for all these events

@@ -1,5 +1,5 @@
 //! Snapshots, resizing, transactions, `what-if` and visible operations, from outside: a guest writes through an
-//! export meanwhile, and the established tool judges the images afterwards.
+//! export meanwhile, and QEMU's tool judges the images afterwards.
 
 use serde_json::{Value as Json, json};
 
@@ -79,7 +79,7 @@ impl World {
         assert!(self.daemon.wait().success());
     }
 
-    /// What the established tool reads in an image.
+    /// What QEMU's tool reads in an image.
     fn reads(&self, image: &str, pattern: u8, at: &str, len: &str) {
         self.bench.ok("qemu-io", &["-r", "-c", &format!("read -P {pattern} {at} {len}"), &self.path(image)]);
         self.bench.ok("qemu-img", &["check", "-q", &self.path(image)]);

@@ -1,6 +1,6 @@
-//! The five sequences with which the established daemon was seen to lose data, and what must keep working.
+//! The five sequences with which QEMU's daemon was seen to lose data, and what must keep working.
 //!
-//! The daemon is the program itself, the images are made by the established tool where it is installed,
+//! The daemon is the program itself, the images are made by QEMU's tool where it is installed,
 //! and what is written comes over NBD from another process. Each sequence is the story of a
 //! loss: there, every command was accepted and every job ended without an error, and yet
 //!

@@ -6,7 +6,7 @@ fn no_change(s: &str) -> String {
     s.to_owned()
 }
 
-/// A chain of three images of different length, made by the established tools, with data,
+/// A chain of three images of different length, made by QEMU's tools, with data,
 /// zeroes and holes in every layer; and a raw image.
 fn chain() -> Option<Bench> {
     let b = Bench::with_peers()?;

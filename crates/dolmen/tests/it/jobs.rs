@@ -1,4 +1,4 @@
-//! Jobs from outside, beside the established daemon: the same commands on copies of the same images have to
+//! Jobs from outside, beside QEMU's daemon: the same commands on copies of the same images have to
 //! give the same events in the same order, the same refusals, and images that read the same.
 
 use std::path::Path;

@@ -1,5 +1,5 @@
 //! The bytes that a daemon holds locked in each configuration, row by row of the table that
-//! other programs rely on, and the same read from the established daemon.
+//! other programs rely on, and the same read from QEMU's daemon.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -127,7 +127,7 @@ fn each_row_of_the_table() {
         assert_eq!(bytes_of(by_established_name, &args), want, "{what}: ours");
         if peer {
             let theirs = bytes_of(|_| established().expect("there"), &args);
-            assert_eq!(theirs, want, "{what}: the established daemon");
+            assert_eq!(theirs, want, "{what}: QEMU's daemon");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Integration tests of the tools and of the daemon, against the established ones where they are installed.
+//! Integration tests of the tools and of the daemon, against QEMU's where they are installed.
 
 mod daemon;
 mod load;

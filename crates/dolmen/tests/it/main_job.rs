@@ -1,4 +1,4 @@
-//! The main job, with the established tools on both ends: a real ext4 file system in a
+//! The main job, with QEMU's tools on both ends: a real ext4 file system in a
 //! qcow2 image made by `qemu-img`, an overlay made by Dolmen, copy-on-read over it, an NBD
 //! export of that, and clients that are not ours.
 

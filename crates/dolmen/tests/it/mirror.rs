@@ -1,5 +1,5 @@
 //! Mirrors and commits of a chain whose top is being written to, judged by `qemu-img` and compared with
-//! the established daemon.
+//! QEMU's daemon.
 
 use std::path::Path;
 use std::process::Command;

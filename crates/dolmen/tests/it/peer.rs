@@ -1,7 +1,7 @@
-//! Running our tools and the established ones side by side.
+//! Running our tools and QEMU's side by side.
 //!
 //! Each test has a private directory with `ours/`: symbolic links by which our binary
-//! answers to the established names. Tests that need the other side ask [`Bench::peers`]
+//! answers to QEMU's names. Tests that need the other side ask [`Bench::peers`]
 //! and say so when it is not installed.
 
 use std::ffi::OsStr;
@@ -32,7 +32,7 @@ impl Bench {
         Bench { dir }
     }
 
-    /// A bench, if the established tools are there to compare with.
+    /// A bench, if QEMU's tools are there to compare with.
     pub(crate) fn with_peers() -> Option<Bench> {
         let there = ["qemu-img", "qemu-io"].iter().all(|t| in_path(t).is_some());
         if !there {
@@ -46,7 +46,7 @@ impl Bench {
     }
 
     /// A command in the directory, not started yet. `program` is `qemu-img` and so on for
-    /// the established tool, `ours/qemu-img` for ours by that name, `dolmen` for ours.
+    /// QEMU's tool, `ours/qemu-img` for ours by that name, `dolmen` for ours.
     pub(crate) fn command(&self, program: &str) -> Command {
         let mut c = match program {
             "dolmen" => Command::new(env!("CARGO_BIN_EXE_dolmen")),
@@ -118,7 +118,7 @@ pub(crate) fn in_path(name: &str) -> Option<PathBuf> {
         .find(|p: &PathBuf| Path::is_file(p))
 }
 
-/// The version of the established tools, as `(10, 0)`.
+/// The version of QEMU's tools, as `(10, 0)`.
 pub(crate) fn version(b: &Bench) -> (u32, u32) {
     let text = b.ok("qemu-img", &["--version"]);
     let number = text.split_whitespace().nth(2).unwrap_or_default();

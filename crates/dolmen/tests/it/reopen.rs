@@ -301,7 +301,7 @@ fn an_nbd_node_keeps_its_connection() {
     }
 }
 
-/// Commands that both daemons refuse, and the words that the established one has for it.
+/// Commands that both daemons refuse, and the words that QEMU's has for it.
 #[test]
 fn refusals_begin_with_the_same_words() {
     let b = Bench::new();

@@ -79,7 +79,7 @@ fn stale_sockets_are_replaced_and_live_ones_are_not() {
 }
 
 /// Wrong command lines end with code 1 and, after the program's name, the same words as
-/// the established daemon's.
+/// QEMU's daemon's.
 #[test]
 fn mistakes_in_the_words_of_the_established_daemon() {
     let dir = tempfile::tempdir().expect("a directory");
@@ -448,7 +448,7 @@ fn a_signal_under_load() {
     assert!(status.success() && !out.contains("failed"), "{out}{err}");
 }
 
-/// The same commands give the same replies as in the established daemon.
+/// The same commands give the same replies as in QEMU's daemon.
 #[test]
 fn the_same_replies() {
     let Some(_) = established() else { return };

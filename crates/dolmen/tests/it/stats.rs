@@ -1,4 +1,4 @@
-//! Counters and write thresholds from outside, with a real NBD client, beside the established daemon.
+//! Counters and write thresholds from outside, with a real NBD client, beside QEMU's daemon.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -142,7 +142,7 @@ fn nodes_and_exports_have_true_counters() {
     assert_eq!(entry(&nodes, "r")["stats"]["wr_operations"], 3);
 }
 
-/// The same nodes in the same order with the same members; the established daemon counts nothing on nodes but how
+/// The same nodes in the same order with the same members; QEMU's daemon counts nothing on nodes but how
 /// far was written.
 #[test]
 fn the_list_of_nodes_is_that_of_the_established_daemon() {

@@ -28,7 +28,7 @@ fn formats_are_not_guessed() {
         assert!(r.err.contains("-f auto"), "{args:?} {r:?}");
     }
     b.ok("dolmen", &["img", "check", "-f", "qcow2", "-r", "all", "a"]);
-    // The established names guess.
+    // QEMU's names guess.
     b.ok("ours/qemu-img", &["map", "a"]);
 }
 

@@ -58,7 +58,7 @@ const OTHER_SIZE: &str = "nothing in this test: jobs were begun for the size tha
 const READY_SHOWS: &str = "nothing as long as nothing has been copied: see the mirror that is ready";
 const BOTTOM_GONE: &str = "the node that the filter relies on leaves the chain";
 const TWO_JOBS: &str = "nothing in the orders that were tried: two jobs on the same nodes, of which one changes what the \
-    other one reads or links; refused by the established daemon as well";
+    other one reads or links; refused by QEMU's daemon as well";
 
 const COPIED_MEANWHILE: &str = "a reader of the overlay may see new data and then, when the job's copy of a moment \
     before arrives, the old ones: too short a moment for this test";

@@ -21,7 +21,7 @@ use super::snapshot::Snapshot;
 use super::space::{Space, part_of};
 use super::table::{Dirty, TableCache};
 
-/// Memory for L2 tables: the default of the established implementation.
+/// Memory for L2 tables: the default of QEMU.
 const L2_CACHE_BYTES: u64 = 32 << 20;
 /// Memory for refcount blocks; allocation walks over them in order, so few are needed.
 const REFBLOCK_CACHE_BYTES: u64 = 4 << 20;

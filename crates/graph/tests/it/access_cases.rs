@@ -1,7 +1,7 @@
 //! The cases of the access-control design, at the level of drafts, with stand-ins for the
 //! jobs: what must be refused, and, as important, what must keep working.
 //!
-//! H1 to H5 are measured failures of the established implementation: sequences that it
+//! H1 to H5 are measured failures of QEMU: sequences that it
 //! accepts and that lose data or give a silently wrong copy.
 
 use std::sync::Arc;

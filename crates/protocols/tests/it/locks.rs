@@ -224,7 +224,7 @@ impl Drop for Daemon {
     }
 }
 
-/// The rows of the table are what the established daemon holds. Then we ask for the same, and where that gets along the
+/// The rows of the table are what QEMU's daemon holds. Then we ask for the same, and where that gets along the
 /// bytes stay the same.
 #[test]
 fn the_table_is_the_daemon_s() {

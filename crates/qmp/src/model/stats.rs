@@ -1,6 +1,6 @@
 //! What `query-blockstats` and `query-block` return.
 //!
-//! Names and shapes are those of the established daemon. Zoned devices and merged requests do not exist here: their
+//! Names and shapes are those of QEMU's daemon. Zoned devices and merged requests do not exist here: their
 //! counters are always 0, and so is what counts requests that were refused before they were made.
 
 use super::BlockDeviceInfo;

@@ -1,8 +1,8 @@
 //! Does a value fit a type? And if so, the same value with typed leaves.
 //!
 //! The same walk serves JSON (leaves have types) and command lines (leaves are
-//! text that the type says how to read). The texts of the errors are those of the
-//! established daemon.
+//! text that the type says how to read). The texts of the errors are those of
+//! QEMU's daemon.
 
 use std::fmt::Write as _;
 

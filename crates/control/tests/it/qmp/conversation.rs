@@ -1,5 +1,5 @@
 //! Whole conversations with a [`Session`]: what goes in and the exact text that
-//! comes out. The expected texts are those of the established daemon 10.0.2, except
+//! comes out. The expected texts are those of QEMU's daemon 10.0.2, except
 //! where a comment says otherwise.
 
 use dolmen_qmp::{QmpError, Session, Step, Version, json, reply_error, reply_ok};
@@ -205,7 +205,7 @@ fn replies() {
     );
 }
 
-/// The four parts of a refusal travel as data too, beyond the established daemon.
+/// The four parts of a refusal travel as data too, beyond QEMU's daemon.
 #[test]
 fn a_refusal_carries_its_parties() {
     let conflict = Conflict {

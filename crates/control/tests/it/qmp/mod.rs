@@ -1,5 +1,5 @@
 //! Tests of the wire layer from outside: the texts of whole conversations, the
-//! schema, and both compared with the established daemon where it is installed.
+//! schema, and both compared with QEMU's daemon where it is installed.
 
 mod conversation;
 mod peer;

@@ -1,4 +1,4 @@
-//! Side by side with the established daemon, where it is installed.
+//! Side by side with QEMU's daemon, where it is installed.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -280,7 +280,7 @@ const OURS: &[&str] = &[
     "what-if",
 ];
 
-/// What the established schema has no place for: our own version, our own kind of job, what we can say about jobs.
+/// What QEMU's schema has no place for: our own version, our own kind of job, what we can say about jobs.
 const ADDED: &[&str] = &[
     "query-version().dolmen: new",
     // The arguments of blockdev-backup, seen here first.
@@ -294,7 +294,7 @@ const ADDED: &[&str] = &[
     "blockdev-mirror.auto-converge: new",
 ];
 
-/// A client that knows the established schema finds ours to be a part of it.
+/// A client that knows QEMU's schema finds ours to be a part of it.
 #[test]
 fn our_schema_is_a_part_of_theirs() {
     let Some(mut peer) = Peer::start() else { return };

@@ -194,7 +194,7 @@ fn replies_fit() {
     assert!(s.check_event("BLOCK_EXPORT_DELETED", json!({})).is_err());
 }
 
-/// The texts are those of the established daemon for the same `--blockdev`.
+/// The texts are those of QEMU's daemon for the same `--blockdev`.
 #[test]
 fn command_line_errors() {
     let s = schema();
