@@ -160,7 +160,7 @@ impl BlkVerify {
         );
         eprintln!("blkverify: {text}");
         Err(Error::new(ErrorKind::Corrupt, format!("node '{}': {text}", cx.node.name))
-            .remedy("the driver of the node 'test' is wrong, or one of the nodes was written before"))
+            .remedy("the driver of the node 'test' is wrong, or a write reached only one of the nodes: it failed, was given up, or came before"))
     }
 
     /// Does to both what changes a span.

@@ -18,8 +18,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
 use dolmen_graph::option::{Child, Size};
 use dolmen_graph::{
-    AccessRule, ChildSpec, Class, Common, Cx, Driver, DriverKind, Node, Op, OpenCx, Opened, Opener, Parsed,
-    Plan, Prealloc, RangeLock, Request, RoleRule, RuleTable,
+    AccessRule, ChildSpec, Class, Common, Cx, Driver, DriverKind, Node, NodeState, Op, OpenCx, Opened,
+    Opener, Parsed, Plan, Prealloc, RangeLock, Request, RoleRule, RuleTable, content,
 };
 use dolmen_rt::LocalFuture;
 use dolmen_types::{Actions, ChildRole, Error, ErrorKind, Options, Result, Span};
@@ -85,8 +85,10 @@ impl Opener for Open {
         Box::pin(async move {
             let file = &cx.child("file")?.node;
             // The one that is replaced may still be growing the file, and cuts its surplus before this one serves.
+            let data = content(file).state.clone();
             let end = match cx.replaced::<Preallocate>() {
-                Some(old) if old.tracks => old.end.clone(),
+                // Of another file it knows nothing.
+                Some(old) if old.tracks && Arc::ptr_eq(&old.data, &data) => old.end.clone(),
                 _ => Arc::new(AtomicU64::new(file.driver.size(file))),
             };
             let tracks = !cx.common.flags.read_only && !cx.common.flags.inactive;
@@ -97,6 +99,7 @@ impl Opener for Open {
                 reserved: AtomicU64::new(0),
                 surplus: AtomicBool::new(false),
                 end,
+                data,
                 resizing: RangeLock::new(),
             };
             Ok(Opened::of(Arc::new(driver)))
@@ -112,6 +115,8 @@ struct Preallocate {
     tracks: bool,
     /// The node's size. Shared with the driver that takes this one's place.
     end: Arc<AtomicU64>,
+    /// What the end is that of: the node that holds the data, below filters.
+    data: Arc<NodeState>,
     /// Up to here the file reads as zeroes behind the node's end, for certain.
     reserved: AtomicU64,
     /// The file may be longer than the node.

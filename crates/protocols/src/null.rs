@@ -36,7 +36,7 @@ pub static NULL_AIO: DriverKind = DriverKind {
     ..DriverKind::new(
         "null-aio",
         Class::Protocol,
-        "the same under another name",
+        "null-co under another name",
         NullOptions::ROWS,
         |options, _| parse(options, &NULL_AIO),
     )

@@ -113,7 +113,7 @@ impl Rt {
 
     /// Does work that takes the processor for more than a few microseconds (decompression, encryption, digests)
     /// where it holds up no other request of this core, and waits for the result. Dropping the future does not stop
-    /// the work, which therefore owns what it needs. In the simulation it takes a reproducible time and is done
+    /// work that has begun, which therefore owns what it needs. In the simulation it takes a reproducible time and is done
     /// in between other tasks, as its result is elsewhere.
     pub async fn compute<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> T {
         match self.io() {

@@ -49,8 +49,6 @@ pub(crate) struct Create {
     size: Option<String>,
 }
 
-/// Options in the order in which QEMU's tool names them; those that it always
-/// names have a default.
 /// Runs it.
 fn run(persona: Persona, a: Create) -> Outcome {
     let registry = dolmen::registry();

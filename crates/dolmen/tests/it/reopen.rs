@@ -446,6 +446,14 @@ fn filters_that_keep_the_end_of_their_files_are_resized_and_cut_them_when_reopen
     reopen(&mut m, json!([with(&p, json!({"prealloc-size": 0}))])).expect("reopened");
     assert_eq!(size("grows.raw"), 4 * M);
 
+    // Over another file it took the end of the old one for its own, and cut the new one there.
+    b.ok("dolmen", &["img", "create", "-q", "-f", "raw", "other.raw", "30M"]);
+    m.ok("blockdev-add", with(&file("other.raw"), json!({"node-name": "o"})));
+    reopen(&mut m, json!([with(&p, json!({"file": "o"}))])).expect("reopened");
+    assert_eq!(node(&mut m, "p")["image"]["virtual-size"], json!(30 * M));
+    m.ok("block_resize", json!({"node-name": "p", "size": 31 * M}));
+    assert_eq!((size("grows.raw"), size("other.raw")), (4 * M, 39 * M));
+
     let v =
         json!({"driver": "blkverify", "node-name": "v", "test": file("test.raw"), "raw": file("raw.raw")});
     m.ok("blockdev-add", v);

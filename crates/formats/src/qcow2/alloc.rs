@@ -58,6 +58,16 @@ impl Meta {
         'retry: loop {
             let mut at = start;
             while at < start + count {
+                if at > start && self.lacks_refblocks(at, 1) {
+                    // One block after the other would each take the first cluster that it counts, in the middle of the
+                    // run: a table that is longer than what one block counts would never find room.
+                    let blocks = self.refblocks_for(at, count);
+                    if self.lacks_refblocks(at, blocks) {
+                        done!(self.add_refblocks(at, blocks)?);
+                        start = at + blocks;
+                        continue 'retry;
+                    }
+                }
                 let free = done!(self.find_free(at, false)?);
                 if free.0 != at {
                     start = free.0;
@@ -157,20 +167,50 @@ impl Meta {
 
     /// A block for the clusters around `c`, which no block counts: it takes `c` itself.
     fn add_refblock(&mut self, c: u64) -> Result<Try<()>> {
-        let (block, _) = self.geo.refcount_position(ClusterIndex(c));
         if self.owned.contains(&c) {
             return Err(corrupt(format!("no refcount block counts the {} at cluster {c}", self.name_of(c))));
         }
-        if !self.reftable_spaced.contains(&part_of(block * 8)) {
-            return Ok(Try::Reserve(Space::Reftable(block * 8)));
+        self.add_refblocks(c, 1)
+    }
+
+    /// Blocks for the clusters from `c` on, which no blocks count: they take the first of these.
+    fn add_refblocks(&mut self, c: u64, blocks: u64) -> Result<Try<()>> {
+        let (first, _) = self.geo.refcount_position(ClusterIndex(c));
+        for block in first..first + blocks as usize {
+            if !self.reftable_spaced.contains(&part_of(block * 8)) {
+                return Ok(Try::Reserve(Space::Reftable(block * 8)));
+            }
         }
-        if !self.take_space(c, 1) {
-            return Ok(Try::Reserve(Space::Counts { first: ClusterIndex(c), count: 1 }));
+        if !self.take_space(c, blocks) {
+            return Ok(Try::Reserve(Space::Counts { first: ClusterIndex(c), count: blocks }));
         }
-        self.insert_block(block, ClusterIndex(c));
-        self.put_refcount(ClusterIndex(c), 1);
-        self.high = self.high.max(c + 1);
+        for i in 0..blocks {
+            self.insert_block(first + i as usize, ClusterIndex(c + i));
+        }
+        for i in 0..blocks {
+            self.put_refcount(ClusterIndex(c + i), 1);
+        }
+        self.high = self.high.max(c + blocks);
         Ok(Try::Done(()))
+    }
+
+    /// How many blocks count `count` clusters behind these blocks, which lie from `c` on.
+    fn refblocks_for(&self, c: u64, count: u64) -> u64 {
+        let block = |c: u64| self.geo.refcount_position(ClusterIndex(c)).0 as u64;
+        let mut blocks = 1;
+        while block(c + blocks + count - 1) + 1 - block(c) > blocks {
+            blocks = block(c + blocks + count - 1) + 1 - block(c);
+        }
+        blocks
+    }
+
+    /// Whether the refcount table has room for so many blocks from the one that counts `c` on, and there is none of them,
+    /// nor anything where they would lie.
+    fn lacks_refblocks(&self, c: u64, blocks: u64) -> bool {
+        let (first, _) = self.geo.refcount_position(ClusterIndex(c));
+        let entries = self.reftable.get(first..first + blocks as usize);
+        entries.is_some_and(|e| e.iter().all(|e| e & !511 == 0))
+            && self.owned.range(c..c + blocks).next().is_none()
     }
 
     fn insert_block(&mut self, block: usize, at: ClusterIndex) {

@@ -205,15 +205,13 @@ impl Core {
         Ok(())
     }
 
-    /// Finds the end of what is used. Nothing is in flight, and what was freed is free on the disk.
-    async fn lower_end(&self, env: Env<'_>) -> Result<()> {
+    /// Finds the end of what is used, in clusters. Nothing is in flight, and what was freed is free on the disk.
+    async fn used_end(&self, env: Env<'_>) -> Result<u64> {
         let mut end = self.meta().high;
         while end > 0 && self.with(env.file, |m| m.refcount(ClusterIndex(end - 1))).await? == 0 {
             end -= 1;
         }
-        self.meta().high = end;
-        self.grown.store(true, SeqCst);
-        Ok(())
+        Ok(end)
     }
 
     /// Writes out everything and leaves nothing behind.
@@ -233,20 +231,20 @@ impl Core {
                 break;
             }
         }
+        let high = self.meta().high;
+        let mut end = high;
         if self.shrunk.load(SeqCst) {
             // What can't be looked at may be in use: the file stays as it is.
-            let _ = self.lower_end(env).await;
+            end = self.used_end(env).await.unwrap_or(high);
         }
-        let end = {
-            let m = self.meta();
-            m.high << m.geo.cluster_bits
-        };
-        if self.grown.load(SeqCst)
-            && env.file.size() > end
+        if (self.grown.load(SeqCst) || end < high)
+            && env.file.size() > end << self.geo.cluster_bits
             && let Ok(io) = env.file.resize()
+            && io.resize(end << self.geo.cluster_bits, Prealloc::Off).await.is_ok()
         {
-            // A longer file is as valid.
-            let _ = io.resize(end, Prealloc::Off).await;
+            // A longer file is as valid. But what is behind the high-water mark counts as zeroes, and the driver may go
+            // on (a reopened node takes it over): the mark is lowered only with the file.
+            self.meta().high = end;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 //! Each step leaves a valid image: the longer L1 table is complete before the header names it, and what could show up
 //! behind the old end is cleared before the header says that it is there. What is cut off is unmapped only when the
 //! header does not speak of it any more: a shrink that fails has taken nothing away. If that is interrupted, clusters stay
-//! mapped behind the end until the image grows again.
+//! mapped behind the end until the image grows again here; another program that grows it shows what they hold.
 
 use dolmen_graph::Prealloc;
 use dolmen_rt::carry;
@@ -48,7 +48,12 @@ impl Core {
             }
             return Ok(());
         }
+        // Behind what the L1 table maps there is nothing to clear.
+        let mapped = self.meta().l1.len() as u64 * geo.l2_coverage();
         self.grow_l1(env, geo.l1_entries_for(size)).await?;
+        let [from, to] = [old, size].map(|s| s.next_multiple_of(geo.cluster_size()));
+        // A shrink that was interrupted has left clusters there.
+        self.unmap_allocated(env, Span::from_range(from, to.min(mapped).max(from))).await?;
         self.clear_behind(env, old, size).await?;
         if prealloc != Prealloc::Off {
             self.preallocate(env, Span::from_range(old, size), prealloc).await?;
@@ -88,15 +93,12 @@ impl Core {
         let cluster_end = old.next_multiple_of(cluster).min(size);
         let rest = Span::from_range(old, cluster_end);
         if self.nothing_below(env) {
-            // A shrink that was interrupted has left clusters there.
-            self.unmap_allocated(env, Span::from_range(cluster_end, size).align_out(cluster)).await?;
             return self.zero_locked(env, rest, WriteFlags::NONE).await;
         }
         if !rest.is_empty() {
             self.zero_part_locked(env, rest, WriteFlags::NONE).await?;
         }
         let mut whole = Span::from_range(cluster_end, size).align_out(cluster);
-        self.unmap_allocated(env, whole).await?;
         while !whole.is_empty() {
             if self.meta().crowded() {
                 self.round(env).await?;
@@ -116,6 +118,9 @@ impl Core {
     pub(super) async fn unmap_allocated(&self, env: Env<'_>, span: Span) -> Result<()> {
         let mut rest = span;
         while !rest.is_empty() {
+            if self.meta().crowded() {
+                self.round(env).await?;
+            }
             let run = self.find(env, rest.offset(), rest.len()).await?;
             let part = rest.prefix(run.len);
             if run.place != Place::Unallocated {

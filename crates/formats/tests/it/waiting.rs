@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
-use dolmen_graph::Limits;
+use dolmen_graph::{Cx, Limits};
 use dolmen_rt::Rt;
 use dolmen_sim::{DiskConfig, Fault, FaultAction, Harness, Image, Leaf, MemoryDisk, Random, Sim, SimDisk};
 use dolmen_types::{ErrorKind, OpKind, Options, ReadFlags, Span, Value, WriteFlags};
@@ -228,6 +228,47 @@ fn a_shrink_that_fails_takes_nothing_away() {
         });
     }
     assert!(failed > 4, "{failed}");
+}
+
+/// A table that is longer than what one refcount block counts found no room: each missing block was put into the first of
+/// the clusters that it counts, in the middle of the run that was looked for, and the file grew until the disk was full.
+#[test]
+fn long_tables_find_room_among_small_clusters() {
+    Sim::run(1, |rt| async move {
+        let disk = slow_image(&rt, 1 << 20, 512).await;
+        let h = open_slow(&rt, &disk, None).await;
+        for size in [520u64 << 20, 2 << 30, 5 << 30] {
+            h.user().resize(size).await.unwrap();
+            h.user().write(size - 512, &[4; 512], WriteFlags::NONE).await.unwrap();
+            assert_eq!(h.user().size(), size);
+        }
+        h.close().await.unwrap();
+        assert!(disk.image().to_vec().len() < 4 << 20);
+        let check = own_check(&rt, &still(&disk)).await;
+        assert_eq!((check.corruptions, check.leaks), (0, 0), "{:?}", check.messages);
+    });
+}
+
+/// After a shrink the file is cut when the image is closed. When that failed, what lay behind the used end was taken for
+/// zeroes all the same by a driver that went on (a node that is reopened): part of a new cluster showed old data.
+#[test]
+fn an_end_that_could_not_be_cut_off_is_not_taken_for_zeroes() {
+    Sim::run(1, |rt| async move {
+        let disk = slow_image(&rt, 8 << 20, 65536).await;
+        let h = open_slow(&rt, &disk, None).await;
+        h.user().write(4 << 20, &vec![7; 4 << 20], WriteFlags::NONE).await.unwrap();
+        h.user().resize(4 << 20).await.unwrap();
+        let fails = FaultAction::Fail(ErrorKind::NoSpace);
+        disk.inject(Fault { kind: OpKind::Resize, skip: 0, times: u64::MAX, action: fails });
+        let node = h.top();
+        node.driver.close(Cx { node: &node, rt: &rt }).await.unwrap();
+        disk.heal();
+        h.user().write(0, &[1; 512], WriteFlags::NONE).await.unwrap();
+        assert!(h.user().read(512, 65024).await.unwrap().iter().all(|b| *b == 0));
+        h.close().await.unwrap();
+        let check = own_check(&rt, &still(&disk)).await;
+        assert_eq!((check.corruptions, check.leaks), (0, 0), "{:?}", check.messages);
+    });
 }
 
 // ---- copy-on-read -----------------------------------------------------------------------------------------
